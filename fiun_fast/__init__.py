@@ -1,0 +1,56 @@
+"""fiun_fast: Fisher-based machine unlearning in inheritance networks, at the price of reading the weights once.
+
+Method: FIUn with MFIM (arXiv 2408.08493); for one model, Selective Synaptic Dampening (arXiv 2308.07707).
+"""
+
+from .dag import ForgetRequest, InheritanceDAG
+from .errors import (
+    ArgumentError,
+    BackendError,
+    DagError,
+    DeviceError,
+    DTypeError,
+    EstimationError,
+    FisherFileError,
+    FiunError,
+    LayoutError,
+)
+from .estimators import FisherAccumulator, estimate_fisher
+from .fisher import Fisher, Provenance, merge_fishers
+from .kernels import available_backends, use_backend
+from .layout import Layout, Segment, last_layer
+from .memory import flatten_
+from .plan import Plan, dampen_, plan
+from .report import NodeReport, Report
+from .version import __version__
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "DTypeError",
+    "DagError",
+    "DeviceError",
+    "EstimationError",
+    "Fisher",
+    "FisherAccumulator",
+    "FisherFileError",
+    "FiunError",
+    "ForgetRequest",
+    "InheritanceDAG",
+    "Layout",
+    "LayoutError",
+    "NodeReport",
+    "Plan",
+    "Provenance",
+    "Report",
+    "Segment",
+    "__version__",
+    "available_backends",
+    "dampen_",
+    "estimate_fisher",
+    "flatten_",
+    "last_layer",
+    "merge_fishers",
+    "plan",
+    "use_backend",
+]

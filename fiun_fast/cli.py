@@ -1,0 +1,74 @@
+"""The command `fiun-fast`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import FiunError
+from .kernels import BACKENDS
+from .version import __version__
+
+SCENARIOS = ("federated", "data-parallel", "incremental", "transfer")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; exit status 0 for success, 1 for an error that was explained, 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except FiunError as error:
+        print(f"fiun-fast: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fiun-fast", description="Machine unlearning in inheritance networks, fast.")
+    parser.add_argument("--version", action="version", version=f"fiun-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="train four networks on real data, unlearn, show what happened")
+    demo.add_argument("--scenario", action="append", choices=SCENARIOS, help="only this one; may be repeated")
+    demo.add_argument("--scope", choices=("last-layer", "all"), default="last-layer", help="parameters to dampen")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for report.json and the pictures")
+    demo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    demo.add_argument("--backend", choices=BACKENDS, help="default: the fastest that works for the device")
+    demo.add_argument("--all-classes", action="store_true", help="every class and pair, seeds 0 to 2: the full figures")
+    demo.add_argument("--quick", action="store_true", help="seconds, not minutes: only shows that everything runs")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="what is installed, which backends work here and why others do not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from .demo.run import run_demo
+    except ModuleNotFoundError as error:
+        print(f"fiun-fast: the demo needs {error.name}: pip install 'fiun_fast[demo]'", file=sys.stderr)
+        return 1
+    run_demo(
+        scenarios=options.scenario or SCENARIOS,
+        seed=options.seed,
+        out=options.out,
+        device=options.device,
+        scope=options.scope,
+        backend=options.backend,
+        all_classes=options.all_classes,
+        quick=options.quick,
+    )
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

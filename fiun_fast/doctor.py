@@ -1,0 +1,72 @@
+"""What is installed, which backends work here, and why the others do not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+
+import torch
+
+from . import kernels
+from .version import __version__
+
+PACKAGES = ("torch", "triton", "numpy", "networkx", "safetensors", "rich", "scikit-learn", "matplotlib")
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Findings by section, each a name -> text; the same on every call, and nothing is changed."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "GPUs": ", ".join(gpus) or "none that torch can use",
+        "C++ compiler": next((found for c in ("c++", "g++", "clang++", "cl") if (found := shutil.which(c))), "none found"),
+    }
+    backends = {}
+    for name in kernels.BACKENDS:
+        reasons = {kind: kernels.load(name).why_not(kind) for kind in (["cpu", "cuda"] if gpus else ["cpu"])}
+        works = [kind for kind, reason in reasons.items() if reason is None]
+        backends[name] = f"works on {', '.join(works)}" if works else f"no: {next(iter(reasons.values()))}"
+        if name == "cpu" and works:
+            from .kernels import cpu
+
+            backends[name] += f", instruction set {cpu.isa()} (compiled: {', '.join(cpu.isas())})"
+    defaults = {}
+    for kind in ["cpu", "cuda"] if gpus else ["cpu"]:
+        try:
+            defaults[f"for {kind} tensors"] = kernels.select(None, kind).name
+        except kernels.BackendError as error:
+            defaults[f"for {kind} tensors"] = str(error)
+    return {
+        "fiun_fast": {"version": __version__},
+        "machine": machine,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backends": backends,
+        "used by default": defaults,
+    }
+
+
+def doctor() -> int:
+    """Print the findings as a table; 0 where a fast backend works, 1 where only the reference does."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for section, findings in examine().items():
+        table.add_row(f"[bold]{section}[/bold]", "", "")
+        for name, text in findings.items():
+            table.add_row("", name, text)
+    Console(file=sys.stdout).print(table)
+    fast = [name for name in kernels.available_backends() if name != "reference"]
+    return 0 if fast else 1
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,39 @@
+"""Every error raised on purpose: one base class, and beside it the built-in type that Python people expect."""
+
+from __future__ import annotations
+
+
+class FiunError(Exception):
+    """Base of all errors of this package. A call that raises one has changed nothing."""
+
+
+class ArgumentError(FiunError, ValueError):
+    """A number or option outside its range: a negative alpha, an unknown merge, an empty list of requests."""
+
+
+class LayoutError(FiunError, ValueError):
+    """Names or shapes that do not fit together, or memory that is not contiguous or overlaps."""
+
+
+class DTypeError(FiunError, TypeError):
+    """A tensor of a dtype that the operation does not take."""
+
+
+class DeviceError(FiunError, ValueError):
+    """Tensors that belong together lie on different devices, or a backend cannot reach them."""
+
+
+class DagError(FiunError, ValueError):
+    """A graph that is not an inheritance DAG: unknown parent, duplicate name, cycle, time that runs backwards."""
+
+
+class FisherFileError(FiunError, ValueError):
+    """A file that is not a (whole) Fisher written by this package."""
+
+
+class BackendError(FiunError, RuntimeError):
+    """A backend that is unknown, or known and not usable here."""
+
+
+class EstimationError(FiunError, ValueError):
+    """A Fisher cannot be estimated: empty loader, batch of an unknown form, loss without a gradient."""

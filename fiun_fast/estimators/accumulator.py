@@ -1,0 +1,101 @@
+"""Squared gradients, summed step by step into a flat buffer."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ArgumentError, DeviceError, DTypeError, EstimationError
+from ..fisher import FISHER_DTYPES, Fisher, Provenance
+from ..kernels import select
+from ..layout import Layout, Params, select_parameters
+
+
+class FisherAccumulator:
+    """Fisher in a user's own loop: call `update()` after each `loss.backward()`, `result()` at the end.
+
+    The estimate is (1/B) sum_b g_b^2 over the B updates, g_b the gradient found in `.grad`: the `batch` estimator of
+    SSD and FIUn where every backward is that of one mini-batch's mean loss.
+
+    Args:
+        model: its parameters' `.grad` are read; nothing else of it is touched.
+        params: which parameters, as in `Layout.from_module`.
+        dtype: of the sum, float32 or float64; gradients of half precision are widened before they are squared.
+        backend: name of one; None for the default of the parameters' device.
+
+    Raises:
+        ArgumentError: a selected parameter does not require grad, so no gradient would ever arrive.
+        DeviceError: the parameters lie on several devices.
+        DTypeError: `dtype` is not float32 or float64.
+        LayoutError, BackendError: as in `Layout.from_module` and `plan`.
+
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        params: Params = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> None:
+        if dtype not in FISHER_DTYPES:
+            raise DTypeError(f"dtype is {dtype}, expected float32 or float64")
+        self._parameters = select_parameters(model, params)
+        first, like = next(iter(self._parameters.items()))
+        for name, p in self._parameters.items():
+            if not p.requires_grad:
+                raise ArgumentError(f"parameter {name!r} does not require grad: no gradient will arrive")
+            if p.device != like.device:
+                raise DeviceError(f"parameter {name!r} is on {p.device}, expected {like.device} as {first!r}")
+        self.layout = Layout({name: p.shape for name, p in self._parameters.items()})
+        self._backend = select(backend, like.device.type)
+        self._sum = torch.zeros(self.layout.numel, dtype=dtype, device=like.device)
+        self._views = {name: view.view(-1) for name, view in self.layout.views(self._sum).items()}
+        self.steps = 0
+        self.samples = 0
+
+    def update(self, zero_grads: bool = False, samples: int = 0) -> None:
+        """Add the squares of the gradients that `.grad` holds now.
+
+        A parameter without a gradient took no part in the loss and counts as zero.
+
+        Args:
+            zero_grads: set the gradients to zero in the same pass, instead of `optimizer.zero_grad()`.
+            samples: examples in this step, for the provenance only.
+
+        Raises:
+            EstimationError: no parameter has a gradient.
+
+        """
+        gradients, into, sparse = [], [], []
+        for name, p in self._parameters.items():
+            if p.grad is None:
+                continue
+            gradient = p.grad.detach()
+            if gradient.layout != torch.strided:  # nn.Embedding(sparse=True)
+                sparse.append(p.grad)
+                gradient = gradient.to_dense()
+            elif not gradient.is_contiguous():
+                if zero_grads:
+                    sparse.append(p.grad)
+                gradient = gradient.contiguous()
+            gradients.append(gradient)
+            into.append(self._views[name])
+        if not gradients:
+            raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
+        self._backend.accumulate(gradients, into, 2, zero_grads)
+        if zero_grads:
+            for original in sparse:  # copies were read above; these are the gradients themselves
+                original.zero_()
+        self.steps += 1
+        self.samples += samples
+
+    def result(self) -> Fisher:
+        """The mean of the squares so far, as a new Fisher; more updates may follow.
+
+        Raises:
+            EstimationError: there was no update.
+
+        """
+        if self.steps == 0:
+            raise EstimationError("no gradients were accumulated: call update() after each loss.backward()")
+        return Fisher(self._sum / self.steps, self.layout, Provenance("batch", self.steps, self.samples))

@@ -1,0 +1,200 @@
+"""Diagonal Fisher information over a layout, and the merging of several into one (MFIM)."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import fisher_file
+from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
+from .kernels import select
+from .kernels.table import MERGES
+from .layout import Layout
+
+FISHER_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a Fisher was obtained; saved with it."""
+
+    estimator: str = "unknown"
+    steps: int = 0  # mini-batches that were averaged
+    samples: int = 0  # examples seen
+
+
+UNKNOWN = Provenance()
+
+
+class Fisher:
+    """The diagonal of an (empirical) Fisher information matrix: one non-negative number a parameter.
+
+    Args:
+        buffer: [layout.numel], float32 or float64, contiguous; kept, not copied.
+        layout: what the numbers belong to.
+        provenance: how they were obtained.
+
+    Raises:
+        DTypeError, LayoutError: the buffer is of another dtype, shape or not contiguous.
+
+    """
+
+    def __init__(self, buffer: torch.Tensor, layout: Layout, provenance: Provenance = UNKNOWN) -> None:
+        if buffer.dtype not in FISHER_DTYPES:
+            raise DTypeError(f"Fisher buffer is {buffer.dtype}, expected float32 or float64")
+        if buffer.dim() != 1 or buffer.numel() != layout.numel:
+            raise LayoutError(f"Fisher buffer of shape {list(buffer.shape)}, expected [{layout.numel}] for {layout!r}")
+        if not buffer.is_contiguous():
+            raise LayoutError("Fisher buffer is not contiguous; pass buffer.contiguous()")
+        self.buffer = buffer.detach()
+        self.layout = layout
+        self.provenance = provenance
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, torch.Tensor], provenance: Provenance = UNKNOWN) -> Fisher:
+        """Build from name -> tensor in the parameter's shape. Copies; half precision becomes float32.
+
+        Raises:
+            ArgumentError: it is empty, a value is not a tensor, or an entry is negative (NaN and inf pass: they are
+                counted when used).
+            DTypeError, DeviceError: integers or complex numbers; dtypes or devices that differ from the first one.
+
+        """
+        if not isinstance(values, Mapping) or not values:
+            raise ArgumentError(f"expected a non-empty dict of name -> tensor, found {type(values).__name__}")
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                raise ArgumentError(f"{name!r} is a {type(value).__name__}, expected a tensor")
+        first, like = next(iter(values.items()))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        for name, value in values.items():
+            if not value.is_floating_point():
+                raise DTypeError(f"{name!r} is {value.dtype}, expected a floating-point tensor")
+            if (torch.float64 if value.dtype == torch.float64 else torch.float32) != dtype:
+                raise DTypeError(f"{name!r} is {value.dtype}, expected {like.dtype} as {first!r}")
+            if value.device != like.device:
+                raise DeviceError(f"{name!r} is on {value.device}, expected {like.device} as {first!r}")
+        layout = Layout.from_tensors(values)
+        buffer = torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()])
+        check_non_negative(buffer, layout)
+        return cls(buffer, layout, provenance)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], layout: Layout | None = None) -> Fisher:
+        """Read a file that `save` wrote; with `layout`, one that does not fit is refused with the difference.
+
+        Raises:
+            FisherFileError: the file is truncated, foreign or from a newer format.
+            LayoutError: its layout is another than the one expected.
+            ArgumentError: it holds a negative entry.
+
+        """
+        buffer, found, record = fisher_file.read(path)
+        if layout is not None and layout != found:
+            difference = found.difference(layout, "the file", "the expected layout") or "the order of the parameters"
+            raise LayoutError(f"{os.fspath(path)}: another layout than expected: {difference}")
+        check_non_negative(buffer, found)
+        return cls(buffer, found, Provenance(**record))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: one tensor a parameter, layout and provenance in the metadata. All or nothing.
+
+        Raises:
+            OSError: the folder does not exist or cannot be written; no partial file is left.
+
+        """
+        record = {key: getattr(self.provenance, key) for key in ("estimator", "steps", "samples")}
+        fisher_file.write(path, self.as_dict(), record)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """View of one parameter's entries, in its shape."""
+        segment = self.layout[name]
+        return self.buffer[segment.offset : segment.offset + segment.numel].view(segment.shape)
+
+    def as_dict(self) -> dict[str, torch.Tensor]:
+        """Name -> view into the buffer, in the parameter's shape."""
+        return self.layout.views(self.buffer)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Fisher:
+        """The same Fisher on another device or in float32/float64; itself where nothing changes."""
+        moved = self.buffer.to(device=device, dtype=dtype)
+        return self if moved is self.buffer else Fisher(moved, self.layout, self.provenance)
+
+    def __repr__(self) -> str:
+        p = self.provenance
+        kind = str(self.buffer.dtype).removeprefix("torch.")
+        return (
+            f"Fisher({self.layout.numel:,} elements in {len(self.layout)} parameters, {kind} on {self.buffer.device}, "
+            f"estimator {p.estimator}, {p.steps} steps, {p.samples} samples)"
+        )
+
+
+def merge_fishers(
+    fishers: Sequence[Fisher],
+    how: str = "max",
+    weights: Sequence[float] | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Fisher:
+    """Merge forget Fishers into one: m = scale * reduce_k (w_k F_k), reduce one of max (FIUn's MFIM), mean, sum.
+
+    A NaN in any input makes the result NaN there. The inputs are not changed.
+
+    Raises:
+        ArgumentError: nothing to merge, unknown `how`, a weight or scale that is negative or not finite.
+        LayoutError, DTypeError, DeviceError: the Fishers differ; the message says in what.
+        BackendError: the backend cannot be used.
+
+    """
+    fishers = list(fishers)
+    if not fishers:
+        raise ArgumentError("no Fishers to merge")
+    if how not in MERGES:
+        raise ArgumentError(f"how is {how!r}, expected one of {', '.join(MERGES)}")
+    factors = [1.0] * len(fishers) if weights is None else list(weights)
+    if len(factors) != len(fishers):
+        raise ArgumentError(f"{len(factors)} weights for {len(fishers)} Fishers")
+    for k, weight in enumerate(factors):
+        check_number(f"weights[{k}]", weight)
+    check_number("scale", scale)
+    first = fishers[0]
+    for k, fisher in enumerate(fishers[1:], start=1):
+        if fisher.layout != first.layout:
+            difference = first.layout.difference(fisher.layout, "fishers[0]", f"fishers[{k}]")
+            raise LayoutError(f"fishers[{k}] has another layout: {difference or 'the order of the parameters'}")
+        if fisher.buffer.dtype != first.buffer.dtype:
+            raise DTypeError(f"fishers[{k}] is {fisher.buffer.dtype}, expected {first.buffer.dtype} as fishers[0]")
+        if fisher.buffer.device != first.buffer.device:
+            raise DeviceError(
+                f"fishers[{k}] is on {fisher.buffer.device}, expected {first.buffer.device} as fishers[0]"
+            )
+    out = torch.empty_like(first.buffer)
+    chosen = select(backend, out.device.type)
+    chosen.merge([f.buffer for f in fishers], [float(w) for w in factors], how, float(scale), out)
+    estimators = ", ".join(dict.fromkeys(f.provenance.estimator for f in fishers))
+    steps, samples = (sum(getattr(f.provenance, key) for f in fishers) for key in ("steps", "samples"))
+    return Fisher(out, first.layout, Provenance(f"{how} of {len(fishers)}: {estimators}", steps, samples))
+
+
+def check_non_negative(buffer: torch.Tensor, layout: Layout) -> None:
+    """Raise an ArgumentError that names the first parameter with a negative entry; NaN passes."""
+    if bool((buffer < 0).any()):
+        for name, view in layout.views(buffer).items():
+            negative = int((view < 0).sum())
+            if negative:
+                lowest = float(view[view < 0].min())
+                raise ArgumentError(f"{name!r} has {negative} negative entries (lowest {lowest:g}); a Fisher has none")
+
+
+def check_number(what: str, value: float, dtype: torch.dtype = torch.float64) -> float:
+    """The value as a float; an ArgumentError names `what` where it is negative, not finite, or too large for dtype."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgumentError(f"{what} is a {type(value).__name__}, expected a number")
+    number = float(value)
+    if not 0 <= number <= torch.finfo(dtype).max:
+        raise ArgumentError(f"{what} is {number}, expected a finite number that is not negative")
+    return number

@@ -1,0 +1,20 @@
+// The loops for x86-64 CPUs with AVX2. System headers come first: their code must not be compiled for it.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#ifdef FIUN_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#define FIUN_ISA avx2
+#define FIUN_ISA_NAME "avx2"
+#include "loops.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,50 @@
+// What one instruction set offers: the innermost loops over contiguous memory, one function a dtype combination.
+#pragma once
+
+#include <stdint.h>
+
+namespace fiun {
+
+enum Kind : int { f32 = 0, f64 = 1, bf16_kind = 2, fp16_kind = 3 };
+constexpr int theta_kinds = 4;   // also the dtypes of gradients
+constexpr int fisher_kinds = 2;  // f32, f64
+
+struct Counts {
+    int64_t selected = 0, zeroed = 0, nonfinite = 0;
+};
+
+struct Dampening {
+    double alpha, lam, exponent, cap;
+    bool write;  // false: only count
+};
+
+// theta [n], original [n], merged [n]
+using DampenLoop = Counts (*)(void* theta, const void* original, const void* merged, int64_t n, const Dampening& how);
+// out [n] = scale * reduce over k of weights[k] * (sources[k] + offset elements) [n]; how: 0 max, 1 mean, 2 sum
+using MergeLoop = void (*)(void* out, const int64_t* sources, const double* weights, int64_t count, int64_t offset,
+                           int64_t n, int how, double scale);
+// into [n] += gradient^2, or |gradient|; with zero, gradient = 0
+using AccumulateLoop = void (*)(void* into, void* gradient, int64_t n, bool square, bool zero);
+
+struct Kernels {
+    const char* isa;
+    DampenLoop dampen[theta_kinds][fisher_kinds];
+    MergeLoop merge[fisher_kinds];
+    AccumulateLoop accumulate[theta_kinds][fisher_kinds];
+};
+
+// Run-time choice is for x86-64; elsewhere the baseline is all there is.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FIUN_X86 1
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+}  // namespace fiun

@@ -1,0 +1,103 @@
+// fiun_fast._cpu: addresses and sizes in, nothing out. No torch headers, so that one build serves every torch.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pool.h"
+#include "run.h"
+
+namespace py = pybind11;
+using namespace fiun;
+
+namespace {
+
+// From the newest to what always works.
+std::vector<const Kernels*> compiled() {
+#ifdef FIUN_X86
+    return {&avx512::kernels, &avx2::kernels, &baseline::kernels};
+#else
+    return {&baseline::kernels};
+#endif
+}
+
+bool runs_here(const Kernels* kernels) {
+#ifdef FIUN_X86
+    __builtin_cpu_init();
+    if (kernels == &avx2::kernels) return __builtin_cpu_supports("avx2");
+    if (kernels == &avx512::kernels) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+#endif
+    return kernels == &baseline::kernels;
+}
+
+const Kernels& choose(const std::string& isa) {
+    static const Kernels* best = [] {
+        for (const Kernels* kernels : compiled()) {
+            if (runs_here(kernels)) return kernels;
+        }
+        return &baseline::kernels;
+    }();
+    if (isa.empty()) return *best;
+    std::string usable;
+    for (const Kernels* kernels : compiled()) {
+        if (!runs_here(kernels)) continue;
+        if (isa == kernels->isa) return *kernels;
+        usable += usable.empty() ? kernels->isa : std::string(", ") + kernels->isa;
+    }
+    throw std::invalid_argument("instruction set '" + isa + "' is not usable here; usable: " + usable);
+}
+
+py::list names(bool only_usable) {
+    py::list list;
+    for (const Kernels* kernels : compiled()) {
+        if (!only_usable || runs_here(kernels)) list.append(kernels->isa);
+    }
+    return list;
+}
+
+template <class T>
+T* at(int64_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void dampen(int64_t rows, int64_t row_count, int64_t sources, int64_t weights, int64_t targets, int64_t alpha,
+            int64_t lam, int64_t counts, int64_t slots, int theta_kind, int fisher_kind, int merge, double scale,
+            double exponent, double cap, bool dry_run, int threads, const std::string& isa) {
+    const DampenTable table{at<int64_t>(rows),    row_count,          at<int64_t>(sources), at<double>(weights),
+                            at<int64_t>(targets), at<double>(alpha),  at<double>(lam),      at<int64_t>(counts),
+                            slots,                theta_kind,         fisher_kind,          merge,
+                            scale,                exponent,           cap};
+    run_dampen(choose(isa), table, !dry_run, threads);
+}
+
+void merge(int64_t sources, int64_t weights, int64_t count, int64_t out, int64_t n, int fisher_kind, int how,
+           double scale, int threads, const std::string& isa) {
+    run_merge(choose(isa), fisher_kind, at<int64_t>(sources), at<double>(weights), count, how, scale, out, n, threads);
+}
+
+void accumulate(int64_t pairs, int64_t pair_count, bool square, bool zero, int threads, const std::string& isa) {
+    run_accumulate(choose(isa), at<int64_t>(pairs), pair_count, square, zero, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
+    using py::arg;
+    const auto free_gil = py::call_guard<py::gil_scoped_release>();
+    module.def("isa", [](const std::string& isa) { return choose(isa).isa; }, arg("isa") = "");
+    module.def("usable_isas", [] { return names(true); });
+    module.def("compiled_isas", [] { return names(false); });
+    module.def("use_openmp", &use_openmp, arg("address"));
+    module.def("dampen", &dampen, free_gil, arg("rows"), arg("row_count"), arg("sources"), arg("weights"),
+               arg("targets"), arg("alpha"), arg("lam"), arg("counts"), arg("slots"), arg("theta_kind"),
+               arg("fisher_kind"), arg("merge"), arg("scale"), arg("exponent"), arg("cap"), arg("dry_run"),
+               arg("threads"), arg("isa") = "");
+    module.def("merge", &merge, free_gil, arg("sources"), arg("weights"), arg("count"), arg("out"), arg("n"),
+               arg("fisher_kind"), arg("how"), arg("scale"), arg("threads"), arg("isa") = "");
+    module.def("accumulate", &accumulate, free_gil, arg("pairs"), arg("pair_count"), arg("square"), arg("zero"),
+               arg("threads"), arg("isa") = "");
+}

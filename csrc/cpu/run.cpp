@@ -1,0 +1,228 @@
+#include "run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "pool.h"
+
+namespace fiun {
+namespace {
+
+constexpr int64_t kind_bytes[theta_kinds] = {4, 8, 2, 2};
+
+// Elements of a merged Fisher that are applied to all nodes before the next ones are merged. Long enough for the
+// hardware to follow each stream, short enough to stay in the second-level cache.
+constexpr int64_t tile = 16384;
+
+// Bytes of memory traffic worth handing to a thread at once, and those below which waking a second one costs more.
+constexpr int64_t unit_most = int64_t(4) << 20, unit_least = int64_t(128) << 10;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Small enough that every thread gets many, so that none waits long at the end.
+int64_t unit_bytes(int64_t total, int threads) {
+    return std::clamp(total / (int64_t(threads) * 16), unit_least, unit_most);
+}
+
+// Hands out the numbers 0 .. count - 1 in order; whoever is free takes the next.
+template <class Body>
+void share_out(int64_t count, int threads, Body& body) {
+    struct Shared {
+        std::atomic<int64_t> next{0};
+        int64_t count;
+        Body* body;
+    } shared;
+    shared.count = count;
+    shared.body = &body;
+    on_threads(
+        int(std::min<int64_t>(threads, count)),
+        [](void* context, int thread) {
+            Shared& s = *static_cast<Shared*>(context);
+            for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) (*s.body)(i, thread);
+        },
+        &shared);
+}
+
+struct Item {  // elements [from, to) of a row, for targets [first, last) of the row
+    int64_t row, from, to, first, last;
+};
+
+// Items of about one unit each, grouped where they are smaller. units: where each group of items starts, and the end.
+struct Schedule {
+    std::vector<Item> items;
+    std::vector<int64_t> units;
+    bool merges = false;
+};
+
+bool needs_merge(const DampenTable& table, const int64_t* row) {
+    return row[2] > 1 || table.weights[row[1]] != 1 || table.scale != 1;
+}
+
+Schedule plan_schedule(const DampenTable& table, int threads) {
+    const int64_t fisher = kind_bytes[table.fisher_kind];
+    const int64_t node = 2 * kind_bytes[table.theta_kind] + fisher;  // bytes an element and node; K * fisher once a tile
+    int64_t total = 0;
+    for (int64_t r = 0; r < table.row_count; ++r) {
+        const int64_t* row = table.rows + 5 * r;
+        total += row[0] * (row[4] * node + row[2] * fisher);
+    }
+    const int64_t unit = unit_bytes(total, threads);
+
+    Schedule schedule;
+    int64_t in_unit = unit;  // so that the first item opens a unit
+    for (int64_t r = 0; r < table.row_count; ++r) {
+        const int64_t* row = table.rows + 5 * r;
+        const int64_t numel = row[0], nodes = row[4], bytes = nodes * node + row[2] * fisher;
+        schedule.merges |= needs_merge(table, row);
+        const int64_t step = tile * std::max<int64_t>(1, unit / (bytes * tile));
+        for (int64_t from = 0; from < numel; from += step) {
+            const int64_t to = std::min(from + step, numel);
+            const int64_t parts = std::clamp<int64_t>((to - from) * nodes * node / unit, 1, nodes);
+            const int64_t share = divide_up(nodes, parts);
+            for (int64_t first = 0; first < nodes; first += share) {
+                if (in_unit >= unit) {
+                    schedule.units.push_back(int64_t(schedule.items.size()));
+                    in_unit = 0;
+                }
+                const int64_t last = std::min(first + share, nodes);
+                schedule.items.push_back({r, from, to, first, last});
+                in_unit += (to - from) * ((last - first) * node + row[2] * fisher);
+            }
+        }
+    }
+    schedule.units.push_back(int64_t(schedule.items.size()));
+    return schedule;
+}
+
+// Adds up the counts of one slot and passes them on when another slot's turn comes.
+class Tally {
+  public:
+    explicit Tally(int64_t* counts) : counts_(counts) {}
+    ~Tally() { flush(); }
+    Tally(const Tally&) = delete;
+    Tally& operator=(const Tally&) = delete;
+
+    void add(int64_t slot, const Counts& counts) {
+        if (slot != slot_) {
+            flush();
+            slot_ = slot;
+        }
+        sum_.selected += counts.selected;
+        sum_.zeroed += counts.zeroed;
+        sum_.nonfinite += counts.nonfinite;
+    }
+
+  private:
+    void flush() {
+        const int64_t sums[3] = {sum_.selected, sum_.zeroed, sum_.nonfinite};
+        for (int i = 0; i < 3; ++i) {
+            static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t), "counts are shared as plain integers");
+            auto& count = reinterpret_cast<std::atomic<int64_t>*>(counts_)[3 * slot_ + i];
+            if (sums[i] != 0) count.fetch_add(sums[i], std::memory_order_relaxed);
+        }
+        sum_ = Counts();
+    }
+
+    int64_t* counts_;
+    int64_t slot_ = 0;
+    Counts sum_;
+};
+
+}  // namespace
+
+void run_dampen(const Kernels& kernels, const DampenTable& table, bool write, int threads) {
+    std::fill_n(table.counts, 3 * table.slots, int64_t(0));
+    const Schedule schedule = plan_schedule(table, threads);
+    const int64_t unit_count = int64_t(schedule.units.size()) - 1;
+    threads = int(std::min<int64_t>(threads, unit_count));
+
+    const int64_t theta_bytes = kind_bytes[table.theta_kind], fisher_bytes = kind_bytes[table.fisher_kind];
+    const DampenLoop dampen = kernels.dampen[table.theta_kind][table.fisher_kind];
+    const MergeLoop merge = kernels.merge[table.fisher_kind];
+    const int64_t scratch_bytes = schedule.merges ? tile * fisher_bytes : 0;
+    std::vector<double> scratch(size_t(threads * scratch_bytes / int64_t(sizeof(double))));
+
+    auto do_unit = [&](int64_t u, int thread) {
+        char* const mine = reinterpret_cast<char*>(scratch.data()) + thread * scratch_bytes;
+        Tally tally(table.counts);
+        for (int64_t i = schedule.units[u]; i < schedule.units[u + 1]; ++i) {
+            const Item& item = schedule.items[i];
+            const int64_t* row = table.rows + 5 * item.row;
+            const int64_t* sources = table.sources + row[1];
+            const bool merged_first = needs_merge(table, row);
+            for (int64_t at = item.from; at < item.to;) {
+                const int64_t n = merged_first ? std::min(tile, item.to - at) : item.to - at;
+                const void* merged = reinterpret_cast<const char*>(sources[0]) + at * fisher_bytes;
+                if (merged_first) {
+                    merge(mine, sources, table.weights + row[1], row[2], at, n, table.merge, table.scale);
+                    merged = mine;
+                }
+                for (int64_t t = item.first; t < item.last; ++t) {
+                    const int64_t* target = table.targets + 3 * (row[3] + t);
+                    const int64_t slot = target[2];
+                    const Dampening how{table.alpha[slot], table.lam[slot], table.exponent, table.cap, write};
+                    tally.add(slot, dampen(reinterpret_cast<char*>(target[0]) + at * theta_bytes,
+                                           reinterpret_cast<const char*>(target[1]) + at * fisher_bytes, merged, n, how));
+                }
+                at += n;
+            }
+        }
+    };
+    share_out(unit_count, threads, do_unit);
+}
+
+void run_merge(const Kernels& kernels, int fisher_kind, const int64_t* sources, const double* weights, int64_t count,
+               int merge, double scale, int64_t out, int64_t n, int threads) {
+    const int64_t bytes = kind_bytes[fisher_kind];
+    const int64_t step = divide_up(unit_bytes(n * bytes * (count + 1), threads), bytes * (count + 1));
+    auto do_part = [&](int64_t part, int) {
+        const int64_t from = part * step, length = std::min(step, n - from);
+        kernels.merge[fisher_kind](reinterpret_cast<char*>(out) + from * bytes, sources, weights, count, from, length,
+                                   merge, scale);
+    };
+    share_out(divide_up(n, step), threads, do_part);
+}
+
+void run_accumulate(const Kernels& kernels, const int64_t* pairs, int64_t pair_count, bool square, bool zero,
+                    int threads) {
+    const auto bytes_of = [&](const int64_t* pair) {
+        return (zero ? 2 : 1) * kind_bytes[pair[3]] + 2 * kind_bytes[pair[4]];
+    };
+    int64_t total = 0;
+    for (int64_t p = 0; p < pair_count; ++p) total += pairs[5 * p + 2] * bytes_of(pairs + 5 * p);
+    const int64_t unit = unit_bytes(total, threads);
+
+    std::vector<int64_t> starts;  // pair and element at which each unit begins
+    int64_t in_unit = unit;
+    for (int64_t p = 0; p < pair_count; ++p) {
+        const int64_t* pair = pairs + 5 * p;
+        const int64_t bytes = bytes_of(pair);
+        for (int64_t at = 0; at < pair[2];) {
+            if (in_unit >= unit) {
+                starts.insert(starts.end(), {p, at});
+                in_unit = 0;
+            }
+            const int64_t length = std::min(pair[2] - at, divide_up(unit - in_unit, bytes));
+            in_unit += length * bytes;
+            at += length;
+        }
+    }
+    starts.insert(starts.end(), {pair_count, 0});
+
+    auto do_unit = [&](int64_t u, int) {
+        const int64_t last_pair = starts[2 * u + 2], end = starts[2 * u + 3];
+        int64_t at = starts[2 * u + 1];
+        for (int64_t p = starts[2 * u]; p < last_pair || (p == last_pair && at < end); ++p, at = 0) {
+            const int64_t* pair = pairs + 5 * p;
+            const int64_t stop = p == last_pair ? end : pair[2];
+            char* const gradient = reinterpret_cast<char*>(pair[0]) + at * kind_bytes[pair[3]];
+            char* const into = reinterpret_cast<char*>(pair[1]) + at * kind_bytes[pair[4]];
+            kernels.accumulate[pair[3]][pair[4]](into, gradient, stop - at, square, zero);
+        }
+    };
+    share_out(int64_t(starts.size()) / 2 - 1, threads, do_unit);
+}
+
+}  // namespace fiun

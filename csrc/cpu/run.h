@@ -1,0 +1,34 @@
+// The three operations over work tables: split into items, shared out over threads. fiun_fast/kernels/table.py describes
+// the tables. All addresses and sizes are int64; nothing is checked here, Python has done so.
+#pragma once
+
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace fiun {
+
+struct DampenTable {
+    const int64_t* rows;  // [row_count, 5]: length, first source, K, first target, N
+    int64_t row_count;
+    const int64_t* sources;  // addresses of forget Fishers at the start of their row
+    const double* weights;   // one a source
+    const int64_t* targets;  // [.., 3]: address of theta, address of the original Fisher, slot
+    const double* alpha;     // [slots]
+    const double* lam;       // [slots]
+    int64_t* counts;         // [slots, 3]: selected, zeroed, nonfinite
+    int64_t slots;
+    int theta_kind, fisher_kind, merge;
+    double scale, exponent, cap;
+};
+
+void run_dampen(const Kernels& kernels, const DampenTable& table, bool write, int threads);
+
+void run_merge(const Kernels& kernels, int fisher_kind, const int64_t* sources, const double* weights, int64_t count,
+               int merge, double scale, int64_t out, int64_t n, int threads);
+
+// pairs [pair_count, 5]: address of a gradient, address of its accumulator, length, kind of either
+void run_accumulate(const Kernels& kernels, const int64_t* pairs, int64_t pair_count, bool square, bool zero,
+                    int threads);
+
+}  // namespace fiun

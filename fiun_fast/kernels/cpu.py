@@ -1,0 +1,197 @@
+"""The `cpu` backend: the C++ loops of csrc/cpu over the plan's work table, for tensors in main memory.
+
+It uses `torch.get_num_threads()` threads. The newest instruction set that the CPU has is chosen when it runs;
+FIUN_FAST_ISA names another ("avx512", "avx2", "baseline"). Neither changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from ..errors import BackendError, DTypeError
+from .table import MERGES, DampenTable
+
+name = "cpu"
+
+ISA_ENVIRONMENT = "FIUN_FAST_ISA"
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/cpu/kernels.h
+FISHER_KINDS = {torch.float32: 0, torch.float64: 1}
+IMPORTED_BY = os.getpid()
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    """The extension module, or the reason why there is none."""
+    try:
+        from .. import _cpu
+    except ImportError as error:
+        if getattr(error, "name", None) == "fiun_fast._cpu" or "cannot import name" in str(error):
+            return (
+                "its C++ extension was not built; install a C++17 compiler (g++ or clang++), then run "
+                "`FIUN_FAST_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir` on fiun_fast's source again "
+                "(FIUN_FAST_CPU=1 shows the compiler's errors)"
+            )
+        return f"its C++ extension does not load: {error}"
+    if os.getpid() == IMPORTED_BY:  # in a child of fork, torch's threads are gone
+        _cpu.use_openmp(_openmp_of_torch())
+    return _cpu
+
+
+def _openmp_of_torch() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, 0 for none: csrc/cpu/pool.h says why."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError, TypeError):
+        return 0
+
+
+def why_not(device_type: str) -> str | None:
+    """None for "cpu" where the extension loads; else the reason why this backend cannot be used."""
+    if device_type != "cpu":
+        return "it works on tensors in main memory only"
+    extension = _load()
+    return extension if isinstance(extension, str) else None
+
+
+def isas() -> dict[str, bool]:
+    """The instruction sets that were compiled, newest first, and whether this CPU has them.
+
+    Raises:
+        BackendError: the extension is missing.
+
+    """
+    extension = _extension()
+    usable = extension.usable_isas()
+    return {isa: isa in usable for isa in extension.compiled_isas()}
+
+
+def isa() -> str:
+    """The instruction set in use: the newest of this CPU, or FIUN_FAST_ISA.
+
+    Raises:
+        BackendError: the extension is missing, or FIUN_FAST_ISA names what this CPU does not have.
+
+    """
+    asked = os.environ.get(ISA_ENVIRONMENT, "")
+    try:
+        return _extension().isa(asked)
+    except ValueError as error:
+        raise BackendError(f"{ISA_ENVIRONMENT}: {error}") from None
+
+
+def dampen(table: DampenTable) -> Callable[[bool], None]:
+    """Prepare a launch over the table; the returned function dampens every node, or with dry_run only counts.
+
+    Raises:
+        DTypeError: parameters or Fishers of a dtype that the backend does not take.
+
+    """
+    extension = _extension()
+    theta, fisher = _kind(table.theta_dtype, KINDS), _kind(table.fisher_dtype, FISHER_KINDS)
+    how = MERGES.index(table.merge)
+    rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
+    weights, alpha, lam = (_packed(array, np.float64) for array in (table.weights, table.alpha, table.lam))
+
+    def launch(dry_run: bool) -> None:
+        extension.dampen(
+            rows.ctypes.data,
+            len(rows),
+            sources.ctypes.data,
+            weights.ctypes.data,
+            targets.ctypes.data,
+            alpha.ctypes.data,
+            lam.ctypes.data,
+            table.counts.data_ptr(),
+            len(alpha),
+            theta,
+            fisher,
+            how,
+            table.scale,
+            table.exponent,
+            table.cap,
+            dry_run,
+            torch.get_num_threads(),
+            isa(),
+        )
+
+    return launch
+
+
+def merge(sources: Sequence[torch.Tensor], weights: Sequence[float], how: str, scale: float, out: torch.Tensor) -> None:
+    """Write m = scale * reduce_k (w_k F_k) to `out`; all are flat [n], contiguous, fp32 or all fp64.
+
+    Raises:
+        DTypeError: a dtype that the backend does not take, or not the same everywhere.
+
+    """
+    kind = _kind(out.dtype, FISHER_KINDS)
+    if any(source.dtype != out.dtype for source in sources):
+        raise DTypeError(
+            f"merge: sources of {[str(s.dtype) for s in sources]}, output of {out.dtype}; expected one dtype"
+        )
+    addresses = np.array([source.data_ptr() for source in sources], dtype=np.int64)
+    factors = np.array(weights, dtype=np.float64)
+    _extension().merge(
+        addresses.ctypes.data,
+        factors.ctypes.data,
+        len(addresses),
+        out.data_ptr(),
+        out.numel(),
+        kind,
+        MERGES.index(how),
+        scale,
+        torch.get_num_threads(),
+        isa(),
+    )
+
+
+def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], power: int, zero: bool) -> None:
+    """For each pair: into += |g| (power 1) or g^2 (power 2); with `zero`, g becomes 0 in the same pass.
+
+    Args:
+        gradients: of any shape and strides, in fp32, fp64, bf16 or fp16.
+        into: flat accumulators, contiguous, fp32 or fp64, of as many elements as their gradient.
+        power: 1 or 2.
+        zero: set the gradients to zero.
+
+    Raises:
+        DTypeError: a dtype that the backend does not take.
+
+    """
+    dense = [gradient.detach().contiguous() for gradient in gradients]
+    pairs = np.array(
+        [
+            (g.data_ptr(), total.data_ptr(), total.numel(), _kind(g.dtype, KINDS), _kind(total.dtype, FISHER_KINDS))
+            for g, total in zip(dense, into, strict=True)
+        ],
+        dtype=np.int64,
+    )
+    _extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
+    if zero:
+        for gradient, copy in zip(gradients, dense, strict=True):
+            if gradient.data_ptr() != copy.data_ptr():
+                gradient.detach().zero_()
+
+
+def _extension() -> ModuleType:
+    extension = _load()
+    if isinstance(extension, str):
+        raise BackendError(f"backend 'cpu' cannot be used: {extension}")
+    return extension
+
+
+def _kind(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> int:
+    if dtype not in kinds:
+        raise DTypeError(f"backend 'cpu' takes {', '.join(map(str, kinds))} here, found {dtype}")
+    return kinds[dtype]
+
+
+def _packed(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=dtype)

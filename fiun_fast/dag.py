@@ -119,21 +119,22 @@ class InheritanceDAG:
         except nx.NetworkXUnfeasible:
             cycle = " -> ".join(str(edge[0]) for edge in nx.find_cycle(self.graph))
             raise DagError(f"the inheritance graph has a cycle: {cycle}") from None
-        attributes, above = self.graph.nodes, self.graph.pred
-        masks: dict[str, int] = {}
-        newest: dict[str, float] = {}
+        nodes, children = dict(self.graph.nodes(data=True)), dict(self.graph.adjacency())  # plain dicts: views are slow
+        masks = dict.fromkeys(nodes, 0) | own
+        newest = dict.fromkeys(nodes, -math.inf)
         for name in order:
-            node = attributes[name]
+            node = nodes[name]
             if "model" not in node:
                 raise DagError(f"node {name!r} has no model: add it with add_model")
-            mask, latest = own.get(name, 0), -math.inf
-            for parent in above[name]:
-                mask |= masks[parent]
-                latest = max(latest, newest[parent])
-            time = node.get("time")
-            if time is not None and time < latest:
-                raise DagError(f"node {name!r} has time {time}, but inherits from a model of time {latest}")
-            masks[name], newest[name] = mask, latest if time is None else time
+            mask, latest, time = masks[name], newest[name], node.get("time")
+            if time is not None:
+                if time < latest:
+                    raise DagError(f"node {name!r} has time {time}, but inherits from a model of time {latest}")
+                latest = time
+            for child in children[name]:
+                masks[child] |= mask
+                if newest[child] < latest:
+                    newest[child] = latest
         indices: dict[int, tuple[int, ...]] = {}  # few distinct masks, many nodes
         reached = {}
         for name in self.graph:

@@ -18,13 +18,17 @@ PACKAGES = ("torch", "triton", "numpy", "networkx", "safetensors", "rich", "scik
 
 def examine() -> dict[str, dict[str, str]]:
     """Findings by section, each a name -> text; the same on every call, and nothing is changed."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "GPUs": ", ".join(gpus) or "none that torch can use",
-        "C++ compiler": next((found for c in ("c++", "g++", "clang++", "cl") if (found := shutil.which(c))), "none found"),
+        "C++ compiler": next(
+            (found for c in ("c++", "g++", "clang++", "cl") if (found := shutil.which(c))), "none found"
+        ),
     }
     backends = {}
     for name in kernels.BACKENDS:

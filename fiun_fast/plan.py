@@ -14,7 +14,7 @@ from .errors import ArgumentError
 from .fisher import Fisher, check_number
 from .kernels import select
 from .kernels.table import MERGES, DampenTable, pack_rows
-from .report import NodeReport, Report
+from .report import Report
 from .resolve import Batch, Target, make_group, resolve
 
 PerNode = float | Mapping[str, float]
@@ -56,24 +56,26 @@ class Plan:
         self._build()
 
     def _build(self) -> None:
-        resolved = resolve(self._targets, self._requests, self._on_mismatch)
+        targets = self._targets
+        resolved = resolve(targets, self._requests, self._on_mismatch)
         launches: dict[tuple, list[Batch]] = {}
         for batch in resolved.batches:
             launches.setdefault((batch.device, batch.theta_dtype, batch.fisher_dtype), []).append(batch)
-        self.tables: list[DampenTable] = []
-        self._slots: list[list[int]] = []  # per table: the target of each slot
-        for batches in launches.values():
-            table, slots = self._table(batches)
-            self.tables.append(table)
-            self._slots.append(slots)
-        self.backends = [select(self._backend, table.device.type) for table in self.tables]
-        self._launches = [backend.dampen(table) for backend, table in zip(self.backends, self.tables, strict=True)]
+        backends = [select(self._backend, batches[0].device.type) for batches in launches.values()]
+        tables = [self._table(batches) for batches in launches.values()]
+        self._launches = [backend.dampen(table) for backend, (table, _) in zip(backends, tables, strict=True)]
+        self.tables = [table for table, _ in tables]
+        self._slots = [slots for _, slots in tables]  # per table: the target of each slot
+        self.backends = backends
         self._resolved = resolved
-        self._watched = [t.fisher for t in self._targets] + [r.fisher for r in self._requests]
+        self._watched = [t.fisher for t in targets] + [r.fisher for r in self._requests]
         self._watched_addresses = [fisher.buffer.data_ptr() for fisher in self._watched]
+        origins = {
+            sources: tuple(self._requests[k].origin for k in sources) for sources in {t.sources for t in targets}
+        }
         self._nodes = [
-            NodeReport(t.name, tuple(self._requests[k].origin for k in t.sources), skipped, t.alpha, t.lam, numel)
-            for t, numel, skipped in zip(self._targets, resolved.numels, resolved.skipped, strict=True)
+            (t.name, origins[t.sources], skipped, t.alpha, t.lam, numel)
+            for t, numel, skipped in zip(targets, resolved.numels, resolved.skipped, strict=True)
         ]
 
     def _table(self, batches: list[Batch]) -> tuple[DampenTable, list[int]]:
@@ -131,6 +133,8 @@ class Plan:
         return report
 
     def _moved(self) -> bool:
+        if any(container.get(key) is not module for container, key, module in self._resolved.links):
+            return True
         try:
             addresses = [container[key].data_ptr() for container, key in self._resolved.homes]
         except (KeyError, AttributeError):

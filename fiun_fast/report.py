@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Report:
 
     def __init__(
         self,
-        nodes: list[NodeReport],  # counts still 0
+        nodes: Sequence[tuple],  # what a NodeReport begins with: name, sources, skipped, alpha, lam, numel
         known: frozenset[str],
         counts: list[tuple[torch.Tensor, list[int]]],  # per launch: [slots, 3] counts, index into nodes of each slot
         dry_run: bool,
@@ -75,10 +75,7 @@ class Report:
             for counts, slots in self._pending:
                 for index, row in zip(slots, counts.tolist(), strict=True):
                     totals[index] = [a + b for a, b in zip(totals[index], row, strict=True)]
-            self._read = {
-                n.name: NodeReport(n.name, n.sources, n.skipped, n.alpha, n.lam, n.numel, *total)
-                for n, total in zip(self._nodes, totals, strict=True)
-            }
+            self._read = {n[0]: NodeReport(*n, *total) for n, total in zip(self._nodes, totals, strict=True)}
             self._pending = []
         return self._read
 

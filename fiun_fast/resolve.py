@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .fisher import Fisher
 from .kernels.table import Group
 from .layout import THETA_DTYPES, Layout
-from .memory import check_disjoint, span
+from .memory import check_disjoint
 
 Home = tuple[Mapping[str, torch.Tensor], str]  # where a parameter lives: the container that owns it, and its key there
+Link = tuple[
+    Mapping[str, torch.nn.Module | None], str, torch.nn.Module
+]  # a submodule on the way: container, key, itself
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Match:
     offsets: np.ndarray  # [S] int64, in the original Fisher
     sources: tuple[tuple[int, ...], ...]  # [S] requests whose Fisher has the segment
     skipped: tuple[str, ...]  # names left out, by on_mismatch="skip"
+    numel: int  # of all segments together
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Resolved:
 
     batches: list[Batch]
     homes: list[Home]
+    links: list[Link]
     parameters: list[torch.Tensor]  # beside homes
     addresses: list[int]  # beside homes
     numels: list[int]  # elements compared, per target
@@ -83,14 +89,14 @@ def resolve(targets: list[Target], requests: list[ForgetRequest], on_mismatch: s
     """
     matches: dict[tuple[Layout, tuple[int, ...]], Match] = {}
     batches: dict[tuple, Batch] = {}
-    outcome = Resolved([], [], [], [], [], [])
+    outcome = Resolved([], [], [], [], [], [], [])
     for index, target in enumerate(targets):
         key = (target.fisher.layout, target.sources)
         match = matches.get(key)
         if match is None:
             match = matches[key] = _match(target, requests, on_mismatch)
         _check_fishers(target, requests)
-        own = homes(target.model, match.names)
+        own = _find(target.model, match.names, outcome.links)
         thetas: list[torch.Tensor] = []
         addresses: list[int] = []
         parts: dict[tuple, list[int]] = {}
@@ -115,7 +121,7 @@ def resolve(targets: list[Target], requests: list[ForgetRequest], on_mismatch: s
             batch.nodes.append(index)
             batch.thetas.append(thetas if whole else [thetas[s] for s in segments])
             batch.addresses.append(addresses if whole else [addresses[s] for s in segments])
-        outcome.numels.append(int(match.numels.sum()))
+        outcome.numels.append(match.numel)
         outcome.skipped.append(match.skipped)
     outcome.batches.extend(batches.values())
     _check_memory(targets, requests, outcome)
@@ -144,16 +150,32 @@ def make_group(
     )
 
 
-def homes(model: Model, names: tuple[str, ...]) -> Mapping[str, Home]:
-    """Where each parameter lives, so that a plan can see it replaced: name -> (container, key in it)."""
-    if isinstance(model, torch.nn.Module):
-        return {
-            f"{prefix}.{key}" if prefix else key: (module._parameters, key)
-            for prefix, module in model.named_modules(remove_duplicate=False)
-            for key, p in module._parameters.items()
-            if p is not None
-        }
-    return {name: (model, name) for name in names if name in model}
+def _find(model: Model, names: tuple[str, ...], links: list[Link]) -> Mapping[str, Home]:
+    """Where each parameter lives, as far as it exists; `links` gets the submodules on the way.
+
+    A plan watches both, so that neither a parameter nor a whole submodule is replaced without its notice.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return {name: (model, name) for name in names if name in model}
+    found: dict[str, Home] = {}
+    owners: dict[str, torch.nn.Module | None] = {"": model}
+    for name in names:
+        path, _, key = name.rpartition(".")
+        if path not in owners:
+            owner, walked = model, ""
+            for part in path.split("."):
+                walked = f"{walked}.{part}" if walked else part
+                child = owner._modules.get(part)
+                if child is None:
+                    break
+                if walked not in owners:
+                    links.append((owner._modules, part, child))
+                    owners[walked] = child
+                owner = child
+            owners.setdefault(path, None)
+        if (module := owners[path]) is not None and module._parameters.get(key) is not None:
+            found[name] = (cast(Mapping[str, torch.Tensor], module._parameters), key)
+    return found
 
 
 def _match(target: Target, requests: list[ForgetRequest], on_mismatch: str) -> Match:
@@ -189,6 +211,7 @@ def _match(target: Target, requests: list[ForgetRequest], on_mismatch: str) -> M
         offsets=np.array([s.offset for s in kept], dtype=np.int64),
         sources=tuple(sources),
         skipped=tuple(skipped),
+        numel=sum(s.numel for s in kept),
     )
 
 
@@ -237,7 +260,8 @@ def _check_memory(targets: list[Target], requests: list[ForgetRequest], outcome:
     order = np.argsort(start)
     start, end = start[order], end[order]
     fishers = [t.fisher for t in targets] + [r.fisher for r in requests]
-    first, last = np.array([span(fisher.buffer) for fisher in fishers]).T
+    first = np.array([fisher.buffer.data_ptr() for fisher in fishers])
+    last = first + np.array([fisher.buffer.nbytes for fisher in fishers])
     at = np.searchsorted(end, first, side="right")  # the first parameter that ends after each Fisher begins
     clash = np.flatnonzero((at < len(start)) & (start[np.minimum(at, len(start) - 1)] < last))
     if clash.size:

@@ -27,7 +27,7 @@ IMPORTED_BY = os.getpid()
 
 
 @functools.cache
-def _load() -> ModuleType | str:
+def load() -> ModuleType | str:
     """The extension module, or the reason why there is none."""
     try:
         from .. import _cpu
@@ -40,11 +40,19 @@ def _load() -> ModuleType | str:
             )
         return f"its C++ extension does not load: {error}"
     if os.getpid() == IMPORTED_BY:  # in a child of fork, torch's threads are gone
-        _cpu.use_openmp(_openmp_of_torch())
+        _cpu.use_openmp(openmp_of_torch())
     return _cpu
 
 
-def _openmp_of_torch() -> int:
+def extension() -> ModuleType:
+    """The extension module; a BackendError where there is none."""
+    module = load()
+    if isinstance(module, str):
+        raise BackendError(f"backend 'cpu' cannot be used: {module}")
+    return module
+
+
+def openmp_of_torch() -> int:
     """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, 0 for none: csrc/cpu/pool.h says why."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
@@ -56,8 +64,8 @@ def why_not(device_type: str) -> str | None:
     """None for "cpu" where the extension loads; else the reason why this backend cannot be used."""
     if device_type != "cpu":
         return "it works on tensors in main memory only"
-    extension = _load()
-    return extension if isinstance(extension, str) else None
+    module = load()
+    return module if isinstance(module, str) else None
 
 
 def isas() -> dict[str, bool]:
@@ -67,9 +75,8 @@ def isas() -> dict[str, bool]:
         BackendError: the extension is missing.
 
     """
-    extension = _extension()
-    usable = extension.usable_isas()
-    return {isa: isa in usable for isa in extension.compiled_isas()}
+    usable = extension().usable_isas()
+    return {isa: isa in usable for isa in extension().compiled_isas()}
 
 
 def isa() -> str:
@@ -81,7 +88,7 @@ def isa() -> str:
     """
     asked = os.environ.get(ISA_ENVIRONMENT, "")
     try:
-        return _extension().isa(asked)
+        return extension().isa(asked)
     except ValueError as error:
         raise BackendError(f"{ISA_ENVIRONMENT}: {error}") from None
 
@@ -93,14 +100,14 @@ def dampen(table: DampenTable) -> Callable[[bool], None]:
         DTypeError: parameters or Fishers of a dtype that the backend does not take.
 
     """
-    extension = _extension()
+    module = extension()
     theta, fisher = _kind(table.theta_dtype, KINDS), _kind(table.fisher_dtype, FISHER_KINDS)
     how = MERGES.index(table.merge)
     rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
     weights, alpha, lam = (_packed(array, np.float64) for array in (table.weights, table.alpha, table.lam))
 
     def launch(dry_run: bool) -> None:
-        extension.dampen(
+        module.dampen(
             rows.ctypes.data,
             len(rows),
             sources.ctypes.data,
@@ -138,7 +145,7 @@ def merge(sources: Sequence[torch.Tensor], weights: Sequence[float], how: str, s
         )
     addresses = np.array([source.data_ptr() for source in sources], dtype=np.int64)
     factors = np.array(weights, dtype=np.float64)
-    _extension().merge(
+    extension().merge(
         addresses.ctypes.data,
         factors.ctypes.data,
         len(addresses),
@@ -173,18 +180,11 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
         ],
         dtype=np.int64,
     )
-    _extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
+    extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
     if zero:
         for gradient, copy in zip(gradients, dense, strict=True):
             if gradient.data_ptr() != copy.data_ptr():
                 gradient.detach().zero_()
-
-
-def _extension() -> ModuleType:
-    extension = _load()
-    if isinstance(extension, str):
-        raise BackendError(f"backend 'cpu' cannot be used: {extension}")
-    return extension
 
 
 def _kind(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> int:

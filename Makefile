@@ -5,7 +5,7 @@ TORCH  ?= 2.13.0
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo test lint bench wheel docs sanitize clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots wheel docs sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,11 +29,23 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## benchmarks, written to bench/results/
-	$(BIN)/python -m pytest bench --benchmark-only
+bench: install  ## benchmarks, about a quarter of an hour; prints the table, writes bench/results/
+	$(BIN)/python -m pytest bench -q
+
+bench-quick: install  ## smaller sizes, under three minutes; what bench-check compares with
+	$(BIN)/python -m pytest bench -q --mode quick
+
+bench-check: install  ## have ratios dropped by more than 30 % since the committed quick results?
+	$(BIN)/python bench/check.py
+
+plots: install  ## pictures in docs/img/ and tables in README.md and docs/performance.md, from committed results
+	$(BIN)/python bench/plots.py
 
 wheel: install  ## a wheel for this Python in dist/
 	$(BIN)/python -m build --wheel --outdir dist .
+
+sanitize: install  ## the C++ and CUDA sources under AddressSanitizer and UndefinedBehaviorSanitizer, on the CPU
+	bash tests/cpp/sanitize.sh
 
 docs: $(STAMP)  ## the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet ".[docs]"

@@ -1,17 +1,26 @@
-"""Builds the optional C++ extension fiun_fast._cpu; all else about the package is in pyproject.toml.
+"""Builds the optional C++ extensions fiun_fast._cpu and _cuda; all else about the package is in pyproject.toml.
 
-FIUN_FAST_CPU=0 leaves it out, FIUN_FAST_CPU=1 makes a failure to build it an error (for wheels). Without either, a
-machine with no C++ compiler gets a package that works on the reference backend, and `fiun-fast doctor` says so.
+FIUN_FAST_CPU=0 or FIUN_FAST_CUDA=0 leaves one out, 1 makes a failure to build it an error (for wheels). Without either,
+what cannot be built is left out, and `fiun-fast doctor` says what is missing. nvcc is looked for on PATH and in
+CUDA_HOME. FIUN_FAST_CUDA_ARCHS, as "80,90,90+PTX", names the GPU architectures; else a wheel gets all of
+ARCHS that the toolkit knows and PTX for the newest, an editable install code and PTX for the first.
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CHOICE = os.environ.get("FIUN_FAST_CPU", "")
+ROOT = Path(__file__).parent
+CHOICE = {kind: os.environ.get(f"FIUN_FAST_{kind.upper()}", "") for kind in ("cpu", "cuda")}
+NEEDS = {"cpu": "a C++17 compiler (g++ or clang++)", "cuda": "the CUDA toolkit 12.8 or newer (docs/clusters.md)"}
 
 # The bits of each step are part of the contract: no contraction to fused multiply-adds, nothing of fast-math even if
 # CXXFLAGS ask for it. The last two -fno change no result; they let the compiler vectorise what has selects.
@@ -20,47 +29,71 @@ GNU = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread", *ARITHMETI
 MSVC = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 WINDOWS = sys.platform == "win32"
 
+ARCHS = ("80", "86", "89", "90", "100", "120")
+CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "--threads=2"]
 
-class BuildCpu(build_ext):
-    """Says plainly what the package can do when the extension cannot be built."""
+
+class Build(build_ext):
+    """Says plainly what is missing when an extension cannot be built; nvcc builds the one for CUDA."""
+
+    def run(self) -> None:
+        """Build all."""
+        self.local = self.inplace or self.editable_mode  # inplace is reset on the way to build_extension
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link, or warn."""
+        kind = ext.name.rpartition("_")[2]
         try:
-            super().build_extension(ext)
+            self.build_cuda(ext) if kind == "cuda" else super().build_extension(ext)
         except Exception as error:
-            if CHOICE == "1":
+            if CHOICE[kind] == "1":
                 raise
-            self.warn(
-                f"{ext.name} could not be built ({error}); fiun_fast works without it, on the slower reference backend. "
-                "To have it, install a C++17 compiler (g++ or clang++) and install fiun_fast again."
-            )
+            self.warn(f"{ext.name} could not be built ({error}); fiun_fast works without the {kind} backend. "
+                      f"To have it, install {NEEDS[kind]} and install fiun_fast again.")  # fmt: skip
+
+    def build_cuda(self, ext: Extension) -> None:
+        """Compile each source for all architectures, several at once, and link with the static CUDA runtime."""
+        known = re.findall(r"sm_(\d+)", subprocess.check_output([str(NVCC), "--list-gpu-code"], text=True))
+        archs = [arch for arch in ARCHS if arch in known][: 1 if self.local else None]
+        archs = re.findall(r"\d+(?:\+PTX)?", os.environ.get("FIUN_FAST_CUDA_ARCHS", "")) or [*archs, f"{archs[-1]}+PTX"]
+        code = [f"-gencode=arch=compute_{n},code={'compute' if ptx else 'sm'}_{n}"
+                for n, _, ptx in (arch.partition("+") for arch in archs)]  # fmt: skip
+        include = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
+        flags = [*NVCC_FLAGS, *code, *include, f'-DFIUN_CUDA_ARCHS="{",".join(archs)}"']
+        folder, target = Path(self.build_temp, "cuda"), Path(self.get_ext_fullpath(ext.name))
+        self.mkpath(str(folder))
+        self.mkpath(str(target.parent))
+
+        def compiled(source: str) -> str:
+            made = f"{folder / Path(source).name}.o"
+            subprocess.run([str(NVCC), *flags, "-c", source, "-o", made], check=True)
+            return made
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, len(ext.sources))) as pool:
+            objects = list(pool.map(compiled, ext.sources))
+        link = [str(NVCC), "-shared", "-cudart=static", "-Xlinker=-s", *code, "-o", str(target)]
+        subprocess.run([*link, *objects], check=True)
 
 
-def extensions() -> list[Extension]:
-    """The CPU extension, unless it is not wanted or pybind11 is missing."""
-    if CHOICE == "0":
-        return []
+def extension(kind: str, **options: list[str]) -> list[Extension]:
+    """The extension fiun_fast._<kind>, unless it is not wanted or cannot be built."""
+    files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*"))]
+    sources = [file for file in files if Path(file).parent.name == kind and file.endswith((".cpp", ".cu"))]
+    missing = "nvcc" if kind == "cuda" and not NVCC else ""
     try:
-        import pybind11
+        from pybind11 import get_include
     except ImportError:
-        if CHOICE == "1":
-            raise
-        print("fiun_fast: pybind11 is not installed, so the cpu backend is left out", file=sys.stderr)
+        missing = "pybind11"
+    if missing and CHOICE[kind] == "1":
+        raise SystemExit(f"FIUN_FAST_{kind.upper()}=1, but {missing} was not found: install {NEEDS[kind]} and pybind11")
+    if missing or CHOICE[kind] == "0":
         return []
-    root = Path(__file__).parent
-    return [
-        Extension(
-            "fiun_fast._cpu",
-            sources=sorted(str(path.relative_to(root)) for path in (root / "csrc" / "cpu").glob("*.cpp")),
-            depends=sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob("*.h")),
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=MSVC if WINDOWS else GNU,
-            extra_link_args=[] if WINDOWS else ["-pthread"],
-            language="c++",
-            optional=CHOICE != "1",
-        )
-    ]
+    options |= {"sources": sources, "depends": files, "include_dirs": [get_include()]}
+    return [Extension(f"fiun_fast._{kind}", language="c++", optional=CHOICE[kind] != "1", **options)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCpu})
+CPU = {"extra_compile_args": MSVC} if WINDOWS else {"extra_compile_args": GNU, "extra_link_args": ["-pthread"]}
+setup(ext_modules=[*extension("cpu", **CPU), *extension("cuda")], cmdclass={"build_ext": Build})

@@ -32,13 +32,18 @@ def examine() -> dict[str, dict[str, str]]:
     }
     backends = {}
     for name in kernels.BACKENDS:
-        reasons = {kind: kernels.load(name).why_not(kind) for kind in (["cpu", "cuda"] if gpus else ["cpu"])}
+        kinds = ["cuda"] if name == "cuda" else ["cpu", "cuda"] if gpus else ["cpu"]
+        reasons = {kind: kernels.load(name).why_not(kind) for kind in kinds}
         works = [kind for kind, reason in reasons.items() if reason is None]
         backends[name] = f"works on {', '.join(works)}" if works else f"no: {next(iter(reasons.values()))}"
         if name == "cpu" and works:
             from .kernels import cpu
 
             backends[name] += f", instruction set {cpu.isa()} (compiled: {', '.join(cpu.isas())})"
+        if name == "cuda":
+            from .kernels import cuda
+
+            backends[name] += cuda.contents()
     defaults = {}
     for kind in ["cpu", "cuda"] if gpus else ["cpu"]:
         try:

@@ -69,7 +69,7 @@ def test_nothing_falls_back_silently(monkeypatch):
         kernels.select("cpu", "cuda")
     from fiun_fast.kernels import cpu
 
-    monkeypatch.setattr(cpu, "_load", lambda: "its C++ extension was not built; install a C++17 compiler")
+    monkeypatch.setattr(cpu, "why_not", lambda device_type: "its C++ extension was not built; install a C++17 compiler")
     assert kernels.select(None, "cpu").name == "reference"  # the documented default where there is no compiler
     with pytest.raises(ff.BackendError, match=r"not: cpu: its C\+\+ extension was not built"):
         kernels.select("cpu", "cpu")
@@ -84,7 +84,7 @@ def test_doctor(capsys, monkeypatch):
     assert "works on cpu" in capsys.readouterr().out
     from fiun_fast.kernels import cpu
 
-    monkeypatch.setattr(cpu, "_load", lambda: "its C++ extension was not built; install a C++17 compiler")
+    monkeypatch.setattr(cpu, "why_not", lambda device_type: "its C++ extension was not built; install a C++17 compiler")
     assert doctor.examine()["backends"]["cpu"] == "no: its C++ extension was not built; install a C++17 compiler"
 
 

@@ -162,7 +162,7 @@ def test_numbers_per_node():
         n: ff.plan(dag, requests, alpha=a, lam=0.3).run_(dry_run=True)[n].selected for n, a in zip("abcd", [1, 2, 3, 4])
     }
     alphas = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}
-    report = ff.plan(dag, requests, alpha=alphas, lam={n: 0.3 for n in "abcd"}).run_()
+    report = ff.plan(dag, requests, alpha=alphas, lam=dict.fromkeys("abcd", 0.3)).run_()
     assert {n.name: n.selected for n in report} == alone
     assert report["c"].alpha == 3
     assert report["c"].lam == 0.3

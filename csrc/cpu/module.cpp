@@ -13,50 +13,21 @@ using namespace fiun;
 
 namespace {
 
-// From the newest to what always works.
-std::vector<const Kernels*> compiled() {
-#ifdef FIUN_X86
-    return {&avx512::kernels, &avx2::kernels, &baseline::kernels};
-#else
-    return {&baseline::kernels};
-#endif
-}
-
-bool runs_here(const Kernels* kernels) {
-#ifdef FIUN_X86
-    __builtin_cpu_init();
-    if (kernels == &avx2::kernels) return __builtin_cpu_supports("avx2");
-    if (kernels == &avx512::kernels) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    }
-#endif
-    return kernels == &baseline::kernels;
-}
-
 const Kernels& choose(const std::string& isa) {
-    static const Kernels* best = [] {
-        for (const Kernels* kernels : compiled()) {
-            if (runs_here(kernels)) return kernels;
-        }
-        return &baseline::kernels;
-    }();
-    if (isa.empty()) return *best;
-    std::string usable;
-    for (const Kernels* kernels : compiled()) {
-        if (!runs_here(kernels)) continue;
+    static const std::vector<const Kernels*> usable = usable_kernels();
+    if (isa.empty()) return *usable.front();
+    std::string names;
+    for (const Kernels* kernels : usable) {
         if (isa == kernels->isa) return *kernels;
-        usable += usable.empty() ? kernels->isa : std::string(", ") + kernels->isa;
+        names += names.empty() ? kernels->isa : std::string(", ") + kernels->isa;
     }
-    throw std::invalid_argument("instruction set '" + isa + "' is not usable here; usable: " + usable);
+    throw std::invalid_argument("instruction set '" + isa + "' is not usable here; usable: " + names);
 }
 
-py::list names(bool only_usable) {
-    py::list list;
-    for (const Kernels* kernels : compiled()) {
-        if (!only_usable || runs_here(kernels)) list.append(kernels->isa);
-    }
-    return list;
+py::list names(const std::vector<const Kernels*>& list) {
+    py::list names;
+    for (const Kernels* kernels : list) names.append(kernels->isa);
+    return names;
 }
 
 template <class T>
@@ -89,8 +60,8 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     using py::arg;
     const auto free_gil = py::call_guard<py::gil_scoped_release>();
     module.def("isa", [](const std::string& isa) { return choose(isa).isa; }, arg("isa") = "");
-    module.def("usable_isas", [] { return names(true); });
-    module.def("compiled_isas", [] { return names(false); });
+    module.def("usable_isas", [] { return names(usable_kernels()); });
+    module.def("compiled_isas", [] { return names(compiled_kernels()); });
     module.def("use_openmp", &use_openmp, arg("address"));
     module.def("dampen", &dampen, free_gil, arg("rows"), arg("row_count"), arg("sources"), arg("weights"),
                arg("targets"), arg("alpha"), arg("lam"), arg("counts"), arg("slots"), arg("theta_kind"),

@@ -4,9 +4,15 @@
 
 #include <stdint.h>
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace fiun {
+
+// Instruction sets from the newest to the baseline: those compiled, and those among them that this CPU has.
+std::vector<const Kernels*> compiled_kernels();
+std::vector<const Kernels*> usable_kernels();
 
 struct DampenTable {
     const int64_t* rows;  // [row_count, 5]: length, first source, K, first target, N

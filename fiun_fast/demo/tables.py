@@ -31,7 +31,7 @@ def nodes_table(case: Case) -> Table:
     )
     table.add_column("node", no_wrap=True)
     table.add_column("parents", style="dim")
-    for name in ("forgotten %", "rest %", "retrained %", "α", "λ", "hit"):
+    for name in ("forgotten %", "rest %", "retrained %", "α", "λ", "sel."):
         table.add_column(name, justify="right", no_wrap=True)
     for row in case.rows:
         if not row.forget:
@@ -60,7 +60,8 @@ def times_table(case: Case) -> Table:
     table.add_column("", style="dim")
     for key, remark in TIMES:
         if key in case.seconds:
-            table.add_row(key, f"{1e3 * case.seconds[key]:,.2f}", remark)
+            ms = 1e3 * case.seconds[key]
+            table.add_row(key, f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}", remark)
     return table
 
 

@@ -20,8 +20,8 @@ import torch
 
 from ..errors import BackendError
 
-BACKENDS = ("reference", "cpu")
-DEFAULTS = {"cpu": ("cpu", "reference")}  # device type -> in order of preference
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}  # device type -> in order of preference
 ENVIRONMENT = "FIUN_FAST_BACKEND"
 
 _chosen: str | None = None

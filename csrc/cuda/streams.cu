@@ -1,0 +1,96 @@
+// The kernels that walk through spans: merge several Fishers into one, accumulate gradients into a Fisher.
+#include "lanes.h"
+#include "run.h"
+
+namespace fiun {
+namespace FIUN_ISA {
+
+template <class F>
+struct MergeStep {
+    const MergeArgs& args;
+
+    FIUN_DEVICE void enter(int) const {}
+
+    template <int unit, int units>
+    FIUN_DEVICE void step(int64_t at, int left) const {
+        constexpr int stride = warp_threads * unit;
+        const Merge how = Merge(args.merge);
+        F merged[units][unit];
+        merge_units<false>(args.sources, args.weights, args.count, how, at, left, merged);
+        if (args.finish) finish_units(args.total, F(args.scale), how, merged);
+        F* out = reinterpret_cast<F*>(args.out) + at;
+#pragma unroll
+        for (int u = 0; u < units; ++u) {
+            if (u * stride < left) store(out + u * stride, merged[u]);
+        }
+    }
+};
+
+template <class F>
+__global__ void __launch_bounds__(block_threads) merge(const __grid_constant__ MergeArgs args) {
+    MergeStep<F> body{args};
+    walk_all<F, F>(args.walk, body);
+}
+
+template <class T, class F>
+struct AccumulateStep {
+    const AccumulateArgs& args;
+    T* gradient;
+    F* into;
+
+    FIUN_DEVICE void enter(int span) {
+        gradient = reinterpret_cast<T*>(args.gradients[span]);
+        into = reinterpret_cast<F*>(args.into[span]);
+    }
+
+    template <int unit, int units>
+    FIUN_DEVICE void step(int64_t at, int left) const {
+        constexpr int stride = warp_threads * unit;
+        T g[units][unit];
+        F total[units][unit];
+#pragma unroll
+        for (int u = 0; u < units; ++u) {
+            clear(g[u]);
+            clear(total[u]);
+            if (u * stride < left) {
+                load<false>(gradient + at + u * stride, g[u]);
+                load<false>(into + at + u * stride, total[u]);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < units; ++u) {
+            if (u * stride >= left) break;
+#pragma unroll
+            for (int i = 0; i < unit; ++i) total[u][i] = accumulated(total[u][i], F(widen(g[u][i])), args.square);
+            store(into + at + u * stride, total[u]);
+            clear(g[u]);
+            if (args.zero) store(gradient + at + u * stride, g[u]);
+        }
+    }
+};
+
+template <class T, class F>
+__global__ void __launch_bounds__(block_threads) accumulate(const __grid_constant__ AccumulateArgs args) {
+    AccumulateStep<T, F> body{args, nullptr, nullptr};
+    walk_all<T, F>(args.walk, body);
+}
+
+}  // namespace FIUN_ISA
+
+MergeKernel merge_kernel(int fisher_kind) {
+    using namespace FIUN_ISA;
+    static constexpr MergeKernel kernels[fisher_kinds] = {merge<float>, merge<double>};
+    return kernels[fisher_kind];
+}
+
+AccumulateKernel accumulate_kernel(int gradient_kind, int fisher_kind) {
+    using namespace FIUN_ISA;
+    static constexpr AccumulateKernel kernels[theta_kinds][fisher_kinds] = {
+        {accumulate<float, float>, accumulate<float, double>},
+        {accumulate<double, float>, accumulate<double, double>},
+        {accumulate<bf16, float>, accumulate<bf16, double>},
+        {accumulate<fp16, float>, accumulate<fp16, double>}};
+    return kernels[gradient_kind][fisher_kind];
+}
+
+}  // namespace fiun

@@ -1,0 +1,43 @@
+# csrc/cuda/module.cpp: addresses, sizes and a stream in; kinds are 0 fp32, 1 fp64, 2 bf16, 3 fp16.
+
+architectures: str
+toolkit_version: int
+tile_bytes: int
+tile_targets: int
+
+def driver_version() -> int: ...
+def capabilities() -> list[int]: ...
+def tile_shape(theta_kind: int, fisher_kind: int) -> tuple[int, int]: ...
+def resident_warps(device: int, theta_kind: int, fisher_kind: int, with_exponent: bool) -> int: ...
+def dampen(
+    device: int,
+    tiles: int,
+    tile_count: int,
+    sources: int,
+    weights: int,
+    targets: int,
+    limits: int,
+    counts: int,
+    slots: int,
+    theta_kind: int,
+    fisher_kind: int,
+    merge: int,
+    scale: float,
+    exponent: float,
+    cap: float,
+    dry_run: bool,
+    stream: int,
+) -> None: ...
+def merge(
+    device: int,
+    sources: int,
+    weights: int,
+    count: int,
+    out: int,
+    n: int,
+    fisher_kind: int,
+    how: int,
+    scale: float,
+    stream: int,
+) -> None: ...
+def accumulate(device: int, pairs: int, pair_count: int, square: bool, zero: bool, stream: int) -> None: ...

@@ -1,0 +1,256 @@
+"""Device code of the Triton backend; triton.py launches it. docs/kernels.md has the traffic, tiles and SASS figures.
+
+Every tensor is reached through an int64 address from a table, so one launch serves any number of tensors. A tile is a
+matrix [BLOCK / VECTOR, VECTOR] of consecutive elements: one thread owns whole rows of it, a row is one 16-byte access,
+and a mask that is constant along a row keeps it one access. Tiles whose addresses or length do not divide by 16 bytes
+run the same code with VECTOR = 1: 4-byte accesses, still coalesced over the warp.
+
+Bits: `tl.div_rn` is IEEE division, and the launch sets enable_fp_fusion=False, so that no product is contracted into a
+sum. SOFT is set under the interpreter only, whose bfloat16 conversion rounds wrongly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _pointer(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Element `start` of the tensor at `address`. Only a hint after the cast makes accesses wider than 4 bytes."""
+    pointer = address.to(tl.pointer_type(DTYPE), bitcast=True) + start
+    if VECTOR > 1:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _tile(length, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets [BLOCK / VECTOR, VECTOR] and their mask; with VECTOR > 1 `length` is a multiple of VECTOR."""
+    rows = tl.arange(0, BLOCK // VECTOR)[:, None]
+    offsets = rows * VECTOR + tl.arange(0, VECTOR)[None, :]
+    return offsets, tl.broadcast_to(rows < length // VECTOR, [BLOCK // VECTOR, VECTOR])
+
+
+@triton.jit
+def _widen(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
+    if SOFT and x.dtype == tl.bfloat16:
+        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x
+    return wide.to(DTYPE)
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
+    """Round to nearest even; x is float32 where DTYPE is a half."""
+    if SOFT and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        narrow = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = x.to(DTYPE)
+    return narrow
+
+
+@triton.jit
+def _divide(x, y, DTYPE: tl.constexpr):
+    if tl.float64 == DTYPE:
+        quotient = x / y  # div_rn is float32 only; the float64 division instruction is IEEE anyway
+    else:
+        quotient = tl.div_rn(x, y)
+    return quotient
+
+
+@triton.jit
+def _merge(
+    sources, weights, start, count, scale, offsets, mask,
+    FISHER: tl.constexpr, MERGE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """m = scale * reduce_k (w_k F_k) of one tile, padding 0. A factor of 1 changes no bits, so none is skipped."""
+    merged = tl.load(_pointer(tl.load(sources), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
+    merged = merged * tl.load(weights)
+    for k in range(1, count):
+        term = tl.load(_pointer(tl.load(sources + k), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
+        term = term * tl.load(weights + k)
+        merged = tl.maximum(merged, term, propagate_nan=tl.PropagateNan.ALL) if MERGE == "max" else merged + term
+    if MERGE == "mean":
+        merged = _divide(merged, tl.zeros_like(merged) + count.to(FISHER), FISHER)
+    return merged * scale
+
+
+@triton.jit
+def _count(flags):
+    return tl.sum(tl.sum(flags.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
+def _tally(counter, amount):
+    """One relaxed atomic without a result, and none for 0. The default order would fence every tile."""
+    tl.atomic_add(counter, amount.to(tl.int64), mask=amount > 0, sem="relaxed")
+
+
+@triton.jit
+def _dampen_tile(
+    tile, start, length, sources, weights, targets, limits, numbers, counts, write,
+    FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    offsets, mask = _tile(length, BLOCK, VECTOR)
+    first_source, source_count = tl.load(tile + 2), tl.load(tile + 3).to(tl.int32)
+    first_target, target_count = tl.load(tile + 4), tl.load(tile + 5).to(tl.int32)
+    scale, exponent, cap = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    merged = _merge(
+        sources + first_source, weights + first_source, start, source_count, scale, offsets, mask, FISHER, MERGE, VECTOR
+    )
+    for n in range(0, target_count):
+        target = targets + (first_target + n) * 3
+        limit = limits + (first_target + n) * 2
+        # everything that an address or a number is needed for is on its way before the first use of any
+        theta_address, original_address, slot = tl.load(target), tl.load(target + 1), tl.load(target + 2)
+        alpha, lam = tl.load(limit), tl.load(limit + 1)
+        original = _pointer(original_address, start, FISHER, VECTOR) + offsets
+        original = tl.load(original, mask=mask, other=0.0, eviction_policy="evict_first")
+        selected = merged > original * alpha  # never true in the padding, where both are 0
+        finite = (tl.abs(merged) < float("inf")) & (tl.abs(original) < float("inf"))
+        both = _count(selected.to(tl.int32) + tl.where(finite, 0, 65536))  # one reduction for two counts
+        counter = counts + slot * 3
+        _tally(counter, both & 65535)
+        _tally(counter + 2, both >> 16)
+        if (both & 65535) > 0:
+            # theta is touched where a 16-byte access holds something selected; its other bits are put back as read
+            touched = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
+            touched = tl.broadcast_to(touched, [BLOCK // VECTOR, VECTOR])
+            theta = _pointer(theta_address, start, THETA, VECTOR) + offsets
+            before = tl.load(theta, mask=touched)
+            factor = _divide(original * lam, merged, FISHER)
+            if POWER:
+                # in float64 the logarithm's error, times a large exponent, stays far below a float32 ulp
+                powered = tl.exp2(exponent.to(tl.float64) * tl.log2(factor.to(tl.float64))).to(FISHER)
+                factor = tl.where(original == 0, 0.0, tl.where(exponent == 0, 1.0, powered))
+            factor = tl.where(merged == float("inf"), 0.0, tl.minimum(factor, cap)).to(COMPUTE)
+            after = _narrow(_widen(before, COMPUTE, SOFT) * factor, THETA, SOFT)
+            if write != 0:
+                tl.store(theta, tl.where(selected, after, before), mask=touched)
+            _tally(counter + 1, _count(selected & (_widen(after, COMPUTE, SOFT) == 0)))
+
+
+@triton.jit(do_not_specialize=["write"])
+def dampen(
+    tiles,  # [T, 7] int64: start, length, first source, K, first target, N, aligned
+    sources,  # [sum K] int64 addresses
+    weights,  # [sum K] FISHER
+    targets,  # [sum N, 3] int64: address of theta, address of I, slot
+    limits,  # [sum N, 2] FISHER: alpha, lambda
+    numbers,  # [3] FISHER: scale, exponent, cap; Triton would pass a Python float as float32
+    counts,  # [slots, 3] int64, added to
+    write,  # 0: count only
+    FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """One program a tile: merge its forget Fishers once, then dampen its share of the group's nodes."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 7
+    start, length = tl.load(tile), tl.load(tile + 1).to(tl.int32)
+    if tl.load(tile + 6) != 0:
+        _dampen_tile(
+            tile, start, length, sources, weights, targets, limits, numbers, counts, write,
+            FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK, VECTOR, SOFT,
+        )  # fmt: skip
+    else:
+        for done in range(0, length, BLOCK // 2):  # in halves: an address for each element takes twice the registers
+            _dampen_tile(
+                tile, start + done, tl.minimum(length - done, BLOCK // 2), sources, weights, targets, limits, numbers, counts,
+                write, FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK // 2, 1, SOFT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_tile(
+    sources, weights, out, start, count, source_count, numbers,
+    FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    offsets, mask = _tile(count, BLOCK, VECTOR)
+    merged = _merge(sources, weights, start, source_count, tl.load(numbers), offsets, mask, FISHER, MERGE, VECTOR)
+    tl.store(_pointer(out, start, FISHER, VECTOR) + offsets, merged, mask=mask)
+
+
+@triton.jit(do_not_specialize=["out", "numel", "source_count", "aligned"])
+def merge(
+    sources,  # [K] int64 addresses
+    weights,  # [K] FISHER
+    numbers,  # [1] FISHER: scale
+    out,  # address
+    numel,
+    source_count,
+    aligned,  # 1: all addresses divide by 16
+    FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of BLOCK elements of `out`."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    count = tl.minimum(numel.to(tl.int64) - start, BLOCK).to(tl.int32)
+    out = out.to(tl.int64)
+    if (aligned != 0) & (count % VECTOR == 0):
+        _merge_tile(sources, weights, out, start, count, source_count, numbers, FISHER, MERGE, BLOCK, VECTOR)
+    else:
+        _merge_tile(sources, weights, out, start, count, source_count, numbers, FISHER, MERGE, BLOCK, 1)
+
+
+@triton.jit
+def _accumulate_tile(
+    gradient, into, start, count,
+    GRADIENT: tl.constexpr, INTO: tl.constexpr, SQUARE: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    offsets, mask = _tile(count, BLOCK, VECTOR)
+    g_pointer = _pointer(gradient, start, GRADIENT, VECTOR) + offsets
+    into_pointer = _pointer(into, start, INTO, VECTOR) + offsets
+    g = _widen(tl.load(g_pointer, mask=mask, eviction_policy="evict_first"), INTO, SOFT)
+    total = tl.load(into_pointer, mask=mask)
+    tl.store(into_pointer, total + (g * g if SQUARE else tl.abs(g)), mask=mask)
+    if ZERO:
+        tl.store(g_pointer, tl.zeros([BLOCK // VECTOR, VECTOR], GRADIENT), mask=mask)
+
+
+@triton.jit
+def _accumulate_chunk(
+    gradient, into, numel, start,
+    GRADIENT: tl.constexpr, INTO: tl.constexpr, SQUARE: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    count = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    if ((gradient | into) % 16 == 0) & (count % VECTOR == 0):
+        _accumulate_tile(gradient, into, start, count, GRADIENT, INTO, SQUARE, ZERO, BLOCK, VECTOR, SOFT)
+    else:
+        _accumulate_tile(gradient, into, start, count, GRADIENT, INTO, SQUARE, ZERO, BLOCK, 1, SOFT)
+
+
+@triton.jit
+def accumulate(
+    tiles,  # [T, 2] int64: pair, start
+    pairs,  # [P, 3] int64: address of the gradient, address of the accumulator, numel
+    GRADIENT: tl.constexpr, INTO: tl.constexpr, SQUARE: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """One program a tile: into += g^2 or |g|, and g = 0 in the same pass if asked."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    pair = pairs + tl.load(tile) * 3
+    _accumulate_chunk(
+        tl.load(pair), tl.load(pair + 1), tl.load(pair + 2), tl.load(tile + 1),
+        GRADIENT, INTO, SQUARE, ZERO, BLOCK, VECTOR, SOFT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["gradient", "into", "numel"])
+def accumulate_one(
+    gradient,  # address
+    into,  # address
+    numel,
+    GRADIENT: tl.constexpr, INTO: tl.constexpr, SQUARE: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+):  # fmt: skip
+    """`accumulate` for one pair."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    _accumulate_chunk(
+        gradient.to(tl.int64), into.to(tl.int64), numel.to(tl.int64), start,
+        GRADIENT, INTO, SQUARE, ZERO, BLOCK, VECTOR, SOFT,
+    )  # fmt: skip

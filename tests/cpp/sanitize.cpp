@@ -1,0 +1,263 @@
+// The C++ of the cpu backend against a scalar loop of the element rules, bit for bit, in blocks of memory that end where
+// the data end: made to run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (sanitize.sh).
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/run.h"
+#include "../../csrc/element.h"
+
+using namespace fiun;
+using common::bf16;
+using common::fp16;
+
+namespace {
+
+std::mt19937_64 generator(1);
+
+int64_t below(int64_t n) { return int64_t(generator() % uint64_t(n)); }
+
+template <class F>
+F fisher_value() {
+    static const double edges[] = {0, 1e-45, 1e-40, 1e-30, 0.25, 0.5, 1, 2, 1e30, 3e38, INFINITY, NAN};
+    return below(4) == 0 ? F(edges[below(12)]) : F(double(below(1 << 20)) / (1 << 18));
+}
+
+// `shift` elements before the data, so that they are not aligned to a line; nothing after them.
+template <class T>
+struct Block {
+    std::vector<T> all;
+    int64_t shift;
+    Block(int64_t n, int64_t shift) : all(size_t(n + shift)), shift(shift) { all.shrink_to_fit(); }
+    T* data() { return all.data() + shift; }
+    int64_t address() { return reinterpret_cast<int64_t>(data()); }
+    bool same(const Block& other) const {
+        return all.size() == other.all.size() &&
+               (all.empty() || std::memcmp(all.data(), other.all.data(), all.size() * sizeof(T)) == 0);
+    }
+};
+
+template <class T>
+void fill_bits(Block<T>& block) {  // any bits at all: NaN, infinities and subnormals among them
+    for (T& value : block.all) {
+        const uint64_t bits = generator();
+        std::memcpy(&value, &bits, sizeof(T));
+        if (common::widen(value) != common::widen(value)) value = T{};  // which NaN comes out is not part of the contract
+    }
+}
+
+void expect(bool right, const char* what, const Kernels& kernels) {
+    if (right) return;
+    std::fprintf(stderr, "%s differs from the scalar loop (%s)\n", what, kernels.isa);
+    std::exit(1);
+}
+
+template <class T>
+constexpr int kind_of();
+template <>
+constexpr int kind_of<float>() {
+    return f32;
+}
+template <>
+constexpr int kind_of<double>() {
+    return f64;
+}
+template <>
+constexpr int kind_of<bf16>() {
+    return bf16_kind;
+}
+template <>
+constexpr int kind_of<fp16>() {
+    return fp16_kind;
+}
+
+const int64_t lengths[] = {0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 255, 1009, 16383, 16384, 16385, 40001};
+
+template <class F>
+F merged_element(std::vector<Block<F>>& forgets, const double* weights, int64_t i, common::Merge how, double scale) {
+    F merged = forgets[0].data()[i] * F(weights[0]);
+    for (size_t k = 1; k < forgets.size(); ++k) {
+        merged = common::merged_with(merged, forgets[k].data()[i], F(weights[k]), how);
+    }
+    return common::merge_finished(merged, int64_t(forgets.size()), F(scale), how);
+}
+
+template <class T, class F>
+void check_dampen(const Kernels& kernels, int threads, bool write) {
+    const int64_t row_count = 1 + below(4), nodes = 1 + below(5);
+    const double exponent = below(3) == 0 ? 0.5 : 1.0, scale = below(2) ? 1.0 : 0.75, cap = 1.0;
+    const auto how = common::Merge(below(3));
+    std::vector<double> alpha, lam, weights;
+    for (int64_t n = 0; n < nodes; ++n) {
+        alpha.push_back(double(below(8)) / 4);
+        lam.push_back(double(below(8)) / 4);
+    }
+    std::vector<int64_t> rows, sources, targets, counts(size_t(3 * nodes), -1), expected(size_t(3 * nodes), 0);
+    std::vector<std::vector<Block<F>>> forgets(static_cast<size_t>(row_count)), originals = forgets;
+    std::vector<std::vector<Block<T>>> thetas(static_cast<size_t>(row_count));
+    for (int64_t r = 0; r < row_count; ++r) {
+        const int64_t length = lengths[below(18)], k_count = 1 + below(3);
+        for (int64_t v : {length, int64_t(sources.size()), k_count, int64_t(targets.size() / 3), nodes}) rows.push_back(v);
+        for (int64_t k = 0; k < k_count; ++k) {
+            forgets[r].emplace_back(length, below(4));
+            for (F& value : forgets[r].back().all) value = fisher_value<F>();
+            weights.push_back(below(2) ? 1.0 : 0.5);
+            sources.push_back(forgets[r].back().address());
+        }
+        for (int64_t n = 0; n < nodes; ++n) {
+            originals[r].emplace_back(length, below(4));
+            for (F& value : originals[r].back().all) value = fisher_value<F>();
+            thetas[r].emplace_back(length, below(40));
+            fill_bits(thetas[r].back());
+            for (int64_t v : {thetas[r].back().address(), originals[r].back().address(), n}) targets.push_back(v);
+        }
+    }
+    const auto forgets_before = forgets, originals_before = originals;
+    auto wanted = thetas;
+    for (int64_t r = 0; r < row_count; ++r) {
+        for (int64_t n = 0; n < nodes; ++n) {
+            const common::Rule<F> rule{F(alpha[n]), F(lam[n]), F(exponent), F(cap)};
+            for (int64_t i = 0; i < rows[5 * r]; ++i) {
+                const F m = merged_element(forgets[r], &weights[rows[5 * r + 1]], i, how, scale);
+                const F original = originals[r][n].data()[i];
+                T& theta = wanted[r][n].data()[i];
+                expected[3 * n + 2] += !(common::is_finite(m) && common::is_finite(original));
+                if (!common::is_selected(original, m, rule)) continue;
+                const F factor = exponent == 1 ? common::dampening<false>(original, m, rule)
+                                               : common::dampening<true>(original, m, rule);
+                const T damped = common::dampened(theta, factor);
+                expected[3 * n] += 1;
+                expected[3 * n + 1] += common::is_zero(damped);
+                if (write) theta = damped;
+            }
+        }
+    }
+    const DampenTable table{rows.data(),  row_count,      sources.data(), weights.data(),   targets.data(),
+                            alpha.data(), lam.data(),     counts.data(),  nodes,            kind_of<T>(),
+                            kind_of<F>(), int(how),       scale,          exponent,         cap};
+    run_dampen(kernels, table, write, threads);
+    expect(counts == expected, "counts", kernels);
+    for (int64_t r = 0; r < row_count; ++r) {
+        for (int64_t n = 0; n < nodes; ++n) {
+            for (size_t i = 0; i < wanted[r][n].all.size(); ++i) {
+                T &a = wanted[r][n].all[i], &b = thetas[r][n].all[i];
+                const bool both_nan = common::widen(a) != common::widen(a) && common::widen(b) != common::widen(b);
+                expect(both_nan || std::memcmp(&a, &b, sizeof(T)) == 0, "dampen", kernels);
+            }
+            expect(originals[r][n].same(originals_before[r][n]), "an original Fisher", kernels);
+        }
+        for (size_t k = 0; k < forgets[r].size(); ++k) {
+            expect(forgets[r][k].same(forgets_before[r][k]), "a forget Fisher", kernels);
+        }
+    }
+}
+
+template <class F>
+void check_merge(const Kernels& kernels, int threads) {
+    const int64_t length = below(3) ? lengths[below(18)] : 200000, count = 1 + below(5);
+    const double scale = below(2) ? 1.0 : 0.3;
+    const auto how = common::Merge(below(3));
+    std::vector<Block<F>> forgets;
+    std::vector<int64_t> sources;
+    std::vector<double> weights;
+    for (int64_t k = 0; k < count; ++k) {
+        forgets.emplace_back(length, below(4));
+        for (F& value : forgets.back().all) value = fisher_value<F>();
+        sources.push_back(forgets.back().address());
+        weights.push_back(below(2) ? 1.0 : 0.1);
+    }
+    Block<F> out(length, below(4));
+    run_merge(kernels, kind_of<F>(), sources.data(), weights.data(), count, int(how), scale, out.address(), length,
+              threads);
+    for (int64_t i = 0; i < length; ++i) {
+        const F wanted = merged_element(forgets, weights.data(), i, how, scale), found = out.data()[i];
+        expect(found == wanted || (found != found && wanted != wanted), "merge", kernels);
+    }
+}
+
+template <class T, class F>
+void check_accumulate(const Kernels& kernels, int threads) {
+    const bool square = below(2), zero = below(2);
+    const int64_t count = 1 + below(70);
+    std::vector<Block<T>> gradients;
+    std::vector<Block<F>> into;
+    std::vector<int64_t> pairs;
+    for (int64_t p = 0; p < count; ++p) {
+        const int64_t length = below(8) ? below(70) : lengths[below(18)];
+        gradients.emplace_back(length, below(4));
+        fill_bits(gradients.back());
+        into.emplace_back(length, below(4));
+        for (F& value : into.back().all) value = F(double(below(1000)));
+        for (int64_t v : {gradients.back().address(), into.back().address(), length, int64_t(kind_of<T>()),
+                          int64_t(kind_of<F>())}) {
+            pairs.push_back(v);
+        }
+    }
+    auto wanted = into;
+    for (int64_t p = 0; p < count; ++p) {
+        for (int64_t i = 0; i < pairs[5 * p + 2]; ++i) {
+            F& total = wanted[p].data()[i];
+            total = common::accumulated(total, F(common::widen(gradients[p].data()[i])), square);
+        }
+    }
+    const auto before = gradients;
+    run_accumulate(kernels, pairs.data(), count, square, zero, threads);
+    for (int64_t p = 0; p < count; ++p) {
+        expect(into[p].same(wanted[p]), "accumulate", kernels);
+        if (!zero) expect(gradients[p].same(before[p]), "a gradient", kernels);
+        for (int64_t i = 0; zero && i < pairs[5 * p + 2]; ++i) {
+            expect(common::is_zero(gradients[p].data()[i]), "a zeroed gradient", kernels);
+        }
+    }
+}
+
+template <class T, class F>
+void check(const Kernels& kernels, int rounds) {
+    for (int round = 0; round < rounds; ++round) {
+        const int threads = int(1 + below(4));
+        check_dampen<T, F>(kernels, threads, below(4) != 0);
+        check_accumulate<T, F>(kernels, threads);
+        if (kind_of<T>() == kind_of<F>()) check_merge<F>(kernels, threads);
+    }
+}
+
+// Every half-precision number survives; every rounding is the nearest, ties to even.
+template <class T>
+void check_conversions(const Kernels& kernels) {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+        const T half{uint16_t(bits)};
+        const float wide = common::widen(half);
+        T back;
+        common::narrow(wide, back);
+        expect(wide != wide ? common::widen(back) != common::widen(back) : back.bits == half.bits, "conversion", kernels);
+        const T next{uint16_t(bits + 1)};
+        const float above = common::widen(next);
+        if (!(wide - wide == 0 && above - above == 0) || (bits & 0x7fff) == 0x7fff) continue;
+        common::narrow(float((double(wide) + double(above)) / 2), back);  // halfway: to the even one
+        expect(back.bits == (bits & 1 ? next.bits : half.bits), "rounding of a tie", kernels);
+        common::narrow(float(double(wide) * 0.75 + double(above) * 0.25), back);
+        expect(back.bits == half.bits, "rounding", kernels);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
+    for (const Kernels* kernels : usable_kernels()) {
+        check<float, float>(*kernels, rounds);
+        check<float, double>(*kernels, rounds);
+        check<double, float>(*kernels, rounds);
+        check<double, double>(*kernels, rounds);
+        check<bf16, float>(*kernels, rounds);
+        check<bf16, double>(*kernels, rounds);
+        check<fp16, float>(*kernels, rounds);
+        check<fp16, double>(*kernels, rounds);
+        std::printf("  %s: as the scalar loop\n", kernels->isa);
+    }
+    check_conversions<bf16>(*usable_kernels().front());
+    check_conversions<fp16>(*usable_kernels().front());
+    return 0;
+}

@@ -1,0 +1,116 @@
+"""The kernels of csrc/cuda as plain C++ on tests/cuda_shim: the backend `cuda_shim`, which only tests know."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+NAME = "cuda_shim"
+ROOT = Path(__file__).parent.parent
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.c[up]*")), ROOT / "tests" / "cuda_shim" / "shim.cpp"]
+FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+
+
+def compile_shim(folder: Path, sources: list[Path], *flags: str) -> list[Path]:
+    """Compile the sources as plain C++ into objects, two at a time.
+
+    Raises:
+        RuntimeError: the compiler refused one.
+
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def one(source: Path) -> Path:
+        target = folder / f"{source.name}.o"
+        includes = [f"-I{ROOT / 'tests' / 'cuda_shim'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        command = [compiler, *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} does not compile against the shim:\n{done.stderr}")
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, sources))
+
+
+@functools.cache
+def library() -> Path:
+    """The extension built on the shim; built once for each state of the sources, in build/.
+
+    Raises:
+        RuntimeError: it does not compile.
+
+    """
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "tests" / "cuda_shim").glob("*.h"), Path(__file__)]
+    state = hashlib.sha256(sys.version.encode())
+    for path in sorted([*SOURCES, *headers]):
+        state.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda_shim" / state.hexdigest()[:16]
+    finished = folder / f"{NAME}.so"
+    if not finished.exists():
+        python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"-DFIUN_CUDA_MODULE={NAME}"]
+        objects = compile_shim(folder, SOURCES, "-O1", "-fPIC", *python)
+        part = folder / f"{NAME}.{os.getpid()}"
+        compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(part)], check=True)
+        part.replace(finished)
+    return finished
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None where it can be built, else why not; errors of the kernels' own source are not hidden."""
+    if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
+        return "no C++ compiler to build the CUDA kernels for the CPU"
+    return None
+
+
+@functools.cache
+def backend() -> ModuleType:
+    """A copy of fiun_fast.kernels.cuda whose kernels run on the CPU; `control()` is the other end."""
+    from fiun_fast.kernels import cuda
+
+    spec = importlib.util.spec_from_file_location(f"fiun_fast.kernels.{NAME}", cuda.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    module.name, module.DEVICE = NAME, "cpu"  # type: ignore[attr-defined]
+    module._load = _extension  # type: ignore[attr-defined]
+    module._why_not_here = why_not  # type: ignore[attr-defined]
+    return module
+
+
+@functools.cache
+def _extension() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(NAME, library())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def control() -> ctypes.CDLL:
+    """What tests/cuda_shim/shim.h offers."""
+    return ctypes.CDLL(str(library()))
+
+
+def take_traffic() -> dict[str, int]:
+    """What the kernels have accessed since the last call."""
+    counters = (ctypes.c_int64 * 5)()
+    control().shim_take_traffic(counters)
+    return dict(zip(("loaded", "stored", "wide", "narrow", "atomics"), counters, strict=True))

@@ -52,7 +52,9 @@ MUTANTS: dict[str, tuple[str, dict[str, str], dict[str, object]]] = {
     "hint before the cast": (
         "dampen fp32",
         {
-            "address.to(tl.pointer_type(DTYPE), bitcast=True)": "tl.multiple_of(address, 16).to(tl.pointer_type(DTYPE), bitcast=True)",
+            "address.to(tl.pointer_type(DTYPE), bitcast=True)": (
+                "tl.multiple_of(address, 16).to(tl.pointer_type(DTYPE), bitcast=True)"
+            ),
             "pointer = tl.multiple_of(pointer, 16)": "pass",
         },
         {},

@@ -41,7 +41,7 @@ inline int64_t select_line(const F* FIUN_RESTRICT original, const F* FIUN_RESTRI
     FIUN_KEEP_LOOP
     for (int j = 0; j < n; ++j) {
         selected += Int(is_selected(original[j], merged[j], rule));
-        nonfinite += Int(!(is_finite(original[j]) & is_finite(merged[j])));
+        nonfinite += 1 - (Int(is_finite(original[j])) & Int(is_finite(merged[j])));
     }
     counts.selected += selected;
     counts.nonfinite += nonfinite;
@@ -65,7 +65,7 @@ inline void dampen_line(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original,
         }
         const T damped = dampened(now, dampening<with_exponent>(original[j], merged[j], rule));
         next[j] = pick(chosen, damped, now);
-        zeroed += Int(chosen & is_zero(damped));
+        zeroed += Int(chosen) & Int(is_zero(damped));
     }
     counts.zeroed += zeroed;
     if (!write) return;

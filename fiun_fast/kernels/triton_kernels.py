@@ -159,8 +159,8 @@ def dampen(
     else:
         for done in range(0, length, BLOCK // 2):  # in halves: an address for each element takes twice the registers
             _dampen_tile(
-                tile, start + done, tl.minimum(length - done, BLOCK // 2), sources, weights, targets, limits, numbers, counts,
-                write, FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK // 2, 1, SOFT,
+                tile, start + done, tl.minimum(length - done, BLOCK // 2), sources, weights, targets, limits, numbers,
+                counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK // 2, 1, SOFT,
             )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ sanitize: install  ## the C++ and CUDA sources under AddressSanitizer and Undefi
 	bash tests/cpp/sanitize.sh
 
 docs: $(STAMP)  ## the documentation as a site, in site/
-	$(BIN)/python -m pip install --quiet ".[docs]"
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/mkdocs build --strict --site-dir site
 
 clean:  ## all that the other targets made, but not the virtual environment

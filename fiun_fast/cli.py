@@ -40,6 +40,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="seconds, not minutes: only shows that everything runs")
     demo.set_defaults(run=_demo)
 
+    warmup = commands.add_parser("warmup", help="compile the Triton kernels ahead of the first run")
+    warmup.add_argument("--target", help='"cuda:90", "hip:gfx942", …; default: the GPU of this machine')
+    warmup.set_defaults(run=_warmup)
+
     doctor = commands.add_parser("doctor", help="what is installed, which backends work here and why others do not")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -61,6 +65,16 @@ def _demo(options: argparse.Namespace) -> int:
         all_classes=options.all_classes,
         quick=options.quick,
     )
+    return 0
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    try:
+        from .kernels.triton_aot import warmup
+    except ModuleNotFoundError as error:
+        print(f"fiun-fast: warmup needs {error.name}: pip install 'fiun_fast[triton]'", file=sys.stderr)
+        return 1
+    print(f"{warmup(options.target, print)} kernels compiled")
     return 0
 
 

@@ -132,6 +132,13 @@ class Plan:
         self._last = weakref.ref(report)
         return report
 
+    def warmup(self) -> None:
+        """Compile ahead what a run needs, where the backend compiles at run time (Triton); otherwise nothing to do."""
+        for launch in self._launches:
+            compile_ahead = getattr(launch, "warmup", None)
+            if compile_ahead is not None:
+                compile_ahead()
+
     def _moved(self) -> bool:
         if any(container.get(key) is not module for container, key, module in self._resolved.links):
             return True
@@ -264,7 +271,8 @@ def dampen_(
         original: Fisher over the data the model was trained on.
         forget: Fisher over the data to be forgotten; several are merged on the fly.
         dry_run: count only.
-        alpha, lam, exponent, cap, merge, scale, on_mismatch, backend: as in `plan`; alpha and lam are numbers here.
+
+    The other arguments are those of `plan`; alpha and lam are numbers here.
 
     Returns:
         A report whose totals (`.selected`, `.zeroed`, …) are those of the model; its node is called "model".

@@ -147,6 +147,13 @@ def test_the_plan_keeps_its_tensors_alive():
     del garbage
 
 
+def test_warmup_changes_nothing():
+    dag, models, requests = family()
+    before = snapshot(models)
+    ff.plan(dag, requests).warmup()
+    assert all(torch.equal(v, before[k]) for k, v in snapshot(models).items())
+
+
 def test_a_report_survives_the_next_run():
     dag, _, requests = family()
     plan = ff.plan(dag, requests, alpha=0.5)

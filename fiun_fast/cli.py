@@ -40,6 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="seconds, not minutes: only shows that everything runs")
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser("bench", help="how fast, next to existing code, to plain torch and to the hardware")
+    bench.add_argument("--case", action="append", help="only cases that begin so (a, b, g-hooks, …); may be repeated")
+    bench.add_argument("--quick", action="store_true", help="smaller sizes, under three minutes")
+    bench.add_argument("--device", action="append", help="cpu, cuda, …; may be repeated; default: what the machine has")
+    bench.add_argument("--out", type=Path, help="folder for the results file; default: only print")
+    bench.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
+    bench.set_defaults(run=_bench)
+
     warmup = commands.add_parser("warmup", help="compile the Triton kernels ahead of the first run")
     warmup.add_argument("--target", help='"cuda:90", "hip:gfx942", …; default: the GPU of this machine')
     warmup.set_defaults(run=_warmup)
@@ -66,6 +74,13 @@ def _demo(options: argparse.Namespace) -> int:
         quick=options.quick,
     )
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench.run import main
+
+    compiler = None if options.no_compile else "inductor"
+    return main(options.case, "quick" if options.quick else "full", options.device, compiler, options.out)
 
 
 def _warmup(options: argparse.Namespace) -> int:

@@ -1,0 +1,246 @@
+"""How a case is measured: checked first, then timed in rounds, all variants in every round, from the same cold state.
+
+Before each timed run the state is restored and the last-level cache is emptied of it; neither is timed. The order
+rotates from round to round, and a plain copy runs in each round too: its bandwidth is the yardstick of that case.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+COPY = "copy"  # the yardstick's name among the variants
+
+
+@dataclass
+class Variant:
+    """One way to do the work of a case.
+
+    Attributes:
+        name: as the table shows it.
+        kind: "naive" (what people run today), "torch" (the best in plain torch), "ours", or "reference".
+        run: the work; timed.
+        restore: puts the state back; called before each run, not timed.
+        outcome: what a run produced, to be compared with the case's expectation; None: nothing to compare.
+        calls: calls of one run that torch does not dispatch: our launches, compiled graphs.
+        capturable: may be captured in a CUDA graph.
+
+    """
+
+    name: str
+    kind: str
+    run: Callable[[], object]
+    restore: Callable[[], object]
+    outcome: Callable[[], Iterable[Tensor]] | None
+    calls: int = 0
+    capturable: bool = False
+
+
+@dataclass
+class Case:
+    """One piece of work, several ways to do it.
+
+    Attributes:
+        name, title: the letter it is known by, and one line.
+        floor: bytes that the work moves at least, every element counted (docs/architecture.md, cost model); None where
+            bytes are not what limits it.
+        elements: parameters processed.
+        variants: the ways.
+        expected: yields what each must produce, from the reference.
+        ulps: units in the last place allowed against it; 0 where the bit contract holds.
+        selected: share of elements dampened.
+        flips: share of elements that may differ by more, because a threshold met values that differ by an ulp.
+        skipped: variant -> why it is not here.
+
+    """
+
+    name: str
+    title: str
+    floor: int | None
+    elements: int
+    variants: list[Variant]
+    expected: Callable[[], Iterable[Tensor]] | None
+    ulps: int = 0
+    selected: float | None = None
+    flips: float = 0.0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds at least and at most, and seconds after which a variant has had enough."""
+
+    least: int
+    most: int
+    seconds: float
+
+
+class DisagreementError(Exception):
+    """A variant does not compute what the reference computes; its time means nothing."""
+
+
+class Machine:
+    """A device: its clock, its cache, its yardstick."""
+
+    def __init__(self, device: torch.device, small: bool = False) -> None:
+        self.device = device
+        cache = last_level_cache(device)
+        size = 1 << 16 if small else max(4 * cache, 128 << 20) * (4 if device.type == "cuda" else 1)
+        self._scratch = torch.zeros(size // 4, device=device)
+        self._source, self._target = torch.ones(size // 4, device=device), torch.zeros(size // 4, device=device)
+        self.copy_bytes = 2 * self._source.numel() * 4
+
+    def copy(self) -> None:
+        """Read one buffer and write another, each several times the cache."""
+        self._target.copy_(self._source)
+
+    def cool(self) -> None:
+        """Empty the cache: by reading on a CPU, where dirty lines would cost the next run; by writing on a GPU."""
+        if self.device.type == "cuda":
+            self._scratch.zero_()
+        else:
+            self._scratch.sum()
+
+    def wait(self) -> None:
+        """Until the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Time of one run; on a GPU between two events on its stream."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(self.device)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+
+def check(case: Case) -> dict[str, str]:
+    """Run every variant once, which warms it up, and compare with the reference: variant -> "same bits" or how far off.
+
+    Raises:
+        DisagreementError: it is further off than the case allows.
+
+    """
+    expected = [t.clone() for t in case.expected()] if case.expected else []
+    agreement = {}
+    for variant in case.variants:
+        variant.restore()
+        variant.run()
+        if variant.outcome is None or not expected:
+            continue
+        worst, wrong, n = 0, 0, 0
+        for found, wanted in zip(variant.outcome(), expected, strict=True):
+            distance = ulps(found.reshape(-1), wanted.reshape(-1))
+            off = distance > case.ulps
+            wrong += int(off.sum())
+            worst = max(worst, int(distance.masked_fill(off, 0).max()))
+            n += found.numel()
+        if wrong > case.flips * n:
+            raise DisagreementError(
+                f"case {case.name}: {variant.name} differs from the reference in {wrong} of {n} elements"
+            )
+        off_by = f"within {worst} ulp" if worst else "same bits"
+        agreement[variant.name] = f"{off_by} but for {wrong} of {n:,}" if wrong else off_by
+    return agreement
+
+
+def ulps(found: Tensor, wanted: Tensor) -> Tensor:
+    """Distance in units in the last place, element by element: [n] int64."""
+    if torch.equal(found, wanted):
+        return torch.zeros(1, dtype=torch.int64)
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    bits = (t.contiguous().view(kinds[t.element_size()]).long() for t in (found, wanted))
+    lowest = -(1 << (8 * found.element_size() - 1))
+    a, b = (torch.where(i < 0, lowest - i, i) for i in bits)  # ordered as the numbers are
+    return (a - b).abs()
+
+
+def race(case: Case, machine: Machine, effort: Effort) -> dict[str, list[float]]:
+    """Seconds of every run of every variant, and of the copy; a variant that has had its time sits rounds out."""
+    runs = [Variant(COPY, COPY, machine.copy, lambda: None, None), *case.variants]
+    if machine.device.type == "cuda":
+        runs += list(_graphs(case.variants, machine))
+    times: dict[str, list[float]] = {v.name: [] for v in runs}
+    machine.copy()  # the others are warm from being checked
+    for r in range(effort.most):
+        for variant in runs[r % len(runs) :] + runs[: r % len(runs)]:
+            spent = times[variant.name]
+            if len(spent) >= effort.least and sum(spent) >= effort.seconds:
+                continue
+            variant.restore()
+            machine.cool()
+            spent.append(machine.seconds(variant.run))
+    return times
+
+
+def _graphs(variants: Iterable[Variant], machine: Machine) -> Iterator[Variant]:
+    """On a GPU: those that can be captured, once more as a graph replay, without the host's part."""
+    for v in variants:
+        if v.capturable:
+            v.restore()
+            v.run()
+            torch.cuda.synchronize(machine.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                v.run()
+            yield Variant(f"{v.name} (graph)", v.kind, graph.replay, v.restore, None, 1)
+
+
+def operator_calls(variant: Variant) -> int:
+    """Calls into native code that one run makes: torch operators, compiled graphs, our launches."""
+    variant.restore()
+    if variant.kind == "torch" and variant.calls:
+        return variant.calls  # a compiled graph; its inside is not dispatched
+    with _Counter() as counter:
+        variant.run()
+    return counter.count + variant.calls
+
+
+class _Counter(TorchDispatchMode):
+    """Counts every operator that reaches a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def kernel_launches(variant: Variant, device: torch.device) -> int | None:
+    """Kernels that one run launches on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    variant.restore()
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        variant.run()
+        torch.cuda.synchronize(device)
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the largest cache; 32 MB where the machine does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text() for path in CACHE.glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    found = [int(m[1]) * units[m[2]] for text in sizes if (m := re.match(r"(\d+)([KM])", text))]
+    return max(found, default=32 << 20)

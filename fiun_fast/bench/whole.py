@@ -1,0 +1,226 @@
+"""Cases i and j: compiling a plan for very many nodes, and everything from mini-batches to dampened models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fiun_fast as ff
+
+from . import baselines
+from .baselines import Group
+from .dampening import ALPHA, LAM, resnet18, usable
+from .measure import Case, Variant
+
+Batch = tuple[Tensor, Tensor]
+
+
+def compile_plan(name: str, title: str, nodes: int, device: torch.device) -> Case:
+    """`ff.plan` for `nodes` linear layers, three requests; every further node has two parents. No bytes to speak of."""
+    weights, biases = torch.ones(nodes, 10, 4, device=device), torch.ones(nodes, 10, device=device)
+    models = [_Head(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    layout = ff.Layout.from_module(models[0])
+    buffers = torch.ones(nodes + 3, layout.numel, device=device).unbind()
+    dag = ff.InheritanceDAG()
+    for n, model in enumerate(models):
+        parents = [] if n < 3 else [f"n{n // 2}", f"n{n // 3}"]
+        dag.add_model(f"n{n}", model, fisher=ff.Fisher(buffers[n], layout), parents=dict.fromkeys(parents))
+    requests = [ff.ForgetRequest(f"n{k}", ff.Fisher(buffers[nodes + k], layout)) for k in range(min(3, nodes))]
+    plan = ff.plan(dag, requests)
+    variants = [
+        Variant("plan", "ours", lambda: ff.plan(dag, requests), lambda: None, None),
+        Variant("run_", "ours", lambda: plan.run_(dry_run=True), lambda: None, None, len(plan.tables)),
+    ]
+    return Case(name, title, None, nodes, variants, None)
+
+
+class _Head(nn.Module):
+    """A linear layer without the time that its initialisation takes."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+
+class End2End:
+    """Forget Fishers at the origins, from mini-batches, and then every model dampened.
+
+    Original Fishers are there already, as they are when a request comes. The naive way is that of existing code:
+    gradients cleared, squared and added parameter by parameter, then the chain model by model. What no way of
+    unlearning can save, forward and backward, is a row of its own.
+
+    Args:
+        models: name -> model, parents first.
+        parents: name -> parents.
+        batches: origin -> mini-batches of the data to be forgotten there.
+
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        parents: Mapping[str, Sequence[str]],
+        batches: Mapping[str, Sequence[Batch]],
+    ) -> None:
+        self.models, self.batches = {name: model.eval() for name, model in models.items()}, batches
+        some = next(iter(batches))
+        other = [(x.flip(0), y.roll(1)) for x, y in batches[some]]
+        known = ff.estimate_fisher(self.models[some], other)
+        self.originals = {
+            name: ff.Fisher(known.buffer * (0.2 + 0.1 * i), known.layout) for i, name in enumerate(models)
+        }
+        self.dag = ff.InheritanceDAG()
+        for name, model in self.models.items():
+            self.dag.add_model(name, model, fisher=self.originals[name], parents=parents[name])
+        reached = self.dag.reached_by([ff.ForgetRequest(origin, known) for origin in batches])
+        names = list(self.models)
+        sets = dict.fromkeys(reached.values())
+        self.groups = [Group(s, tuple(names.index(n) for n, found in reached.items() if found == s)) for s in sets]
+        self.thetas = [[p.detach() for p in model.parameters()] for model in self.models.values()]
+        self.pristine = [[p.clone() for p in tensors] for tensors in self.thetas]
+
+    def restore(self) -> None:
+        """Put all parameters back."""
+        for tensors, kept in zip(self.thetas, self.pristine, strict=True):
+            torch._foreach_copy_(tensors, kept)
+
+    def outcome(self) -> Iterator[Tensor]:
+        """All parameters, flat, model by model."""
+        return (torch.cat([t.reshape(-1) for t in tensors]) for tensors in self.thetas)
+
+    def naive(self) -> None:
+        """As existing code does it."""
+        forgets = [self._importance(self.models[origin], batches) for origin, batches in self.batches.items()]
+        originals = [list(fisher.as_dict().values()) for fisher in self.originals.values()]
+        baselines.naive(self.thetas, originals, forgets, self.groups, ALPHA, LAM)
+
+    def ours(self, backend: str) -> None:
+        """With this package."""
+        requests = [
+            ff.ForgetRequest(origin, ff.estimate_fisher(self.models[origin], batches, backend=backend))
+            for origin, batches in self.batches.items()
+        ]
+        ff.plan(self.dag, requests, alpha=ALPHA, lam=LAM, backend=backend).run_()
+
+    def passes(self) -> None:
+        """Forward and backward of all mini-batches and nothing else."""
+        for origin, batches in self.batches.items():
+            for inputs, targets in batches:
+                self.models[origin].zero_grad()
+                functional.cross_entropy(self.models[origin](inputs), targets).backward()
+
+    @staticmethod
+    def _importance(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+        totals = [torch.zeros_like(p) for p in model.parameters()]
+        for inputs, targets in batches:
+            model.zero_grad()
+            functional.cross_entropy(model(inputs), targets).backward()
+            for p, total in zip(model.parameters(), totals, strict=True):
+                if p.grad is not None:
+                    total.data += p.grad.data.clone().pow(2)
+        for total in totals:
+            total.data /= float(len(batches))
+        return totals
+
+    def case(self, name: str, title: str) -> Case:
+        """Two runs of a backward need not agree in the last bit, and a threshold turns that into a flip: few may."""
+
+        def expected() -> Iterator[Tensor]:
+            self.restore()
+            self.ours("reference")
+            return self.outcome()
+
+        device = self.thetas[0][0].device
+        variants = [
+            Variant("forward and backward alone", "floor", self.passes, lambda: None, None),
+            Variant("naive", "naive", self.naive, self.restore, self.outcome),
+        ]
+        variants += [
+            Variant(backend, "ours", partial(self.ours, backend), self.restore, self.outcome)
+            for backend in usable(device)
+            if backend != "reference"
+        ]
+        elements = sum(t.numel() for tensors in self.thetas for t in tensors)
+        return Case(name, title, None, elements, variants, expected, ulps=16, flips=1e-3)
+
+
+def demo(name: str, title: str, device: torch.device, batch: int) -> Case:
+    """The demo's federated network: 13 models, two clients ask. The data are noise; that changes no time."""
+    from ..demo.model import fresh
+
+    models: dict[str, nn.Module] = {"server": fresh(0).to(device)}
+    parents: dict[str, list[str]] = {"server": []}
+    above = "server"
+    for r in range(1, 4):
+        clients = [f"{letter}{r}" for letter in "ABC"]
+        for client in clients:
+            models[client], parents[client] = copy.deepcopy(models[above]), [above]
+        above = f"avg{r}"
+        models[above], parents[above] = copy.deepcopy(models["server"]), clients
+    random = torch.Generator().manual_seed(0)
+    batches = {origin: _noise(4, batch, (1, 8, 8), 10, random, device) for origin in ("A1", "B1")}
+    return End2End(models, parents, batches).case(name, title)
+
+
+def resnets(name: str, title: str, device: torch.device, nodes: int, width: int, batch: int) -> Case:
+    """ResNet-18s on 32 x 32 images: two clients, then models that inherit from both; four mini-batches each."""
+    first = ResNet18(width).to(device)
+    models = {f"n{i}": first if i == 0 else copy.deepcopy(first) for i in range(nodes)}
+    parents = {name: [] if i < 2 else ["n0", "n1"] for i, name in enumerate(models)}
+    random = torch.Generator().manual_seed(0)
+    batches = {origin: _noise(4, batch, (3, 32, 32), 100, random, device) for origin in ("n0", "n1")}
+    return End2End(models, parents, batches).case(name, title)
+
+
+def _noise(
+    count: int, size: int, shape: tuple[int, ...], classes: int, random: torch.Generator, device: torch.device
+) -> list[Batch]:
+    return [
+        (
+            torch.randn(size, *shape, generator=random).to(device),
+            torch.randint(classes, (size,), generator=random).to(device),
+        )
+        for _ in range(count)
+    ]
+
+
+class ResNet18(nn.Module):
+    """The usual network; its parameters are those of `dampening.resnet18`."""
+
+    def __init__(self, width: int = 64, classes: int = 100) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        widths = [width << stage for stage in range(4)]
+        for stage, (n_in, n) in enumerate(zip([width, *widths], widths, strict=False), start=1):
+            self.add_module(f"layer{stage}", nn.Sequential(_Block(n_in, n), _Block(n, n)))
+        self.fc = nn.Linear(widths[-1], classes)
+        assert {k: tuple(p.shape) for k, p in self.named_parameters()} == resnet18(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, h, w] -> logits [n, classes]."""
+        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(images))), 3, 2, 1)
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut; halves the image where the width changes."""
+
+    def __init__(self, n_in: int, n: int) -> None:
+        super().__init__()
+        stride = 1 if n_in == n else 2
+        self.conv1, self.bn1 = nn.Conv2d(n_in, n, 3, stride, 1, bias=False), nn.BatchNorm2d(n)
+        self.conv2, self.bn2 = nn.Conv2d(n, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n)
+        if stride == 2:
+            self.downsample = nn.Sequential(nn.Conv2d(n_in, n, 1, stride, bias=False), nn.BatchNorm2d(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, c, h, w] -> the same or half the image."""
+        y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
+        return functional.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))

@@ -95,21 +95,21 @@ def _cases(size: Size) -> Iterator[tuple[str, Make]]:
     resnet = resnet18(size.width)
     wide, narrow = head(size.features[0], 100), head(size.features[1], 10)
     yield network("a", "dampen one ResNet-18, half selected", resnet, 1, 1)
-    yield network("a-all", "the same, all selected", resnet, 1, 1, "all")
-    yield network("b-clustered", "the same, 1 % selected, in runs", resnet, 1, 1, "clustered")
-    yield network("b-scattered", "the same, 1 % selected, anywhere", resnet, 1, 1, "scattered")
-    yield network("c", f"DAG of {size.nodes} ResNet-18s, 3 requests", resnet, size.nodes, 3)
-    yield network("d", f"DAG of {size.heads:,} heads of 51,300, 3 requests", wide, size.heads, 3)
-    yield network("e", f"DAG of {size.many:,} heads of 5,130, 3 requests", narrow, size.many, 3)
+    yield network("a-all", "dampen one ResNet-18, all selected", resnet, 1, 1, "all")
+    yield network("b-clustered", "dampen one ResNet-18, 1 % selected, in runs", resnet, 1, 1, "clustered")
+    yield network("b-scattered", "dampen one ResNet-18, 1 % selected, anywhere", resnet, 1, 1, "scattered")
+    yield network("c", f"dampen a DAG of {size.nodes} ResNet-18s, 3 requests", resnet, size.nodes, 3)
+    yield network("d", f"dampen a DAG of {size.heads:,} heads of 51,300, 3 requests", wide, size.heads, 3)
+    yield network("e", f"dampen a DAG of {size.many:,} heads of 5,130, 3 requests", narrow, size.many, 3)
     one = {"weight": (size.flat,)}
-    yield network("f-fp32", f"one flat model of {size.flat / 1e6:g} M, fp32", one, 1, 1)
-    yield network("f-bf16", f"one flat model of {size.flat / 1e6:g} M, bf16", one, 1, 1, dtype=torch.bfloat16)
+    yield network("f-fp32", f"dampen one flat model of {size.flat / 1e6:g} M, fp32", one, 1, 1)
+    yield network("f-bf16", f"dampen one flat model of {size.flat / 1e6:g} M, bf16", one, 1, 1, dtype=torch.bfloat16)
 
     def fisher(make: Callable[..., Case], name: str, title: str, *arguments: object) -> tuple[str, Make]:
         return name, lambda device, compiler: make(name, title, resnet, device, *arguments)
 
     yield fisher(fishers.accumulate, "g", "accumulate g² of a ResNet-18", False)
-    yield fisher(fishers.accumulate, "g-zero", "the same, and zero the gradients", True)
+    yield fisher(fishers.accumulate, "g-zero", "accumulate g² of a ResNet-18 and zero it", True)
     yield fisher(fishers.in_hooks, "g-hooks", "backward and accumulate, after it or in hooks")
 
     def planned(name: str, title: str, nodes: int) -> tuple[str, Make]:

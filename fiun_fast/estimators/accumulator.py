@@ -68,17 +68,17 @@ class FisherAccumulator:
         """
         gradients, into, sparse = [], [], []
         for name, p in self._parameters.items():
-            if p.grad is None:
+            gradient = p.grad
+            if gradient is None:
                 continue
-            gradient = p.grad.detach()
             if gradient.layout != torch.strided:  # nn.Embedding(sparse=True)
-                sparse.append(p.grad)
+                sparse.append(gradient)
                 gradient = gradient.to_dense()
             elif not gradient.is_contiguous():
                 if zero_grads:
-                    sparse.append(p.grad)
+                    sparse.append(gradient)
                 gradient = gradient.contiguous()
-            gradients.append(gradient)
+            gradients.append(gradient.detach() if gradient.requires_grad else gradient)  # create_graph=True
             into.append(self._views[name])
         if not gradients:
             raise EstimationError("no parameter has a gradient: call loss.backward() before update()")

@@ -172,25 +172,31 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
         DTypeError: a dtype that the backend does not take.
 
     """
-    dense = [gradient.detach().contiguous() for gradient in gradients]
-    pairs = np.array(
-        [
-            (g.data_ptr(), total.data_ptr(), total.numel(), _kind(g.dtype, KINDS), _kind(total.dtype, FISHER_KINDS))
-            for g, total in zip(dense, into, strict=True)
-        ],
-        dtype=np.int64,
-    )
+    dense = [g if g.is_contiguous() else g.contiguous() for g in gradients]
+    pairs = np.empty((len(dense), 5), dtype=np.int64)
+    try:  # few calls a pair: with many small parameters they would take longer than the sums
+        pairs[:, 0] = [g.data_ptr() for g in dense]
+        pairs[:, 1] = [total.data_ptr() for total in into]
+        pairs[:, 2] = [total.numel() for total in into]
+        pairs[:, 3] = [KINDS[g.dtype] for g in dense]
+        pairs[:, 4] = [FISHER_KINDS[total.dtype] for total in into]
+    except KeyError as error:
+        raise _unknown(error.args[0], KINDS) from None
     extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
     if zero:
         for gradient, copy in zip(gradients, dense, strict=True):
-            if gradient.data_ptr() != copy.data_ptr():
+            if gradient is not copy:
                 gradient.detach().zero_()
 
 
 def _kind(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> int:
     if dtype not in kinds:
-        raise DTypeError(f"backend 'cpu' takes {', '.join(map(str, kinds))} here, found {dtype}")
+        raise _unknown(dtype, kinds)
     return kinds[dtype]
+
+
+def _unknown(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> DTypeError:
+    return DTypeError(f"backend 'cpu' takes {', '.join(map(str, kinds))} here, found {dtype}")
 
 
 def _packed(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:

@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from cuda_code import tool
 from elftools.elf.elffile import ELFFile
 
 TESTS = Path(__file__).parent
@@ -43,13 +44,12 @@ def needed(library: Path) -> list[str]:
         return [tag.needed for tag in dynamic.iter_tags() if tag.entry.d_tag == "DT_NEEDED"]
 
 
-def cuobjdump() -> str | None:
-    """The CUDA toolkit's program that lists GPU code, on PATH or in Triton's wheel."""
-    from importlib.util import find_spec
-
-    triton = find_spec("triton")
-    bundled = Path(str(triton.origin)).parent / "backends/nvidia/bin/cuobjdump" if triton else Path("nowhere")
-    return shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
+def listing(library: Path, usage: bool = False) -> str:
+    """The GPU code in a library, or what its kernels use."""
+    options = ["-res-usage"] if usage else ["-lelf", "-lptx"]
+    return subprocess.run(
+        [str(tool("cuobjdump")), *options, library], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def look_inside(wheel: Path, folder: Path) -> set[str] | None:
@@ -61,7 +61,7 @@ def look_inside(wheel: Path, folder: Path) -> set[str] | None:
         fail("it has no manylinux tag: `make wheel` repairs it")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
-    libraries, gpu_code = sorted(folder.rglob("*.so*")), set() if cuobjdump() else None
+    libraries, gpu_code = sorted(folder.rglob("*.so*")), set() if tool("cuobjdump") else None
     if not any(library.name.startswith("_cpu.") for library in libraries):
         fail("fiun_fast._cpu is not inside: a C++17 compiler has to be there when it is built")
     for library in libraries:
@@ -69,10 +69,14 @@ def look_inside(wheel: Path, folder: Path) -> set[str] | None:
         print(f"  {library.relative_to(folder)} needs {', '.join(asked)}")
         if foreign := [name for name in asked if not SYSTEM.fullmatch(name)]:
             fail(f"{library.name} needs {', '.join(foreign)}")
-        if gpu_code is not None:
-            command = [str(cuobjdump()), "-lelf", "-lptx", str(library)]
-            listed = subprocess.run(command, capture_output=True, text=True).stdout  # a library without any is an error
-            gpu_code |= {n + "+PTX" * (kind == "ptx") for n, kind in re.findall(r"\.sm_(\w+)\.(cubin|ptx)", listed)}
+        if gpu_code is not None and library.name.startswith("_cuda."):
+            gpu_code |= {
+                n + "+PTX" * (kind == "ptx") for n, kind in re.findall(r"\.sm_(\w+)\.(cubin|ptx)", listing(library))
+            }
+            usage = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing(library, True))
+            if not usage or (bad := {kernel for kernel, *memory in usage if memory != ["0", "0"]}):
+                fail(f"kernels that spill or use local memory: {', '.join(sorted(bad)) if usage else 'none is listed'}")
+            print(f"    {len(usage)} kernels over all architectures; none spills, none uses local memory")
     return gpu_code
 
 

@@ -57,6 +57,7 @@ wheel-check: wheel  ## that wheel, installed where there is nothing else, no com
 
 sanitize: install  ## the C++ and CUDA sources under AddressSanitizer and UndefinedBehaviorSanitizer, on the CPU
 	bash tests/cpp/sanitize.sh
+	$(BIN)/python tests/sanitize_shim.py
 
 docs: $(STAMP)  ## the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

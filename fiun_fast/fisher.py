@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import numbers
 import os
 from collections.abc import Mapping, Sequence
@@ -123,6 +125,18 @@ class Fisher:
         """The same Fisher on another device or in float32/float64; itself where nothing changes."""
         moved = self.buffer.to(device=device, dtype=dtype)
         return self if moved is self.buffer else Fisher(moved, self.layout, self.provenance)
+
+    def sha256(self) -> str:
+        """SHA-256, hex: of dtype and layout as a line of JSON, then of the numbers, little-endian. Reads the buffer.
+
+        The line is `{"dtype": "float32", "layout": [["fc.weight", [10, 64]], …]}` and a newline.
+        """
+        kind = str(self.buffer.dtype).removeprefix("torch.")
+        head = {"dtype": kind, "layout": [[segment.name, list(segment.shape)] for segment in self.layout]}
+        digest = hashlib.sha256((json.dumps(head, sort_keys=True) + "\n").encode())
+        for piece in self.buffer.split(1 << 24):  # from a GPU piece by piece
+            digest.update(piece.cpu().numpy().astype(f"<f{self.buffer.itemsize}", copy=False).data)
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         p = self.provenance

@@ -46,7 +46,8 @@ def read(path: str | os.PathLike[str]) -> tuple[torch.Tensor, Layout, dict[str, 
                 found = metadata.get("format", "none")
                 raise FisherFileError(f"{where}: not a Fisher of this package (format {found}, expected {FORMAT})")
             layout = Layout(json.loads(metadata["layout"]))
-            record = {key: json.loads(metadata["provenance"])[key] for key in ("estimator", "steps", "samples")}
+            kept = json.loads(metadata["provenance"])
+            record = {key: kept[key] for key in ("estimator", "steps", "samples")} | {"how": kept.get("how", {})}
             names = set(file.keys())
             if names != set(layout.names):
                 raise FisherFileError(f"{where}: its tensors are not those of its layout: {names ^ set(layout.names)}")

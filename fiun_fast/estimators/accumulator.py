@@ -25,6 +25,7 @@ class FisherAccumulator:
         dtype: of the sum, float32 or float64; gradients of half precision are widened before they are squared.
         backend: name of one; None for the default of the parameters' device.
         estimator: "batch" or "label_free".
+        allow_frozen: take parameters that do not require grad along, as zeros, instead of refusing them.
 
     Raises:
         ArgumentError: unknown estimator; a selected parameter does not require grad, so no gradient would ever arrive.
@@ -41,6 +42,7 @@ class FisherAccumulator:
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
         estimator: str = "batch",
+        allow_frozen: bool = False,
     ) -> None:
         if estimator not in POWERS:
             raise ArgumentError(f"estimator is {estimator!r}, expected one of {', '.join(POWERS)}")
@@ -49,15 +51,18 @@ class FisherAccumulator:
         self._parameters = select_parameters(model, params)
         first, like = next(iter(self._parameters.items()))
         for name, p in self._parameters.items():
-            if not p.requires_grad:
+            if not p.requires_grad and not allow_frozen:
                 raise ArgumentError(f"parameter {name!r} does not require grad: no gradient will arrive")
             if p.device != like.device:
                 raise DeviceError(f"parameter {name!r} is on {p.device}, expected {like.device} as {first!r}")
         self.layout = Layout({name: p.shape for name, p in self._parameters.items()})
         self._backend = select(backend, like.device.type)
-        self._sum = torch.zeros(self.layout.numel, dtype=dtype, device=like.device)
+        self._dtype, self._device, self._estimator = dtype, like.device, estimator
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sum = torch.zeros(self.layout.numel, dtype=self._dtype, device=self._device)
         self._views = {name: view.view(-1) for name, view in self.layout.views(self._sum).items()}
-        self._estimator = estimator
         self.steps = 0
         self.samples = 0
 
@@ -74,6 +79,8 @@ class FisherAccumulator:
             EstimationError: no parameter has a gradient.
 
         """
+        if not self._views:
+            self._begin()
         gradients, into, sparse = [], [], []
         for name, p in self._parameters.items():
             if p.grad is None:
@@ -97,8 +104,11 @@ class FisherAccumulator:
         self.steps += 1
         self.samples += samples
 
-    def result(self) -> Fisher:
+    def result(self, in_place: bool = False) -> Fisher:
         """The mean of the squares (`label_free`: sizes) so far, as a new Fisher; more updates may follow.
+
+        Args:
+            in_place: divide the sum itself and hand it over, without a second buffer; the accumulator starts anew then.
 
         Raises:
             EstimationError: there was no update.
@@ -106,4 +116,9 @@ class FisherAccumulator:
         """
         if self.steps == 0:
             raise EstimationError("no gradients were accumulated: call update() after each loss.backward()")
-        return Fisher(self._sum / self.steps, self.layout, Provenance(self._estimator, self.steps, self.samples))
+        provenance = Provenance(self._estimator, self.steps, self.samples)
+        if not in_place:
+            return Fisher(self._sum / self.steps, self.layout, provenance)
+        done = Fisher(self._sum.div_(self.steps), self.layout, provenance)
+        self._sum, self._views, self.steps, self.samples = torch.empty(0), {}, 0, 0  # update() begins anew
+        return done

@@ -230,13 +230,14 @@ def dampen(table: DampenTable) -> Callable[[bool], None]:
     # Blocking copies: whichever stream launches later finds the tables there.
     tables = [torch.from_numpy(np.ascontiguousarray(array)).to(table.device) for array in host]
     addresses = [uploaded.data_ptr() for uploaded in tables]
+    owned = [*tables, table.counts, *(forget for group in table.groups for forget in group.forgets)]
     uploaded_on = _stream(table.device)
 
     def launch(dry_run: bool) -> None:
         stream = _stream(table.device)
         if stream != uploaded_on:  # should the plan go away, this memory is not handed out before the stream is done
-            for uploaded in tables:
-                uploaded.record_stream(torch.cuda.current_stream(table.device))
+            for tensor in owned:
+                tensor.record_stream(torch.cuda.current_stream(table.device))
         _call(
             extension.dampen,
             device,

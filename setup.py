@@ -86,7 +86,8 @@ class Build(build_ext):
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, len(ext.sources))) as pool:
             objects = list(pool.map(compiled, ext.sources))
-        link = [str(NVCC), "-shared", "-cudart=static", "-Xlinker=-s", *code, "-o", str(target)]
+        libraries = f"-L{Path(str(NVCC)).parent.parent / 'lib'}"  # lib64 is known to nvcc; its wheels have it in lib
+        link = [str(NVCC), "-shared", "-cudart=static", libraries, "-Xlinker=-s", *code, "-o", str(target)]
         subprocess.run([*link, *objects], check=True)
 
 

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
 
-.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs sanitize clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs sanitize memcheck clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ wheel-check: wheel  ## that wheel, installed where there is nothing else, no com
 sanitize: install  ## the C++ and CUDA sources under AddressSanitizer and UndefinedBehaviorSanitizer, on the CPU
 	bash tests/cpp/sanitize.sh
 	$(BIN)/python tests/sanitize_shim.py
+
+memcheck: install  ## the CUDA kernels under compute-sanitizer; needs an NVIDIA GPU
+	sh tests/memcheck.sh $(BIN)/python
 
 docs: $(STAMP)  ## the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

@@ -27,8 +27,9 @@ name = "triton"
 BLOCK = 2048  # elements of a tile: 16 a thread, so four 16-byte loads in flight for each stream of fp32
 INTERPRETED_BLOCK = 8192  # the interpreter pays by the program, hardly by the element
 NUM_WARPS = 4
-PROGRAMS_PER_SM = 6 * 4  # 6 programs fit on an SM at once (registers); 4 rounds of them even out the tail
-MAX_REGISTERS = 80  # what 6 programs leave each thread; holds the float32 kernels without spills, so said to ptxas
+PROGRAMS_PER_SM = 5 * 4  # 5 programs fit on an SM at once (registers); 4 rounds of them even out the tail
+MAX_REGISTERS = 96  # what 5 programs leave each thread; with 80, for 6, some versions of ptxas spill
+MAX_REGISTERS_WIDE = 168  # for 3 programs, where a tile is computed in float64
 OLDEST_CAPABILITY = (8, 0)
 TILE_FIELDS = ("start", "length", "first_source", "sources", "first_target", "targets", "aligned")
 
@@ -293,18 +294,27 @@ def _on(device: torch.device) -> Iterator[None]:
 
 # -------------------------------------------------------------------------------------------- compile-time constants
 def options(backend: str, constants: dict[str, Any]) -> dict[str, Any]:
-    """Compiler options. Products and sums are never contracted: the bits are part of the contract."""
+    """What depends on the target. Products and sums are never contracted: the bits are part of the contract."""
     flags: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-    if backend == "cuda" and _fits(constants):
-        flags["maxnreg"] = MAX_REGISTERS
+    if backend == "cuda":
+        flags["maxnreg"] = MAX_REGISTERS if _fits(constants) else MAX_REGISTERS_WIDE
+    if "MERGE" in constants:
+        flags["FLUSHES"] = backend == "cuda" and not interpreted() and _division_flushes()
     return flags
+
+
+@lru_cache
+def _division_flushes() -> bool:
+    """Whether this Triton's `tl.div_rn` becomes div.rn.ftz.f32, which takes subnormal numbers for zero."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6)
 
 
 def _fits(constants: dict[str, Any]) -> bool:
     """Whether MAX_REGISTERS are enough: not where a tile is computed in float64."""
     names = ("FISHER", "THETA", "GRADIENT", "INTO")
-    wide = any(str(constants.get(name)) == "fp64" for name in names)
-    return not wide and not constants.get("POWER", False)
+    return not (any(str(constants.get(name)) == "fp64" for name in names) or constants.get("POWER", False))
 
 
 def _common(*dtypes: torch.dtype) -> dict[str, Any]:
@@ -329,7 +339,8 @@ def dampen_constants(fisher: torch.dtype, theta: torch.dtype, how: str, power: b
     """Compile-time arguments of the kernel `dampen`."""
     wide = torch.float32 if theta.itemsize == 2 else torch.promote_types(fisher, theta)
     types = {"FISHER": triton_type(fisher), "THETA": triton_type(theta), "COMPUTE": triton_type(wide)}
-    return types | {"MERGE": how, "POWER": power} | _common(fisher, theta)
+    step = block_size() // 2 if power or wide == torch.float64 else block_size()
+    return types | {"MERGE": how, "POWER": power, "STEP": step} | _common(fisher, theta)
 
 
 def merge_constants(dtype: torch.dtype, how: str) -> dict[str, Any]:

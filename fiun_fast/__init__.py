@@ -21,6 +21,7 @@ from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, last_layer
 from .memory import flatten_
 from .plan import Plan, dampen_, plan
+from .ratios import adaptive_alpha
 from .report import NodeReport, Report
 from .version import __version__
 
@@ -45,6 +46,7 @@ __all__ = [
     "Report",
     "Segment",
     "__version__",
+    "adaptive_alpha",
     "available_backends",
     "dampen_",
     "estimate_fisher",

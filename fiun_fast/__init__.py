@@ -14,6 +14,8 @@ from .errors import (
     FisherFileError,
     FiunError,
     LayoutError,
+    UndoError,
+    UndoFileError,
 )
 from .estimators import FisherAccumulator, estimate_fisher
 from .fisher import Fisher, Provenance, merge_fishers
@@ -22,7 +24,8 @@ from .layout import Layout, Segment, last_layer
 from .memory import flatten_
 from .plan import Plan, dampen_, plan
 from .ratios import adaptive_alpha
-from .report import NodeReport, Report
+from .report import NodeReport, ParameterReport, Report
+from .undo import UndoLog
 from .version import __version__
 
 __all__ = [
@@ -41,10 +44,14 @@ __all__ = [
     "Layout",
     "LayoutError",
     "NodeReport",
+    "ParameterReport",
     "Plan",
     "Provenance",
     "Report",
     "Segment",
+    "UndoError",
+    "UndoFileError",
+    "UndoLog",
     "__version__",
     "adaptive_alpha",
     "available_backends",

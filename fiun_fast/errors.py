@@ -37,3 +37,11 @@ class BackendError(FiunError, RuntimeError):
 
 class EstimationError(FiunError, ValueError):
     """A Fisher cannot be estimated: empty loader, batch of an unknown form, loss without a gradient."""
+
+
+class UndoError(FiunError, RuntimeError):
+    """A run cannot be undone: it kept no log, was undone before, or the parameters are no longer as it left them."""
+
+
+class UndoFileError(FiunError, ValueError):
+    """A file that is not a (whole) undo log written by this package."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import numbers
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from . import fisher_file
+from . import fisher_file, optimizer_state
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .kernels import select
 from .kernels.table import MERGES
-from .layout import Layout
+from .layout import Layout, Params, select_parameters
 
 FISHER_DTYPES = (torch.float32, torch.float64)
 
@@ -25,6 +27,18 @@ class Provenance:
     estimator: str = "unknown"
     steps: int = 0  # mini-batches that were averaged
     samples: int = 0  # examples seen
+    how: Mapping[str, str] = field(default_factory=dict, compare=False)  # parameter -> the way it was computed
+
+    def __str__(self) -> str:
+        """The ways parameters were computed, one line each, with the parameters."""
+        ways: dict[str, list[str]] = {}
+        for name, way in self.how.items():
+            ways.setdefault(way, []).append(name)
+        lines = [f"estimator {self.estimator}, {self.steps} steps, {self.samples} samples"]
+        for way, names in ways.items():
+            more = f", … {len(names) - 6} more" if len(names) > 6 else ""
+            lines.append(f"  {way}: {', '.join(names[:6])}{more}")
+        return "\n".join(lines)
 
 
 UNKNOWN = Provenance()
@@ -84,6 +98,30 @@ class Fisher:
         return cls(buffer, layout, provenance)
 
     @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: torch.nn.Module, params: Params = None) -> Fisher:
+        """An original Fisher for free: Adam's or AdamW's `exp_avg_sq`, corrected for its start at 0 (arXiv 2507.18807).
+
+        That is the `batch` estimator with training's own batch size and mode, averaged over about 1 / (1 - beta2) past
+        steps. It stands for a Fisher at the present weights where these have moved little in that time (the end of a
+        schedule), gradients were not clipped, and weight decay is decoupled (AdamW); docs/fishers.md says more.
+
+        Args:
+            optimizer: one that keeps `exp_avg_sq` and `step`; any of foreach, fused and capturable.
+            model: its parameters are looked up in the optimiser, by identity.
+            params: which, as in `Layout.from_module`.
+
+        Raises:
+            ArgumentError: an optimiser of another kind.
+            LayoutError: it does not optimise one of the parameters; or as in `Layout.from_module`.
+            EstimationError: it has taken no step with one of them.
+            DeviceError: the parameters lie on several devices.
+
+        """
+        selected = select_parameters(model, params)
+        moments, how, steps = optimizer_state.second_moments(optimizer, selected)
+        return cls.from_dict(moments, Provenance("optimizer", steps, 0, how))
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str], layout: Layout | None = None) -> Fisher:
         """Read a file that `save` wrote; with `layout`, one that does not fit is refused with the difference.
 
@@ -107,7 +145,7 @@ class Fisher:
             OSError: the folder does not exist or cannot be written; no partial file is left.
 
         """
-        record = {key: getattr(self.provenance, key) for key in ("estimator", "steps", "samples")}
+        record = {key: getattr(self.provenance, key) for key in ("estimator", "steps", "samples", "how")}
         fisher_file.write(path, self.as_dict(), record)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -123,6 +161,18 @@ class Fisher:
         """The same Fisher on another device or in float32/float64; itself where nothing changes."""
         moved = self.buffer.to(device=device, dtype=dtype)
         return self if moved is self.buffer else Fisher(moved, self.layout, self.provenance)
+
+    def sha256(self) -> str:
+        """SHA-256, hex: of dtype and layout as a line of JSON, then of the numbers, little-endian. Reads the buffer.
+
+        The line is `{"dtype": "float32", "layout": [["fc.weight", [10, 64]], …]}` and a newline.
+        """
+        kind = str(self.buffer.dtype).removeprefix("torch.")
+        head = {"dtype": kind, "layout": [[segment.name, list(segment.shape)] for segment in self.layout]}
+        digest = hashlib.sha256((json.dumps(head, sort_keys=True) + "\n").encode())
+        for piece in self.buffer.split(1 << 24):  # from a GPU piece by piece
+            digest.update(piece.cpu().numpy().astype(f"<f{self.buffer.itemsize}", copy=False).data)
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         p = self.provenance

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import whole_file
 from .errors import FisherFileError
 from .layout import Layout
 from .version import __version__
@@ -19,26 +19,11 @@ FORMAT = "fiun_fast.fisher/1"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
-    """Write beside, flush to disk, rename: at `path` there is the whole new file or what was there before."""
-    from safetensors.torch import save_file
-
-    target = Path(path)
+    """Write the file, whole or not at all."""
     layout = {name: list(t.shape) for name, t in tensors.items()}
     metadata = {"format": FORMAT, "layout": json.dumps(layout), "provenance": json.dumps(dict(record))}
     metadata["version"] = __version__
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    os.close(handle)
-    try:
-        save_file({name: t.detach() for name, t in tensors.items()}, temporary, metadata=metadata)
-        with Path(temporary).open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files private; this one should look like any other
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    whole_file.save(path, tensors, metadata)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[torch.Tensor, Layout, dict[str, Any]]:
@@ -61,7 +46,8 @@ def read(path: str | os.PathLike[str]) -> tuple[torch.Tensor, Layout, dict[str, 
                 found = metadata.get("format", "none")
                 raise FisherFileError(f"{where}: not a Fisher of this package (format {found}, expected {FORMAT})")
             layout = Layout(json.loads(metadata["layout"]))
-            record = {key: json.loads(metadata["provenance"])[key] for key in ("estimator", "steps", "samples")}
+            kept = json.loads(metadata["provenance"])
+            record = {key: kept[key] for key in ("estimator", "steps", "samples")} | {"how": kept.get("how", {})}
             names = set(file.keys())
             if names != set(layout.names):
                 raise FisherFileError(f"{where}: its tensors are not those of its layout: {names ^ set(layout.names)}")

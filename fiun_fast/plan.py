@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +10,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from .audit import examine
 from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
 from .errors import ArgumentError
 from .fisher import Fisher, check_number
 from .kernels import select
 from .kernels.table import MERGES, DampenTable, pack_rows
 from .ratios import Ratios, adaptive_percentile, check_share
-from .report import Report
+from .report import Audit, Facts, Report
 from .resolve import Batch, Target, make_group, resolve
+from .undo import Recorder
 
 PerNode = float | Mapping[str, float]
 
@@ -67,11 +70,18 @@ class Plan:
         self._launches = [backend.dampen(table) for backend, (table, _) in zip(backends, tables, strict=True)]
         self.tables = [table for table, _ in tables]
         self._slots = [slots for _, slots in tables]  # per table: the target of each slot
+        self._batches = list(launches.values())  # per table: what its groups were made from
         self.backends = backends
         self._resolved = resolved
         self._watched = [t.fisher for t in targets] + [r.fisher for r in self._requests]
         self._watched_addresses = [fisher.buffer.data_ptr() for fisher in self._watched]
         self._nodes = self._node_rows()
+        self._facts = Facts(
+            self._options,
+            tuple(dict.fromkeys(backend.name for backend in backends)),
+            tuple((r.origin, float(r.weight), weakref.ref(r.fisher)) for r in self._requests),
+            {t.name: weakref.ref(t.fisher) for t in targets},
+        )
 
     def _node_rows(self) -> list[tuple]:
         """What a report says of each node before the counts."""
@@ -111,29 +121,41 @@ class Plan:
         )
         return table, nodes
 
-    def run_(self, dry_run: bool = False) -> Report:
+    def run_(self, dry_run: bool = False, undo: bool = False, audit: bool = False) -> Report:
         """Dampen every node a request reaches, in place, all from the state before the call.
+
+        Without `undo` and `audit` this allocates nothing on the device and does not wait for it. Each of the two adds a
+        pass in plain torch that does wait, before the run (docs/audit.md has the cost).
 
         Args:
             dry_run: count only; nothing is written.
+            undo: keep what is needed to restore every bit with `report.undo_()`: 4 bytes and one parameter's element
+                for each element selected.
+            audit: count each parameter, measure ‖Δθ‖ and hash every Fisher; `report.to_dict()` has it all.
 
         Returns:
             Counts per node, read from the device when first looked at.
 
         Raises:
+            ArgumentError: undo of a dry run.
             LayoutError, DTypeError, DeviceError: storage moved to something that does not fit any more; nothing ran.
 
         """
+        if dry_run and undo:
+            raise ArgumentError("a dry run changes nothing, so there is nothing to undo: leave out dry_run or undo")
         if self._moved():
             self._build()
         if self._last is not None and (before := self._last()) is not None:
             before.keep()  # somebody still holds the last report, and this run overwrites its counts
+        audited = self._audit() if audit else None
+        recorder = Recorder(self.tables, self._batches, self.nodes, self._resolved) if undo else None
         for launch in self._launches:
             launch(dry_run)
         if not dry_run:  # kernels write through addresses; autograd must hear of it
             torch.autograd.graph.increment_version(self._resolved.parameters)
         counts = [(table.counts, slots) for table, slots in zip(self.tables, self._slots, strict=True)]
-        report = Report(self._nodes, self._known, counts, dry_run)
+        log = recorder.seal() if recorder else None
+        report = Report(self._nodes, self._known, counts, dry_run, self._facts, audited, log)
         self._last = weakref.ref(report)
         return report
 
@@ -166,6 +188,16 @@ class Plan:
         if self._moved():
             self._build()
         return Ratios(list(zip(self.tables, self.backends, self._slots, strict=True)), self.nodes)
+
+    def _audit(self) -> Audit:
+        """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
+        time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        references = [fisher for _, _, fisher in self._facts.requests] + list(self._facts.originals.values())
+        fishers = {id(reference): fisher for reference in references if (fisher := reference()) is not None}
+        digests = {id(fisher): fisher.sha256() for fisher in fishers.values()}
+        figures = examine(self.tables, self._batches)
+        parameters = {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)}
+        return Audit(time, parameters, {reference: digests[id(fisher)] for reference, fisher in fishers.items()})
 
     def warmup(self) -> None:
         """Compile ahead what a run needs, where the backend compiles at run time (Triton); otherwise nothing to do."""
@@ -307,6 +339,8 @@ def dampen_(
     on_mismatch: str = "error",
     backend: str | None = None,
     dry_run: bool = False,
+    undo: bool = False,
+    audit: bool = False,
     share: float | None = None,
 ) -> Report:
     """Dampen one model in place: Selective Synaptic Dampening (arXiv 2308.07707), the one-node case of `plan`.
@@ -315,7 +349,7 @@ def dampen_(
         model: module, or dict of tensors.
         original: Fisher over the data the model was trained on.
         forget: Fisher over the data to be forgotten; several are merged on the fly.
-        dry_run: count only.
+        dry_run, undo, audit: as in `Plan.run_`.
 
     The other arguments are those of `plan`; alpha, lam and share are numbers here, alpha may be "auto".
 
@@ -333,7 +367,8 @@ def dampen_(
     forgets = [forget] if isinstance(forget, Fisher) else list(forget)
     requests = [ForgetRequest("model", f) for f in forgets]
     compiled = plan(dag, requests, alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, share)
-    return compiled.run_(dry_run=dry_run)
+    dag.graph.clear()  # networkx graphs are cycles: without this, Fishers would wait for the garbage collector
+    return compiled.run_(dry_run=dry_run, undo=undo, audit=audit)
 
 
 def _shares(alpha: PerNode | str, share: PerNode | None, dag: InheritanceDAG) -> dict[str, float] | None:

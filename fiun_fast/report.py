@@ -2,15 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import DagError
+from .errors import DagError, UndoError
+from .fisher import Fisher
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .undo import UndoLog
 
 _SHOWN = 40  # rows that print(report) shows
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """Counts of one parameter of one node, in elements; only an audited run has them.
+
+    Attributes:
+        name, shape, dtype: the parameter.
+        numel: elements compared.
+        selected, zeroed, nonfinite: as in `NodeReport`.
+        change: ‖Δθ‖, the L2 norm of what the run adds to the parameter; NaN where θ is not finite.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    selected: int
+    zeroed: int
+    nonfinite: int
+    change: float
+
+    @property
+    def share(self) -> float:
+        """Selected elements over elements compared, 0..1."""
+        return self.selected / self.numel if self.numel else 0.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan says about itself, for the record; Fishers are not kept alive by it."""
+
+    options: Mapping[str, float | str]
+    backends: tuple[str, ...]
+    requests: tuple[tuple[str, float, weakref.ref[Fisher]], ...]  # origin, weight, F
+    originals: Mapping[str, weakref.ref[Fisher]]  # node -> I
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audited run adds to its report."""
+
+    time: str  # when the run began, UTC, ISO 8601
+    parameters: Mapping[str, tuple[ParameterReport, ...]]  # node -> its parameters
+    sha256: Mapping[int, str]  # id of a reference to a Fisher, in Facts -> digest, taken before the run
 
 
 @dataclass(frozen=True)
@@ -26,6 +79,7 @@ class NodeReport:
         selected: elements with m > alpha I.
         zeroed: selected elements that are exactly 0 afterwards.
         nonfinite: elements whose m or I is NaN or infinite.
+        parameters: the same for each parameter, of an audited run.
 
     """
 
@@ -38,11 +92,27 @@ class NodeReport:
     selected: int = 0
     zeroed: int = 0
     nonfinite: int = 0
+    parameters: tuple[ParameterReport, ...] = ()
 
     @property
     def share(self) -> float:
         """Selected elements over elements compared, 0..1."""
         return self.selected / self.numel if self.numel else 0.0
+
+    @property
+    def change(self) -> float | None:
+        """‖Δθ‖ over all parameters of an audited run, else None."""
+        return math.hypot(*(p.change for p in self.parameters)) if self.parameters else None
+
+    def __str__(self) -> str:
+        """A table of the parameters, after an audited run; else one line."""
+        if not self.parameters:
+            return f"{self.name}: {self.selected:,} of {self.numel:,} elements selected ({self.share:.2%})"
+        head = ("parameter", "shape", "dtype", "elements", "selected", "share", "zeroed", "nonfinite", "‖Δθ‖")
+        rows = [(p.name, "×".join(map(str, p.shape)) or "scalar", p.dtype, *_figures(p)) for p in self.parameters]
+        if len(rows) > 1:
+            rows.append((self.name, "", "", *_figures(self)))
+        return _table(head, rows, left=3)
 
 
 class Report:
@@ -57,9 +127,13 @@ class Report:
         known: frozenset[str],
         counts: list[tuple[torch.Tensor, list[int]]],  # per launch: [slots, 3] counts, index into nodes of each slot
         dry_run: bool,
+        facts: Facts,
+        audit: Audit | None = None,
+        undo: UndoLog | None = None,
     ) -> None:
-        self.dry_run = dry_run
+        self.dry_run, self.undo = dry_run, undo
         self._nodes, self._known, self._pending = nodes, known, counts
+        self._facts, self._audit = facts, audit
         self._read: dict[str, NodeReport] | None = None
 
     def keep(self) -> None:
@@ -71,10 +145,13 @@ class Report:
     def nodes(self) -> dict[str, NodeReport]:
         """Name -> report of each node reached, in the order of the DAG. The first look waits for the device."""
         if self._read is None:
-            totals = [[0, 0, 0] for _ in self._nodes]
+            totals: list[list] = [[0, 0, 0] for _ in self._nodes]
             for counts, slots in self._pending:
                 for index, row in zip(slots, counts.tolist(), strict=True):
                     totals[index] = [a + b for a, b in zip(totals[index], row, strict=True)]
+            if self._audit is not None:
+                for n, total in zip(self._nodes, totals, strict=True):
+                    total.append(self._audit.parameters[n[0]])
             self._read = {n[0]: NodeReport(*n, *total) for n, total in zip(self._nodes, totals, strict=True)}
             self._pending = []
         return self._read
@@ -118,32 +195,64 @@ class Report:
         """Elements with a NaN or infinity in m or I, in all nodes."""
         return sum(n.nonfinite for n in self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for json.dump."""
-        totals = {key: getattr(self, key) for key in ("numel", "selected", "zeroed", "nonfinite")}
-        return {"dry_run": self.dry_run, **totals, "nodes": [{**asdict(n), "share": n.share} for n in self]}
+    def undo_(self, force: bool = False) -> None:
+        """Restore every bit that the run changed: `report.undo.undo_()`, which says when it refuses.
+
+        Raises:
+            UndoError: the run kept no log, or `UndoLog.undo_` refuses.
+
+        """
+        if self.undo is None:
+            why = "changed nothing" if self.dry_run else "kept no undo log: run_(undo=True) does"
+            raise UndoError(f"this run {why}")
+        self.undo.undo_(force=force)
+
+    def to_dict(self, sha256: bool = True) -> dict[str, Any]:
+        """Plain data, ready for json.dump: what was done, to what, by what (docs/audit.md lists the keys).
+
+        Args:
+            sha256: with the SHA-256 of each Fisher. An audited run took them before it began; otherwise each is read
+                through here, as it is now, and one that is gone is None.
+
+        """
+        audit, facts = self._audit, self._facts
+
+        def digest(reference: weakref.ref[Fisher]) -> dict[str, str | None]:
+            fisher = reference()
+            if not sha256:
+                return {}
+            if audit is not None:
+                return {"sha256": audit.sha256.get(id(reference))}
+            return {"sha256": None if fisher is None else digests.setdefault(id(fisher), fisher.sha256())}
+
+        digests: dict[int, str] = {}
+        return {
+            "fiun_fast": __version__,
+            "torch": torch.__version__,
+            "backends": list(facts.backends),
+            **({} if audit is None else {"time": audit.time}),
+            "dry_run": self.dry_run,
+            **facts.options,
+            **{key: getattr(self, key) for key in ("numel", "selected", "zeroed", "nonfinite")},
+            "requests": [{"origin": o, "weight": w, **digest(fisher)} for o, w, fisher in facts.requests],
+            "nodes": [{**_plain(node), **digest(facts.originals[node.name])} for node in self],
+        }
 
     def __str__(self) -> str:
         nodes = list(self)
         head = ("node", "from", "alpha", "lambda", "elements", "selected", "share", "zeroed", "nonfinite")
         rows = [_row(n) for n in nodes[:_SHOWN]]
         if len(nodes) > _SHOWN:
-            rows.append((f"… {len(nodes) - _SHOWN:,} more", *[""] * 8))
-        total = NodeReport("all", (), (), None, None, self.numel, self.selected, self.zeroed, self.nonfinite)
+            rows.append((f"… {len(nodes) - _SHOWN:,} more", *[""] * (len(rows[0]) - 1)))
         if len(nodes) > 1:
-            rows.append(_row(total))
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in [head, *rows]
-        ]
-        lines.insert(1, "─" * len(lines[0]))
+            parameters = tuple(p for n in nodes for p in n.parameters)
+            total = (self.numel, self.selected, self.zeroed, self.nonfinite, parameters)
+            rows.append(_row(NodeReport("all", (), (), None, None, *total)))
+        lines = [_table(head if len(rows[0]) == len(head) else (*head, "‖Δθ‖"), rows, left=2)] if rows else []
         lines += [f"left out of {n.name}: {', '.join(n.skipped)}" for n in nodes[:_SHOWN] if n.skipped]
         if self.dry_run:
             lines.append("dry run: nothing was changed")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         state = "not read yet" if self._read is None else f"{self.selected:,} of {self.numel:,} elements selected"
@@ -152,5 +261,31 @@ class Report:
 
 def _row(n: NodeReport) -> tuple[str, ...]:
     number = ("" if n.alpha is None else f"{n.alpha:g}", "" if n.lam is None else f"{n.lam:g}")
+    return (n.name, ", ".join(n.sources), *number, *_figures(n))
+
+
+def _figures(n: NodeReport | ParameterReport) -> tuple[str, ...]:
     counts = (f"{n.numel:,}", f"{n.selected:,}", f"{n.share:.2%}", f"{n.zeroed:,}", f"{n.nonfinite:,}")
-    return (n.name, ", ".join(n.sources), *number, *counts)
+    return counts if n.change is None else (*counts, f"{n.change:.4g}")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Columns side by side under a rule; the first `left` are flush left, the others right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(f"{cell:{'<' if i < left else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [head, *rows]
+    ]
+    lines.insert(1, "─" * len(lines[0]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _plain(n: NodeReport) -> dict[str, Any]:
+    """A node's report as plain data; a change that is no number becomes None, which JSON can hold."""
+    plain = {**asdict(n), "share": n.share}
+    if n.change is None:
+        del plain["parameters"]
+        return plain
+    for shown, p in zip(plain["parameters"], n.parameters, strict=True):
+        shown |= {"share": p.share, "change": p.change if math.isfinite(p.change) else None}
+    return plain | {"change": n.change if math.isfinite(n.change) else None}

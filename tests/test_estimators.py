@@ -190,7 +190,7 @@ def test_progress_and_custom_loss(capsys):
         ),
         ({"loader": [torch.zeros(3)]}, ff.EstimationError, "a batch is a Tensor, expected"),
         ({"loader": [(1, 2)]}, ff.EstimationError, "a batch is a tuple of 2, expected"),
-        ({"estimator": "magic"}, ff.ArgumentError, "estimator is 'magic', expected one of batch"),
+        ({"estimator": "magic"}, ff.ArgumentError, "estimator is 'magic', expected one of batch, "),
         ({"params": "head.*"}, ff.LayoutError, "no parameter matches"),
         (
             {"loss_fn": lambda out, y: out},

@@ -1,6 +1,6 @@
 """How a Fisher is obtained."""
 
 from .accumulator import FisherAccumulator
-from .batch import estimate_fisher
+from .estimate import estimate_fisher
 
 __all__ = ["FisherAccumulator", "estimate_fisher"]

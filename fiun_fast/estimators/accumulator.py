@@ -9,21 +9,25 @@ from ..fisher import FISHER_DTYPES, Fisher, Provenance
 from ..kernels import select
 from ..layout import Layout, Params, select_parameters
 
+POWERS = {"batch": 2, "label_free": 1}
+
 
 class FisherAccumulator:
     """Fisher in a user's own loop: call `update()` after each `loss.backward()`, `result()` at the end.
 
     The estimate is (1/B) sum_b g_b^2 over the B updates, g_b the gradient found in `.grad`: the `batch` estimator of
-    SSD and FIUn where every backward is that of one mini-batch's mean loss.
+    SSD and FIUn where every backward is that of one mini-batch's mean loss. With `label_free` it is (1/B) sum_b |g_b|,
+    that of LFSSD (arXiv 2402.19308) where every backward is that of mean_n ‖f(x_n)‖².
 
     Args:
         model: its parameters' `.grad` are read; nothing else of it is touched.
         params: which parameters, as in `Layout.from_module`.
         dtype: of the sum, float32 or float64; gradients of half precision are widened before they are squared.
         backend: name of one; None for the default of the parameters' device.
+        estimator: "batch" or "label_free".
 
     Raises:
-        ArgumentError: a selected parameter does not require grad, so no gradient would ever arrive.
+        ArgumentError: unknown estimator; a selected parameter does not require grad, so no gradient would ever arrive.
         DeviceError: the parameters lie on several devices.
         DTypeError: `dtype` is not float32 or float64.
         LayoutError, BackendError: as in `Layout.from_module` and `plan`.
@@ -36,7 +40,10 @@ class FisherAccumulator:
         params: Params = None,
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
+        estimator: str = "batch",
     ) -> None:
+        if estimator not in POWERS:
+            raise ArgumentError(f"estimator is {estimator!r}, expected one of {', '.join(POWERS)}")
         if dtype not in FISHER_DTYPES:
             raise DTypeError(f"dtype is {dtype}, expected float32 or float64")
         self._parameters = select_parameters(model, params)
@@ -50,11 +57,12 @@ class FisherAccumulator:
         self._backend = select(backend, like.device.type)
         self._sum = torch.zeros(self.layout.numel, dtype=dtype, device=like.device)
         self._views = {name: view.view(-1) for name, view in self.layout.views(self._sum).items()}
+        self._estimator = estimator
         self.steps = 0
         self.samples = 0
 
     def update(self, zero_grads: bool = False, samples: int = 0) -> None:
-        """Add the squares of the gradients that `.grad` holds now.
+        """Add the squares (`label_free`: sizes) of the gradients that `.grad` holds now.
 
         A parameter without a gradient took no part in the loss and counts as zero.
 
@@ -82,7 +90,7 @@ class FisherAccumulator:
             into.append(self._views[name])
         if not gradients:
             raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
-        self._backend.accumulate(gradients, into, 2, zero_grads)
+        self._backend.accumulate(gradients, into, POWERS[self._estimator], zero_grads)
         if zero_grads:
             for original in sparse:  # copies were read above; these are the gradients themselves
                 original.zero_()
@@ -90,7 +98,7 @@ class FisherAccumulator:
         self.samples += samples
 
     def result(self) -> Fisher:
-        """The mean of the squares so far, as a new Fisher; more updates may follow.
+        """The mean of the squares (`label_free`: sizes) so far, as a new Fisher; more updates may follow.
 
         Raises:
             EstimationError: there was no update.
@@ -98,4 +106,4 @@ class FisherAccumulator:
         """
         if self.steps == 0:
             raise EstimationError("no gradients were accumulated: call update() after each loss.backward()")
-        return Fisher(self._sum / self.steps, self.layout, Provenance("batch", self.steps, self.samples))
+        return Fisher(self._sum / self.steps, self.layout, Provenance(self._estimator, self.steps, self.samples))

@@ -1,0 +1,75 @@
+"""Second moments that Adam-like optimisers keep: squared gradients that training has already paid for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .errors import ArgumentError, EstimationError, LayoutError
+
+NEEDED = ("exp_avg_sq", "step")
+
+
+def second_moments(
+    optimizer: torch.optim.Optimizer, selected: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str], int]:
+    """Bias-corrected second moments v / (1 - beta2^t) of the selected parameters, in float32 (float64 stays).
+
+    Returns:
+        name -> tensor in the parameter's shape; name -> how it was obtained; steps taken.
+
+    Raises:
+        ArgumentError: `optimizer` is no optimiser, or not one of Adam's kind.
+        LayoutError: a parameter is in none of its groups.
+        EstimationError: a parameter has not been stepped yet.
+
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    kind = type(optimizer).__name__
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    strangers = [name for name, p in selected.items() if id(p) not in groups]
+    if strangers:
+        raise LayoutError(f"{kind} does not optimise {_names(strangers)} (parameters are told apart by identity)")
+    if not all(isinstance(group.get("betas"), (tuple, list)) and len(group["betas"]) == 2 for group in groups.values()):
+        raise ArgumentError(f"{kind} keeps no second moments, expected Adam, AdamW or one of their kind")
+    states = {name: optimizer.state.get(p, {}) for name, p in selected.items()}
+    fresh = [name for name, state in states.items() if not state]
+    if fresh:
+        raise EstimationError(
+            f"{kind} has no state for {_names(fresh)}: no gradient has reached them in a step() yet; choose others "
+            "with params=, or estimate a Fisher from data"
+        )
+    lacking = sorted({key for state in states.values() for key in NEEDED if key not in state})
+    if lacking:
+        raise ArgumentError(f"{kind} keeps no {', '.join(lacking)}, expected Adam, AdamW or one of their kind")
+
+    moments, how, steps = {}, {}, 0
+    for name, p in selected.items():
+        state, group = states[name], groups[id(p)]
+        step, beta2 = float(state["step"]), float(group["betas"][1])  # either may be a tensor, on any device
+        if step < 1:
+            raise EstimationError(f"{kind} has taken no step with {name!r} yet")
+        moment = state["exp_avg_sq"].detach()
+        moment = moment.to(torch.float64 if moment.dtype == torch.float64 else torch.float32)
+        moments[name] = moment / -_expm1_of_log(beta2, step)
+        how[name] = f"{kind}'s exp_avg_sq" + (", weight decay inside" if _decays_in_gradient(kind, group) else "")
+        steps = max(steps, int(step))
+    return moments, how, steps
+
+
+def _expm1_of_log(beta: float, step: float) -> float:
+    """beta^step - 1, exact where beta is close to 1."""
+    return math.expm1(step * math.log(beta)) if beta > 0 else -1.0
+
+
+def _decays_in_gradient(kind: str, group: Mapping[str, Any]) -> bool:
+    """Whether weight decay was added to the gradient before it was squared, as Adam does and AdamW does not."""
+    return float(group.get("weight_decay", 0)) != 0 and not group.get("decoupled_weight_decay", kind == "AdamW")
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

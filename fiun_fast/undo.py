@@ -1,0 +1,323 @@
+"""The way back: which elements a run selected, and the bits that were there before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import whole_file
+from .dag import InheritanceDAG, Model
+from .errors import DTypeError, LayoutError, UndoError, UndoFileError
+from .kernels.table import DampenTable
+from .resolve import Batch, Home, Link, Resolved
+from .tiles import possible_selection, tiles
+from .version import __version__
+
+FORMAT = "fiun_fast.undo/1"
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # restored as integers: no NaN loses its payload on the way
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+_PIECE = 1 << 22  # elements of a loaded log that are restored at a time
+
+
+@dataclass
+class Entry:
+    """One parameter of one node: pieces of (start, index [k] int32 from there, old bits [k])."""
+
+    node: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    home: Home | None = None  # where the parameter lives, and its address during the run; None in a loaded log
+    address: int = 0
+    pieces: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    after: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.int64)
+    )  # fingerprint of what the run left
+
+    @property
+    def where(self) -> str:
+        """As error messages name it."""
+        return f"node {self.node!r}, parameter {self.name!r}"
+
+    @property
+    def numel(self) -> int:
+        """Elements kept."""
+        return sum(len(index) for _, index, _ in self.pieces)
+
+
+class UndoLog:
+    """Indices and old values of every element that a run selected: `plan.run_(undo=True).undo`.
+
+    The log takes 4 bytes of index and one parameter's element for each selected element, so a dry run's counts tell its
+    size beforehand (`selected * (4 + itemsize)`); it lies on the parameters' devices and refers to the models. Where
+    several Fishers were merged by sum or mean it may hold a few elements more, whose threshold was met within rounding.
+
+    `undo_()` restores every bit. It refuses where that would not bring back the state before the run: after a second
+    call, when parameters were moved, replaced, or changed at those places (by training, or by a later run: undo the
+    later one first). A saved log is applied with `undo_(dag)` to models that hold the state the run left.
+    """
+
+    def __init__(self, entries: list[Entry], links: Sequence[Link] | None = None) -> None:
+        self._entries, self._links = entries, links  # links: submodules on the way to the parameters; None when loaded
+        self._done = False
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> UndoLog:
+        """Read a file that `save` wrote; it lies in main memory then, and `undo_` must be told the models.
+
+        Raises:
+            UndoFileError: the file is truncated or foreign.
+            FileNotFoundError: there is none.
+
+        """
+        return cls(list(_read(path)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: indices and old values of each parameter that has any. All or nothing.
+
+        Tensors `0.index` (int32, int64 for parameters of 2^31 elements and more) and `0.old` (the parameter's dtype),
+        `1.index`, …; the metadata entry `entries` is a JSON list with node, name, shape, dtype and fingerprint of each.
+
+        Raises:
+            OSError: the folder does not exist or cannot be written; no partial file is left.
+
+        """
+        tensors: dict[str, Tensor] = {}
+        listed = []
+        for i, entry in enumerate(self._entries):
+            wide = torch.int32 if torch.Size(entry.shape).numel() < 1 << 31 else torch.int64
+            tensors[f"{i}.index"] = torch.cat([index.cpu().to(wide) + start for start, index, _ in entry.pieces])
+            tensors[f"{i}.old"] = torch.cat([old.cpu() for _, _, old in entry.pieces]).view(entry.dtype)
+            listed.append(
+                {
+                    "node": entry.node,
+                    "name": entry.name,
+                    "shape": entry.shape,
+                    "dtype": str(entry.dtype).removeprefix("torch."),
+                    "after": int(entry.after),
+                }
+            )
+        whole_file.save(path, tensors, {"format": FORMAT, "version": __version__, "entries": json.dumps(listed)})
+
+    @torch.no_grad()
+    def undo_(self, models: InheritanceDAG | Mapping[str, Model] | Model | None = None, force: bool = False) -> None:
+        """Put the old bits back, in every node of the run; all is checked before anything is written.
+
+        Args:
+            models: where the parameters are: the DAG, {node: model}, or the model of a log with one node. None: where
+                they were during the run; a log that was loaded does not know that.
+            force: also where the parameters have changed since the run; selected elements get their old bits, others
+                stay as they are now.
+
+        Raises:
+            UndoError: called twice, or the parameters were moved, replaced or changed since the run.
+            LayoutError, DTypeError: they have another shape, memory layout or dtype now, or are not in the models.
+
+        """
+        if self._done:
+            raise UndoError("this run was undone already")
+        parameters = self._at_home() if models is None else self._look_up(models)
+        flats = [_bits(parameter) for parameter in parameters]
+        if not force:
+            self._check_unchanged(flats)
+        for entry, flat in zip(self._entries, flats, strict=True):
+            for start, index, old in entry.pieces:
+                flat.index_copy_(0, index.to(flat.device, torch.int64) + start, old.to(flat.device))
+        self._done = True
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes with a selection."""
+        return list(dict.fromkeys(entry.node for entry in self._entries))
+
+    @property
+    def numel(self) -> int:
+        """Elements kept."""
+        return sum(entry.numel for entry in self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the log takes."""
+        return sum(index.nbytes + old.nbytes for entry in self._entries for _, index, old in entry.pieces)
+
+    def __repr__(self) -> str:
+        state = ", undone" if self._done else ", loaded" if self._links is None else ""
+        return f"UndoLog({self.numel:,} elements of {len(self.nodes)} nodes, {self.nbytes:,} bytes{state})"
+
+    def _at_home(self) -> list[Tensor]:
+        """The parameters where the run found them."""
+        if self._links is None:
+            raise UndoError("this log was loaded from a file: say where the models are, log.undo_(dag)")
+        for owner, child, module in self._links:
+            if owner.get(child) is not module:
+                raise UndoError(f"submodule {child!r} was replaced since the run; {_BY_NAME}")
+        parameters: list[Tensor] = []
+        for entry in self._entries:
+            assert entry.home is not None
+            container, key = entry.home
+            parameter = container.get(key)
+            if not isinstance(parameter, Tensor):
+                raise UndoError(f"{entry.where}: taken away since the run; {_BY_NAME}")
+            _check(entry, parameter)
+            if parameter.data_ptr() != entry.address:
+                raise UndoError(f"{entry.where}: moved since the run, to {parameter.device}; {_BY_NAME}")
+            parameters.append(parameter)
+        return parameters
+
+    def _look_up(self, models: InheritanceDAG | Mapping[str, Model] | Model) -> list[Tensor]:
+        """The parameters by name, in models that the caller names."""
+        named = {node: _tensors(_model(models, node, self.nodes)) for node in self.nodes}
+        parameters = []
+        for entry in self._entries:
+            parameter = named[entry.node].get(entry.name)
+            if not isinstance(parameter, Tensor):
+                raise LayoutError(f"{entry.where}: in the log, but not in the model")
+            _check(entry, parameter)
+            parameters.append(parameter)
+        return parameters
+
+    def _check_unchanged(self, flats: list[Tensor]) -> None:
+        """Do the parameters hold what the run left? Compares fingerprints, one wait a device."""
+        now = _values([_fingerprint(entry, flat) for entry, flat in zip(self._entries, flats, strict=True)])
+        then = _values([entry.after for entry in self._entries])
+        for entry, left, found in zip(self._entries, then, now, strict=True):
+            if left != found:
+                raise UndoError(
+                    f"{entry.where}: changed since the run (trained, or dampened again: undo later runs first); "
+                    "force=True puts the old values back at the selected places all the same"
+                )
+
+
+_BY_NAME = "nothing was restored. log.undo_(dag) looks parameters up by name"
+
+
+class Recorder:
+    """Takes down what a run is about to select, then seals it with a fingerprint of what the run left."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        tables: Sequence[DampenTable],
+        batches: Sequence[Sequence[Batch]],
+        names: Sequence[str],
+        resolved: Resolved,
+    ) -> None:
+        self._entries: dict[tuple[int, str], Entry] = {}
+        self._flats: list[Tensor] = []  # beside the entries
+        self._links = resolved.links
+        homes = _homes(batches, len(names), resolved.homes)
+        for table, parts in zip(tables, batches, strict=True):
+            for tile in tiles(table, parts):
+                index = possible_selection(tile).nonzero().view(-1)
+                if len(index) == 0:
+                    continue
+                key, whole = (tile.node, tile.name), tile.parameter
+                if key not in self._entries:
+                    entry = Entry(names[tile.node], tile.name, tuple(whole.shape), whole.dtype, homes[key])
+                    entry.address = whole.data_ptr()
+                    self._entries[key] = entry
+                    self._flats.append(_bits(whole))
+                old = tile.theta.view(_BITS[tile.theta.itemsize]).index_select(0, index)
+                self._entries[key].pieces.append((tile.start, index.to(torch.int32), old))
+
+    @torch.no_grad()
+    def seal(self) -> UndoLog:
+        """After the run: the log."""
+        entries = list(self._entries.values())
+        for entry, flat in zip(entries, self._flats, strict=True):
+            entry.after = _fingerprint(entry, flat)
+        return UndoLog(entries, self._links)
+
+
+def _homes(batches: Sequence[Sequence[Batch]], nodes: int, homes: Sequence[Home]) -> dict[tuple[int, str], Home]:
+    """(node, parameter) -> where it lives; `homes` lists them node after node."""
+    matches = {node: batch.match for parts in batches for batch in parts for node in batch.nodes}
+    keys = [(node, name) for node in range(nodes) if node in matches for name in matches[node].names]
+    return dict(zip(keys, homes, strict=True))
+
+
+def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, nodes: Sequence[str]) -> Model:
+    """The model of a node, in whatever the caller named models by."""
+    if isinstance(models, InheritanceDAG):
+        if node in models:
+            return models.graph.nodes[node]["model"]
+        raise UndoError(f"node {node!r} is in the log, but not in the DAG")
+    if isinstance(models, torch.nn.Module) or any(isinstance(value, Tensor) for value in models.values()):
+        if len(nodes) == 1:
+            return models  # type: ignore[return-value]
+        raise UndoError(f"the log has {len(nodes)} nodes ({', '.join(nodes[:8])}), expected {{node: model}} or the DAG")
+    if node not in models:
+        raise UndoError(f"node {node!r} is in the log, but not among the models: {', '.join(list(models)[:8])}")
+    return models[node]  # type: ignore[return-value]
+
+
+def _tensors(model: Model) -> Mapping[str, Tensor]:
+    return dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else model
+
+
+def _check(entry: Entry, parameter: Tensor) -> None:
+    if tuple(parameter.shape) != entry.shape:
+        raise LayoutError(f"{entry.where}: shape {list(parameter.shape)} now, {list(entry.shape)} during the run")
+    if parameter.dtype != entry.dtype:
+        raise DTypeError(f"{entry.where}: {parameter.dtype} now, {entry.dtype} during the run")
+    if not parameter.is_contiguous():
+        raise LayoutError(f"{entry.where}: stride {list(parameter.stride())} now, contiguous during the run")
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """The parameter as flat integers of its width; writing there writes to the parameter and autograd hears of it."""
+    return parameter.detach().view(-1).view(_BITS[parameter.itemsize])
+
+
+def _fingerprint(entry: Entry, flat: Tensor) -> Tensor:
+    """An int64 that changes when a bit at one of the places does, or two change places; wraps around."""
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start, index, _ in entry.pieces:
+        at = index.to(flat.device, torch.int64) + start
+        mixed = (flat.index_select(0, at).long() ^ (at * 0x2545F4914F6CDD1D)) * 0x5851F42D4C957F2D
+        total += (mixed ^ (mixed >> 29)).sum()
+    return total
+
+
+def _values(scalars: Sequence[Tensor]) -> list[int]:
+    """Values of int64 scalars on several devices, in order; one wait a device."""
+    values: dict[int, int] = {}
+    for device in dict.fromkeys(scalar.device for scalar in scalars):
+        here = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        values.update(zip(here, torch.stack([scalars[i] for i in here]).tolist(), strict=True))
+    return [values[i] for i in range(len(scalars))]
+
+
+def _read(path: str | os.PathLike[str]) -> Iterator[Entry]:
+    from safetensors import SafetensorError, safe_open
+
+    where = os.fspath(path)
+    if not Path(where).exists():
+        raise FileNotFoundError(f"no undo log at {where}")
+    try:
+        with safe_open(where, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format", "none")
+                raise UndoFileError(f"{where}: not an undo log of this package (format {found}, expected {FORMAT})")
+            for i, record in enumerate(json.loads(metadata["entries"])):
+                shape, dtype = tuple(record["shape"]), _DTYPES[record["dtype"]]
+                entry = Entry(record["node"], record["name"], shape, dtype, after=torch.tensor(record["after"]))
+                index, old = file.get_tensor(f"{i}.index"), file.get_tensor(f"{i}.old")
+                numel = torch.Size(shape).numel()
+                fits = index.dtype in (torch.int32, torch.int64) and index.dim() == 1 and old.shape == index.shape
+                if not fits or old.dtype != dtype or (len(index) and not 0 <= index.min() <= index.max() < numel):
+                    raise UndoFileError(f"{where}: {entry.where}: indices or values do not fit a {dtype} {list(shape)}")
+                bits = old.view(_BITS[dtype.itemsize])
+                entry.pieces = [(0, *piece) for piece in zip(index.split(_PIECE), bits.split(_PIECE), strict=True)]
+                yield entry
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError, RuntimeError) as error:
+        if isinstance(error, UndoFileError):
+            raise
+        raise UndoFileError(f"{where}: truncated or not an undo log: {error}") from error

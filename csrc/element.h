@@ -170,5 +170,31 @@ FIUN_HD T dampened(T theta, F factor) {
     return out;
 }
 
+// ---- histogram of m / I: a bin is a range of the ratio's bits, which ascend with the ratio ----------------------------
+
+constexpr int histogram_bins = 2048;
+
+template <class F>
+struct BitsOf {
+    using type = int32_t;
+};
+template <>
+struct BitsOf<double> {
+    using type = int64_t;
+};
+
+// The ratio's bits above the lowest `low`, less `base`; with `nearest`, a bin beyond either end is the one at that end.
+// histogram_bins where there is no bin: a ratio that is NaN (0 / 0) or negative, or, without `nearest`, beyond the ends.
+template <class F>
+FIUN_HD typename BitsOf<F>::type ratio_bin(F original, F merged, int low, typename BitsOf<F>::type base, bool nearest) {
+    using Int = typename BitsOf<F>::type;
+    constexpr Int bins = histogram_bins;
+    const F ratio = merged / original;
+    Int bin = (bit_cast<Int>(absolute(ratio)) >> low) - base;
+    const Int inside = bin < 0 ? Int(0) : (bin < bins ? bin : bins - 1);
+    bin = nearest ? inside : bin;
+    return (ratio >= F(0)) & (bin == inside) ? bin : bins;
+}
+
 }  // namespace FIUN_ISA
 }  // namespace fiun

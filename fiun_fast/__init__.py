@@ -23,6 +23,7 @@ from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, last_layer
 from .memory import flatten_
 from .plan import Plan, dampen_, plan
+from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .undo import UndoLog
 from .version import __version__
@@ -52,6 +53,7 @@ __all__ = [
     "UndoFileError",
     "UndoLog",
     "__version__",
+    "adaptive_alpha",
     "available_backends",
     "dampen_",
     "estimate_fisher",

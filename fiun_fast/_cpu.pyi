@@ -37,3 +37,20 @@ def merge(
     isa: str = "",
 ) -> None: ...
 def accumulate(pairs: int, pair_count: int, square: bool, zero: bool, threads: int, isa: str = "") -> None: ...
+def histogram(
+    rows: int,
+    row_count: int,
+    sources: int,
+    weights: int,
+    targets: int,
+    slots: int,
+    fisher_kind: int,
+    merge: int,
+    scale: float,
+    bases: int,
+    low: int,
+    nearest: bool,
+    counts: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...

@@ -28,6 +28,25 @@ def dampen(
     dry_run: bool,
     stream: int,
 ) -> None: ...
+def histogram_warps(device: int, fisher_kind: int) -> int: ...
+def histogram(
+    device: int,
+    tiles: int,
+    runs: int,
+    run_count: int,
+    sources: int,
+    weights: int,
+    targets: int,
+    bases: int,
+    counts: int,
+    slots: int,
+    fisher_kind: int,
+    merge: int,
+    scale: float,
+    low: int,
+    nearest: bool,
+    stream: int,
+) -> None: ...
 def merge(
     device: int,
     sources: int,

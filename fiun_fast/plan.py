@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from .errors import ArgumentError
 from .fisher import Fisher, check_number
 from .kernels import select
 from .kernels.table import MERGES, DampenTable, pack_rows
+from .ratios import Ratios, adaptive_percentile, check_share
 from .report import Audit, Facts, Report
 from .resolve import Batch, Target, make_group, resolve
 from .undo import Recorder
@@ -74,19 +75,23 @@ class Plan:
         self._resolved = resolved
         self._watched = [t.fisher for t in targets] + [r.fisher for r in self._requests]
         self._watched_addresses = [fisher.buffer.data_ptr() for fisher in self._watched]
-        origins = {
-            sources: tuple(self._requests[k].origin for k in sources) for sources in {t.sources for t in targets}
-        }
-        self._nodes = [
-            (t.name, origins[t.sources], skipped, t.alpha, t.lam, numel)
-            for t, numel, skipped in zip(targets, resolved.numels, resolved.skipped, strict=True)
-        ]
+        self._nodes = self._node_rows()
         self._facts = Facts(
             self._options,
             tuple(dict.fromkeys(backend.name for backend in backends)),
             tuple((r.origin, float(r.weight), weakref.ref(r.fisher)) for r in self._requests),
             {t.name: weakref.ref(t.fisher) for t in targets},
         )
+
+    def _node_rows(self) -> list[tuple]:
+        """What a report says of each node before the counts."""
+        origins = {
+            sources: tuple(self._requests[k].origin for k in sources) for sources in {t.sources for t in self._targets}
+        }
+        return [
+            (t.name, origins[t.sources], skipped, t.alpha, t.lam, numel)
+            for t, numel, skipped in zip(self._targets, self._resolved.numels, self._resolved.skipped, strict=True)
+        ]
 
     def _table(self, batches: list[Batch]) -> tuple[DampenTable, list[int]]:
         device = batches[0].device
@@ -153,6 +158,36 @@ class Plan:
         report = Report(self._nodes, self._known, counts, dry_run, self._facts, audited, log)
         self._last = weakref.ref(report)
         return report
+
+    def set_values_(self, alpha: PerNode | None = None, lam: PerNode | None = None) -> None:
+        """Change alpha or lambda of the runs to come; nothing is compiled anew.
+
+        Args:
+            alpha, lam: a number for all nodes, or {node: number} for those to be changed; None: as they are.
+
+        Raises:
+            ArgumentError: a value that is negative or not finite, or of a node that the DAG did not have.
+
+        """
+        narrowest = min((t.fisher.buffer.dtype for t in self._targets), key=lambda dtype: dtype.itemsize)
+        names = dict.fromkeys(self._known)
+        alphas = {} if alpha is None else _per_node("alpha", alpha, names, narrowest)
+        lams = {} if lam is None else _per_node("lam", lam, names, narrowest)
+        self._targets = [
+            replace(t, alpha=alphas.get(t.name, t.alpha), lam=lams.get(t.name, t.lam)) for t in self._targets
+        ]
+        for table, slots, launch in zip(self.tables, self._slots, self._launches, strict=True):
+            table.alpha[:] = [self._targets[node].alpha for node in slots]
+            table.lam[:] = [self._targets[node].lam for node in slots]
+            refresh = getattr(launch, "refresh", None)
+            if refresh is not None:
+                refresh()
+        self._nodes = self._node_rows()
+
+    def _ratios(self) -> Ratios:
+        if self._moved():
+            self._build()
+        return Ratios(list(zip(self.tables, self.backends, self._slots, strict=True)), self.nodes)
 
     def _audit(self) -> Audit:
         """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
@@ -226,7 +261,7 @@ class Plan:
 def plan(
     dag: InheritanceDAG,
     requests: Iterable[ForgetRequest],
-    alpha: PerNode = 10.0,
+    alpha: PerNode | str = 10.0,
     lam: PerNode = 1.0,
     exponent: float = 1.0,
     cap: float = 1.0,
@@ -234,6 +269,7 @@ def plan(
     scale: float = 1.0,
     on_mismatch: str = "error",
     backend: str | None = None,
+    share: PerNode | None = None,
 ) -> Plan:
     """Compile the unlearning of all requests in all models they reach (FIUn with MFIM, arXiv 2408.08493).
 
@@ -243,13 +279,15 @@ def plan(
     Args:
         dag: models, their original Fishers and who inherited from whom.
         requests: origin and forget Fisher of what is to be forgotten.
-        alpha: selection threshold; one number, or {node: number} that covers every node reached.
+        alpha: selection threshold; one number, or {node: number} that covers every node reached; "auto" chooses each
+            node's as `adaptive_alpha` does, from its own ratios m / I.
         lam: dampening constant; likewise.
         exponent, cap: shape and upper bound of the factor.
         merge: "max" (MFIM), "mean" or "sum".
         scale: applied to the merged Fisher, last.
         on_mismatch: "error", or "skip" to leave out parameters that a forget Fisher does not have in that shape.
         backend: name of one; None for use_backend, FIUN_FAST_BACKEND, or the default, in this order.
+        share: for alpha="auto": |D_f| / |D| in (0, 1], one number or {node: number}.
 
     Raises:
         FiunError: a subclass for each kind of bad input, naming node, parameter, expected and found. Nothing has been
@@ -267,7 +305,9 @@ def plan(
     numbers = {"exponent": exponent, "cap": cap, "scale": scale}
     options: dict[str, float | str] = {key: check_number(key, value, narrowest) for key, value in numbers.items()}
     options["merge"] = merge
-    alphas, lams = _per_node("alpha", alpha, dag, narrowest), _per_node("lam", lam, dag, narrowest)
+    shares = _shares(alpha, share, dag)
+    alphas = _per_node("alpha", 0.0 if isinstance(alpha, str) else alpha, dag, narrowest)
+    lams = _per_node("lam", lam, dag, narrowest)
     targets = []
     for name, sources in dag.reached_by(listed).items():
         node = dag.graph.nodes[name]
@@ -275,18 +315,22 @@ def plan(
             raise ArgumentError(
                 f"node {name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…)"
             )
-        for what, values in (("alpha", alphas), ("lam", lams)):
+        for what, values in (("alpha", alphas), ("lam", lams), *([] if shares is None else [("share", shares)])):
             if name not in values:
                 raise ArgumentError(f"{what} has no value for node {name!r}, which a request reaches")
         targets.append(Target(name, node["model"], node["fisher"], sources, alphas[name], lams[name]))
-    return Plan(targets, listed, frozenset(dag), options, on_mismatch, backend)
+    compiled = Plan(targets, listed, frozenset(dag), options, on_mismatch, backend)
+    if shares is not None:
+        q = np.array([adaptive_percentile(shares[name]) for name in compiled.nodes])
+        compiled.set_values_(alpha=dict(zip(compiled.nodes, compiled._ratios().percentiles(q).tolist(), strict=True)))
+    return compiled
 
 
 def dampen_(
     model: Model,
     original: Fisher,
     forget: Fisher | Sequence[Fisher],
-    alpha: float = 10.0,
+    alpha: float | str = 10.0,
     lam: float = 1.0,
     exponent: float = 1.0,
     cap: float = 1.0,
@@ -297,6 +341,7 @@ def dampen_(
     dry_run: bool = False,
     undo: bool = False,
     audit: bool = False,
+    share: float | None = None,
 ) -> Report:
     """Dampen one model in place: Selective Synaptic Dampening (arXiv 2308.07707), the one-node case of `plan`.
 
@@ -306,7 +351,7 @@ def dampen_(
         forget: Fisher over the data to be forgotten; several are merged on the fly.
         dry_run, undo, audit: as in `Plan.run_`.
 
-    The other arguments are those of `plan`; alpha and lam are numbers here.
+    The other arguments are those of `plan`; alpha, lam and share are numbers here, alpha may be "auto".
 
     Returns:
         A report whose totals (`.selected`, `.zeroed`, …) are those of the model; its node is called "model".
@@ -321,12 +366,28 @@ def dampen_(
     dag.add_model("model", model, fisher=original)
     forgets = [forget] if isinstance(forget, Fisher) else list(forget)
     requests = [ForgetRequest("model", f) for f in forgets]
-    compiled = plan(dag, requests, alpha, lam, exponent, cap, merge, scale, on_mismatch, backend)
+    compiled = plan(dag, requests, alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, share)
     dag.graph.clear()  # networkx graphs are cycles: without this, Fishers would wait for the garbage collector
     return compiled.run_(dry_run=dry_run, undo=undo, audit=audit)
 
 
-def _per_node(what: str, value: PerNode, dag: InheritanceDAG, dtype: torch.dtype) -> Mapping[str, float]:
+def _shares(alpha: PerNode | str, share: PerNode | None, dag: InheritanceDAG) -> dict[str, float] | None:
+    """Of each node, where alpha is "auto"."""
+    if not isinstance(alpha, str):
+        if share is not None:
+            raise ArgumentError('share is for alpha="auto" only')
+        return None
+    if alpha != "auto":
+        raise ArgumentError(f'alpha is {alpha!r}, expected a number, {{node: number}} or "auto"')
+    if not isinstance(share, Mapping):
+        return dict.fromkeys(dag, check_share("share", share))
+    _per_node("share", share, dag, torch.float64)
+    return {name: check_share(f"share[{name!r}]", number) for name, number in share.items()}
+
+
+def _per_node(
+    what: str, value: PerNode, dag: InheritanceDAG | Mapping[str, None], dtype: torch.dtype
+) -> Mapping[str, float]:
     if not isinstance(value, Mapping):
         return dict.fromkeys(dag, check_number(what, value, dtype))
     for name in value:

@@ -25,12 +25,16 @@ using MergeLoop = void (*)(void* out, const int64_t* sources, const double* weig
                            int64_t n, int how, double scale);
 // into [n] += gradient^2, or |gradient|; with zero, gradient = 0
 using AccumulateLoop = void (*)(void* into, void* gradient, int64_t n, bool square, bool zero);
+// bins [n]: of merged [n] / original [n], element.h has the rule
+using HistogramLoop = void (*)(const void* original, const void* merged, int64_t n, int low, int64_t base, bool nearest,
+                               int32_t* bins);
 
 struct Kernels {
     const char* isa;
     DampenLoop dampen[theta_kinds][fisher_kinds];
     MergeLoop merge[fisher_kinds];
     AccumulateLoop accumulate[theta_kinds][fisher_kinds];
+    HistogramLoop histogram[fisher_kinds];
 };
 
 // Run-time choice is for x86-64; elsewhere the baseline is all there is.

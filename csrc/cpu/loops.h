@@ -207,6 +207,14 @@ void accumulate(void* into, void* gradient, int64_t n, bool square, bool zero) {
     all(static_cast<F*>(into), static_cast<T*>(gradient), n);
 }
 
+template <class F>
+void histogram(const void* original, const void* merged, int64_t n, int low, int64_t base, bool nearest, int32_t* bins) {
+    const F* FIUN_RESTRICT i = static_cast<const F*>(original);
+    const F* FIUN_RESTRICT m = static_cast<const F*>(merged);
+    const auto first = typename BitsOf<F>::type(base);
+    for (int64_t j = 0; j < n; ++j) bins[j] = int32_t(ratio_bin(i[j], m[j], low, first, nearest));
+}
+
 extern const Kernels kernels;
 const Kernels kernels = {
     FIUN_ISA_NAME,
@@ -219,6 +227,7 @@ const Kernels kernels = {
      {accumulate<double, float>, accumulate<double, double>},
      {accumulate<bf16, float>, accumulate<bf16, double>},
      {accumulate<fp16, float>, accumulate<fp16, double>}},
+    {histogram<float>, histogram<double>},
 };
 
 }  // namespace FIUN_ISA

@@ -54,6 +54,14 @@ void accumulate(int64_t pairs, int64_t pair_count, bool square, bool zero, int t
     run_accumulate(choose(isa), at<int64_t>(pairs), pair_count, square, zero, threads);
 }
 
+void histogram(int64_t rows, int64_t row_count, int64_t sources, int64_t weights, int64_t targets, int64_t slots,
+               int fisher_kind, int merge, double scale, int64_t bases, int low, bool nearest, int64_t counts,
+               int threads, const std::string& isa) {
+    const DampenTable table{at<int64_t>(rows), row_count, at<int64_t>(sources), at<double>(weights),
+                            at<int64_t>(targets), nullptr, nullptr, nullptr, slots, 0, fisher_kind, merge, scale, 1, 1};
+    run_histogram(choose(isa), table, at<int64_t>(bases), low, nearest, at<int64_t>(counts), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
@@ -69,6 +77,9 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                arg("threads"), arg("isa") = "");
     module.def("merge", &merge, free_gil, arg("sources"), arg("weights"), arg("count"), arg("out"), arg("n"),
                arg("fisher_kind"), arg("how"), arg("scale"), arg("threads"), arg("isa") = "");
+    module.def("histogram", &histogram, free_gil, arg("rows"), arg("row_count"), arg("sources"), arg("weights"),
+               arg("targets"), arg("slots"), arg("fisher_kind"), arg("merge"), arg("scale"), arg("bases"), arg("low"),
+               arg("nearest"), arg("counts"), arg("threads"), arg("isa") = "");
     module.def("accumulate", &accumulate, free_gil, arg("pairs"), arg("pair_count"), arg("square"), arg("zero"),
                arg("threads"), arg("isa") = "");
 }

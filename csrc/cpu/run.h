@@ -37,4 +37,8 @@ void run_merge(const Kernels& kernels, int fisher_kind, const int64_t* sources, 
 void run_accumulate(const Kernels& kernels, const int64_t* pairs, int64_t pair_count, bool square, bool zero,
                     int threads);
 
+// counts [slots, histogram_bins] of m / I over the table's rows; bases [slots]. `low`, `nearest`: element.h, ratio_bin
+void run_histogram(const Kernels& kernels, const DampenTable& table, const int64_t* bases, int low, bool nearest,
+                   int64_t* counts, int threads);
+
 }  // namespace fiun

@@ -33,6 +33,15 @@ void dampen(int device, int64_t tiles, int64_t tile_count, int64_t sources, int6
     run_dampen(device, theta_kind, fisher_kind, args, slots, stream);
 }
 
+void histogram(int device, int64_t tiles, int64_t runs, int64_t run_count, int64_t sources, int64_t weights,
+               int64_t targets, int64_t bases, int64_t counts, int64_t slots, int fisher_kind, int merge, double scale,
+               int low, bool nearest, int64_t stream) {
+    const HistogramArgs args{at<Tile>(tiles),     at<int64_t>(runs),  run_count,           at<int64_t>(sources),
+                             at<void>(weights),   at<Target>(targets), at<int64_t>(bases), at<int64_t>(counts),
+                             scale,               merge,              low,                 nearest};
+    run_histogram(device, fisher_kind, args, slots, stream);
+}
+
 void merge(int device, int64_t sources, int64_t weights, int64_t count, int64_t out, int64_t n, int fisher_kind, int how,
            double scale, int64_t stream) {
     run_merge(device, fisher_kind, at<int64_t>(sources), at<double>(weights), count, how, scale, out, n, stream);
@@ -63,6 +72,10 @@ PYBIND11_MODULE(FIUN_CUDA_MODULE, module, py::mod_gil_not_used()) {
                arg("weights"), arg("targets"), arg("limits"), arg("counts"), arg("slots"), arg("theta_kind"),
                arg("fisher_kind"), arg("merge"), arg("scale"), arg("exponent"), arg("cap"), arg("dry_run"),
                arg("stream"));
+    module.def("histogram_warps", &histogram_warps, free_gil, arg("device"), arg("fisher_kind"));
+    module.def("histogram", &histogram, free_gil, arg("device"), arg("tiles"), arg("runs"), arg("run_count"),
+               arg("sources"), arg("weights"), arg("targets"), arg("bases"), arg("counts"), arg("slots"),
+               arg("fisher_kind"), arg("merge"), arg("scale"), arg("low"), arg("nearest"), arg("stream"));
     module.def("merge", &merge, free_gil, arg("device"), arg("sources"), arg("weights"), arg("count"), arg("out"),
                arg("n"), arg("fisher_kind"), arg("how"), arg("scale"), arg("stream"));
     module.def("accumulate", &accumulate, free_gil, arg("device"), arg("pairs"), arg("pair_count"), arg("square"),

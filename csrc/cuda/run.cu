@@ -10,6 +10,8 @@
 #include <string>
 #include <utility>
 
+#include "../element.h"
+
 namespace fiun {
 namespace {
 
@@ -153,6 +155,19 @@ void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& a
     if (args.tile_count == 0) return;
     const DampenKernel kernel = dampen_kernel(theta_kind, fisher_kind, args.exponent != 1);
     launch("launch of dampen", kernel, device, args.tile_count, args, stream);
+}
+
+int histogram_warps(int device, int fisher_kind) {
+    const OnDevice on(device);
+    return resident_blocks(device, histogram_kernel(fisher_kind)) * block_warps;
+}
+
+void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t slots, int64_t stream) {
+    const OnDevice on(device);
+    const size_t bytes = size_t(slots) * common::histogram_bins * sizeof(int64_t);
+    check(cudaMemsetAsync(args.counts, 0, bytes, stream_of(stream)), "cudaMemsetAsync");
+    if (args.run_count == 0) return;
+    launch("launch of histogram", histogram_kernel(fisher_kind), device, args.run_count, args, stream);
 }
 
 void run_merge(int device, int fisher_kind, const int64_t* sources, const double* weights, int64_t count, int merge,

@@ -11,11 +11,13 @@
 namespace fiun {
 
 using DampenKernel = void (*)(DampenArgs);
+using HistogramKernel = void (*)(HistogramArgs);
 using MergeKernel = void (*)(MergeArgs);
 using AccumulateKernel = void (*)(AccumulateArgs);
 
 DampenKernel dampen_kernel_f32(int theta_kind, bool with_exponent);
 DampenKernel dampen_kernel_f64(int theta_kind, bool with_exponent);
+HistogramKernel histogram_kernel(int fisher_kind);
 MergeKernel merge_kernel(int fisher_kind);
 AccumulateKernel accumulate_kernel(int gradient_kind, int fisher_kind);
 
@@ -33,6 +35,11 @@ TileShape tile_shape(int theta_kind, int fisher_kind);
 int resident_warps(int device, int theta_kind, int fisher_kind, bool with_exponent);
 
 void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& args, int64_t slots, int64_t stream);
+
+// Warps of `histogram` that fit on the device at once.
+int histogram_warps(int device, int fisher_kind);
+
+void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t slots, int64_t stream);
 
 // sources [count], weights [count]: in host memory, as `pairs` below
 void run_merge(int device, int fisher_kind, const int64_t* sources, const double* weights, int64_t count, int merge,

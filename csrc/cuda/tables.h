@@ -51,6 +51,23 @@ struct DampenArgs {
     bool write;  // false: only count
 };
 
+// ---- histogram -----------------------------------------------------------------------------------------------------
+
+// A run is tiles of one node each, all of one slot: the work of a warp between two additions to `counts`.
+struct HistogramArgs {
+    const Tile* tiles;    // in the order of the slots
+    const int64_t* runs;  // [run_count + 1]: the first tile of each, and the end
+    int64_t run_count;
+    const int64_t* sources;  // as in DampenArgs, the next two as well
+    const void* weights;
+    const Target* targets;
+    const int64_t* bases;  // [slots]
+    int64_t* counts;       // [slots, histogram_bins]
+    double scale;
+    int merge, low;
+    bool nearest;
+};
+
 // ---- merge and accumulate: their tables travel as kernel arguments, so that no call uploads or allocates --------------
 
 // Contiguous elements that all take the same path.

@@ -3,7 +3,9 @@
 A backend is a module with
     name                                                 as users write it
     why_not(device_type) -> str | None                   None: usable for tensors of that device; else why not
-    dampen(table: DampenTable) -> launch(dry_run: bool)  prepare once, launch as often as wanted
+    dampen(table: DampenTable) -> launch(dry_run: bool)  prepare once, launch as often as wanted; launch.refresh(), if
+                                                         it has one, after table.alpha or .lam was written to
+    histogram(table) -> launch(bases, low, nearest, counts)   counts of m / I, in bins of the ratio's bits, per node
     merge(sources, weights, how, scale, out)             out = scale * reduce_k (w_k F_k), flat tensors
     accumulate(gradients, into, power, zero)             into += |g|^power for each pair; with zero, g = 0 afterwards
 `reference` states what each must compute. Nothing here falls back silently: a backend asked for by name is used or
@@ -34,6 +36,7 @@ class Backend(Protocol):
 
     def why_not(self, device_type: str) -> str | None: ...
     def dampen(self, table): ...
+    def histogram(self, table): ...
     def merge(self, sources, weights, how, scale, out) -> None: ...
     def accumulate(self, gradients, into, power, zero) -> None: ...
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import BackendError, DTypeError
-from .table import MERGES, DampenTable
+from .table import BINS, MERGES, DampenTable
 
 name = "cpu"
 
@@ -105,6 +105,8 @@ def dampen(table: DampenTable) -> Callable[[bool], None]:
     how = MERGES.index(table.merge)
     rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
     weights, alpha, lam = (_packed(array, np.float64) for array in (table.weights, table.alpha, table.lam))
+    assert alpha is table.alpha, "a launch reads what was written to the table since"
+    assert lam is table.lam
 
     def launch(dry_run: bool) -> None:
         module.dampen(
@@ -124,6 +126,42 @@ def dampen(table: DampenTable) -> Callable[[bool], None]:
             table.exponent,
             table.cap,
             dry_run,
+            torch.get_num_threads(),
+            isa(),
+        )
+
+    return launch
+
+
+def histogram(table: DampenTable) -> Callable[[np.ndarray, int, bool, torch.Tensor], None]:
+    """Prepare a count of the ratios m / I of every node, as `reference.histogram`.
+
+    Raises:
+        DTypeError: Fishers of a dtype that the backend does not take.
+
+    """
+    module = extension()
+    fisher, how = _kind(table.fisher_dtype, FISHER_KINDS), MERGES.index(table.merge)
+    rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
+    weights, slots = _packed(table.weights, np.float64), len(table.alpha)
+
+    def launch(bases: np.ndarray, low: int, nearest: bool, counts: torch.Tensor) -> None:
+        assert counts.shape == (slots, BINS)
+        bases = _packed(bases, np.int64)
+        module.histogram(
+            rows.ctypes.data,
+            len(rows),
+            sources.ctypes.data,
+            weights.ctypes.data,
+            targets.ctypes.data,
+            slots,
+            fisher,
+            how,
+            table.scale,
+            bases.ctypes.data,
+            low,
+            nearest,
+            counts.data_ptr(),
             torch.get_num_threads(),
             isa(),
         )

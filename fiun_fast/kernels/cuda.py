@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from ..errors import BackendError, DTypeError
 from .cpu import FISHER_KINDS, KINDS  # csrc/cuda numbers the dtypes as csrc/cpu does
-from .table import MERGES, DampenTable
+from .table import BINS, MERGES, DampenTable, Launch, cut_runs
 
 name = "cuda"
 
@@ -204,8 +205,8 @@ def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------- launches
-def dampen(table: DampenTable) -> Callable[[bool], None]:
-    """Prepare a launch: the returned function dampens every node of the table, or with dry_run only counts.
+def dampen(table: DampenTable) -> Launch:
+    """Prepare a launch: the returned object dampens every node of the table, or with dry_run only counts.
 
     Raises:
         DTypeError: parameters or Fishers of a dtype that the backend does not take.
@@ -219,13 +220,12 @@ def dampen(table: DampenTable) -> Callable[[bool], None]:
     warps = _call(extension.resident_warps, device, theta, fisher, table.exponent != 1)
     unit, step = extension.tile_shape(theta, fisher)
     tiles = schedule(table, unit, step, warps, extension.tile_targets)
-    slots = table.targets[:, 2]
     host = (
         tiles.view(np.uint8),
         table.sources.astype(np.int64),
         table.weights.astype(number),
         table.targets.astype(np.int64),
-        np.stack([table.alpha[slots], table.lam[slots]], axis=1).astype(number),
+        table.limits(number),
     )
     # Blocking copies: whichever stream launches later finds the tables there.
     tables = [torch.from_numpy(np.ascontiguousarray(array)).to(table.device) for array in host]
@@ -254,6 +254,60 @@ def dampen(table: DampenTable) -> Callable[[bool], None]:
             table.cap,
             dry_run,
             stream,
+        )
+
+    def refresh() -> None:
+        tables[-1].copy_(torch.from_numpy(table.limits(number)))
+
+    return Launch(launch, refresh)
+
+
+def histogram(table: DampenTable) -> Callable[[np.ndarray, int, bool, torch.Tensor], None]:
+    """Prepare a count of the ratios m / I of every node, as `reference.histogram`. Each node reads its forget Fishers.
+
+    Raises:
+        DTypeError: Fishers of a dtype that the backend does not take.
+        BackendError: the extension has no code for the table's device, or a CUDA call failed.
+
+    """
+    extension, device = _extension(), _index(table.device)
+    kind = _kind(table.fisher_dtype, FISHER_KINDS)
+    number = np.float32 if table.fisher_dtype == torch.float32 else np.float64
+    warps = _call(extension.histogram_warps, device, kind)
+    # Parameters are not touched, so that their alignment does not matter.
+    fishers = replace(table, theta_dtype=table.fisher_dtype, targets=table.targets[:, [1, 1, 2]])
+    unit, step = extension.tile_shape(kind, kind)
+    tiles = schedule(fishers, unit, step, warps, 1)
+    slots = table.targets[tiles["first_target"], 2]
+    order = np.argsort(slots, kind="stable")
+    runs = cut_runs(slots[order], warps)
+    host = (
+        tiles[order].view(np.uint8),
+        runs,
+        table.sources.astype(np.int64),
+        table.weights.astype(number),
+        table.targets.astype(np.int64),
+    )
+    tables = [torch.from_numpy(np.ascontiguousarray(array)).to(table.device) for array in host]
+
+    def launch(bases: np.ndarray, low: int, nearest: bool, counts: torch.Tensor) -> None:
+        assert counts.shape == (len(table.alpha), BINS)
+        uploaded = torch.from_numpy(np.ascontiguousarray(bases, dtype=np.int64)).to(table.device)
+        tiles_at, runs_at, *others = (part.data_ptr() for part in (*tables, uploaded, counts))
+        _call(
+            extension.histogram,
+            device,
+            tiles_at,
+            runs_at,
+            len(runs) - 1,
+            *others,
+            len(table.alpha),
+            kind,
+            MERGES.index(table.merge),
+            table.scale,
+            low,
+            nearest,
+            _stream(table.device),
         )
 
     return launch

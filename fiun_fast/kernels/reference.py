@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
-from .table import DampenTable
+from .table import BINS, DampenTable
 
 name = "reference"
 
@@ -89,3 +90,36 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
         total += g.abs() if power == 1 else g * g
         if zero:
             gradient.zero_()
+
+
+def ratio_bins(original: torch.Tensor, merged: torch.Tensor, base: int, low: int, nearest: bool) -> torch.Tensor:
+    """Bins of those ratios m / I that have one: int64, [n] or shorter; both inputs [n], fp32 or fp64.
+
+    A bin is the ratio's bits (which, read as an integer, ascend with the ratio) above the lowest `low`, less `base`.
+    NaN (0 / 0 among them) has no bin. Bins below 0 or from BINS on are left out, or with `nearest` moved to that end.
+    """
+    ratio = merged / original
+    bits = ratio[ratio >= 0].abs().view(torch.int32 if ratio.dtype == torch.float32 else torch.int64).long()
+    bins = (bits >> low) - base
+    return bins.clamp(0, BINS - 1) if nearest else bins[(bins >= 0) & (bins < BINS)]
+
+
+def histogram(table: DampenTable) -> Callable[[np.ndarray, int, bool, torch.Tensor], None]:
+    """Prepare a count of the ratios m / I of every node: launch(bases, low, nearest, counts).
+
+    bases: [slots] int64, `base` of each slot; counts: [slots, BINS] int64, contiguous, on the table's device,
+    overwritten. Parameters are not touched.
+    """
+
+    def launch(bases: np.ndarray, low: int, nearest: bool, counts: torch.Tensor) -> None:
+        counts.zero_()
+        for group in table.groups:
+            for s, numel in enumerate(group.numels.tolist()):
+                forgets = [f[o : o + numel] for f, o in zip(group.forgets, group.forget_offsets[:, s], strict=True)]
+                merged = merge_elements(forgets, group.weights, table.merge, table.scale)
+                at = int(group.original_offsets[s])
+                for fisher, slot in zip(group.originals, group.slots.tolist(), strict=True):
+                    bins = ratio_bins(fisher[at : at + numel], merged, int(bases[slot]), low, nearest)
+                    counts[slot] += torch.bincount(bins, minlength=BINS)
+
+    return launch

@@ -7,6 +7,7 @@ rows are what a kernel walks: it merges the K forget Fishers of a row once and a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 MERGES = ("max", "mean", "sum")
+BINS = 2048  # of a histogram; csrc/element.h says the same
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,26 @@ class DampenTable:
     sources: np.ndarray  # [sum K] int64: address of each forget Fisher at the start of the row
     weights: np.ndarray  # [sum K] float64: w_k of each source
     targets: np.ndarray  # [sum N, 3] int64: address of theta, address of I, slot
-    alpha: np.ndarray  # [slots] float64
+    alpha: np.ndarray  # [slots] float64; it and the next may be written to between launches
     lam: np.ndarray  # [slots] float64
     counts: torch.Tensor  # [slots, 3] int64 on `device`: selected, zeroed, nonfinite; overwritten by each launch
+
+    def limits(self, number: np.dtype | type[np.generic]) -> np.ndarray:
+        """Alpha and lambda of each target, [sum N, 2], in the Fishers' dtype."""
+        slots = self.targets[:, 2]
+        return np.stack([self.alpha[slots], self.lam[slots]], axis=1).astype(number)
+
+
+class Launch:
+    """A prepared dampening whose device keeps a copy of alpha and lambda."""
+
+    def __init__(self, run: Callable[[bool], None], refresh: Callable[[], None]) -> None:
+        self._run = run
+        self.refresh = refresh  # to be called after table.alpha or table.lam was written to
+
+    def __call__(self, dry_run: bool = False) -> None:
+        """Dampen every node of the table, or only count."""
+        self._run(dry_run)
 
 
 def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -98,3 +117,20 @@ def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
         first_source += k * r
         first_target += n * r
     return np.concatenate(rows), np.concatenate(sources), np.concatenate(weights), np.concatenate(targets)
+
+
+def cut_runs(slots: np.ndarray, workers: int) -> np.ndarray:
+    """Cut tiles that are in the order of their slots [T] into runs, each of one slot, about as many as workers.
+
+    Returns:
+        [runs + 1] int64: the first tile of each run, and the end.
+
+    """
+    if not len(slots):
+        return np.zeros(1, dtype=np.int64)
+    firsts = np.flatnonzero(np.diff(slots, prepend=slots[0] - 1))  # of each slot
+    counts = np.diff(firsts, append=len(slots))
+    parts = -(-counts // max(1, -(-len(slots) // workers)))
+    part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+    starts = np.repeat(firsts, parts) + part * np.repeat(counts, parts) // np.repeat(parts, parts)
+    return np.append(starts, len(slots)).astype(np.int64)

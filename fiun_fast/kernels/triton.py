@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -32,6 +32,8 @@ MAX_REGISTERS = 96  # what 5 programs leave each thread; with 80, for 6, some ve
 MAX_REGISTERS_WIDE = 168  # for 3 programs, where a tile is computed in float64
 OLDEST_CAPABILITY = (8, 0)
 TILE_FIELDS = ("start", "length", "first_source", "sources", "first_target", "targets", "aligned")
+
+LIMITS = 4  # alpha and lambda among the arguments of `dampen`
 
 _TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -166,13 +168,12 @@ class DampenLaunch:
         self.table = table
         self.tiles = schedule(table, programs or _programs(table.device))
         number = torch.empty(0, dtype=table.fisher_dtype).numpy().dtype
-        slots = table.targets[:, 2]
         host = (
             self.tiles,
             table.sources,
             table.weights.astype(number),
             table.targets,
-            np.stack([table.alpha[slots], table.lam[slots]], axis=1).astype(number),
+            table.limits(number),
             np.array([table.scale, table.exponent, table.cap]).astype(number),
         )
         # a blocking copy: whichever stream launches later finds the tables there
@@ -185,6 +186,11 @@ class DampenLaunch:
         if len(self.tiles):
             _launch("dampen", self.table.device, len(self.tiles), *self._arguments, int(not dry_run), **self._constants)
 
+    def refresh(self) -> None:
+        """Upload table.alpha and table.lam again, after they were written to."""
+        limits = self._arguments[LIMITS]
+        limits.copy_(torch.from_numpy(self.table.limits(torch.empty(0, dtype=limits.dtype).numpy().dtype)))
+
     def warmup(self) -> None:
         """Compile the kernel that this table needs, without running it."""
         if not interpreted():
@@ -196,6 +202,13 @@ class DampenLaunch:
 def dampen(table: DampenTable) -> DampenLaunch:
     """Prepare a launch: the returned object dampens every node of the table, or with dry_run only counts."""
     return DampenLaunch(table)
+
+
+def histogram(table: DampenTable) -> Callable[[np.ndarray, int, bool, torch.Tensor], None]:
+    """Prepare a count of the ratios m / I of every node, as `reference.histogram`."""
+    from .triton_histogram import HistogramLaunch
+
+    return HistogramLaunch(table)
 
 
 def merge(sources: Sequence[torch.Tensor], weights: Sequence[float], how: str, scale: float, out: torch.Tensor) -> None:
@@ -267,14 +280,20 @@ def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _programs(device: torch.device) -> int:
+    """How many programs fill the device."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
 
 
 def _launch(kernel: str, device: torch.device, grid: int, *arguments: Any, **constants: Any) -> None:
+    launch(getattr(device_code(), kernel), device, grid, *arguments, **constants)
+
+
+def launch(kernel: Any, device: torch.device, grid: int, *arguments: Any, **constants: Any) -> None:
+    """Start a kernel on the device's current stream."""
     with _on(device):
-        getattr(device_code(), kernel)[(grid,)](*arguments, **constants, **options(_backend(), constants))
+        kernel[(grid,)](*arguments, **constants, **options(_backend(), constants))
 
 
 def _backend() -> str:

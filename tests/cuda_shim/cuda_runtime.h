@@ -15,6 +15,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static  // blocks and warps run one after another
 
 #define CUDART_VERSION 13000
 
@@ -84,6 +85,11 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
     *address += value;
     return before;
 }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {  // in shared memory, which is no traffic
+    const unsigned before = *address;
+    *address += value;
+    return before;
+}
 
 // ---- warp ----------------------------------------------------------------------------------------------------------
 
@@ -91,6 +97,7 @@ inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
     return mask == 0xffffffffu ? shim::warp_sum(value) : (shim::misaligned(nullptr, 0), 0u);
 }
+inline void __syncwarp() { shim::warp_sum(0); }
 
 // ---- runtime -------------------------------------------------------------------------------------------------------
 

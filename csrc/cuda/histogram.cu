@@ -1,0 +1,75 @@
+// Histograms of m / I for every node of a work table. A warp counts a run of tiles in shared memory, where additions to
+// one bin cost little, and adds what it has found to the node's counts once a run.
+#include "lanes.h"
+#include "run.h"
+
+namespace fiun {
+namespace FIUN_ISA {
+
+template <int unit, int units, class F>
+FIUN_DEVICE void count_tile(const HistogramArgs& args, const Tile& tile, unsigned* counted) {
+    constexpr int stride = warp_threads * unit;
+    const Target& target = args.targets[tile.first_target];
+    const auto base = typename BitsOf<F>::type(args.bases[target.slot]);
+    const F* const from = reinterpret_cast<const F*>(target.original);
+#pragma unroll 1
+    for (int done = 0; done < tile.length; done += step_elements<unit, units>) {
+        const int64_t at = tile.start + done + lane_index() * unit;
+        const int left = tile.length - done - lane_index() * unit;
+        F original[units][unit], merged[units][unit];
+#pragma unroll
+        for (int u = 0; u < units; ++u) {
+            clear(original[u]);  // beyond the end 0 / 0, which has no bin
+            if (u * stride < left) load<false>(from + at + u * stride, original[u]);
+        }
+        merge_units<true>(args.sources + tile.first_source, static_cast<const F*>(args.weights) + tile.first_source,
+                          tile.sources, Merge(args.merge), at, left, merged);
+        finish_units(tile.sources, F(args.scale), Merge(args.merge), merged);
+#pragma unroll
+        for (int u = 0; u < units; ++u) {
+#pragma unroll
+            for (int i = 0; i < unit; ++i) {
+                const auto bin = ratio_bin(original[u][i], merged[u][i], args.low, base, args.nearest);
+                if (bin < histogram_bins) atomicAdd(counted + bin, 1u);
+            }
+        }
+    }
+}
+
+template <class F>
+__global__ void __launch_bounds__(block_threads) histogram(const __grid_constant__ HistogramArgs args) {
+    __shared__ unsigned counted_by[block_warps][histogram_bins];
+    unsigned* const counted = counted_by[threadIdx.x / warp_threads];
+    for (int b = lane_index(); b < histogram_bins; b += warp_threads) counted[b] = 0;
+    __syncwarp();
+    for (int64_t run = warp_index(); run < args.run_count; run += warp_total()) {
+        const int64_t end = args.runs[run + 1];
+        for (int64_t t = args.runs[run]; t < end; ++t) {
+            const Tile tile = args.tiles[t];
+            if (tile.vector) {
+                count_tile<Shape<F, F>::unit, Shape<F, F>::units, F>(args, tile, counted);
+            } else {
+                count_tile<1, scalar_lane_elements, F>(args, tile, counted);
+            }
+        }
+        __syncwarp();
+        const int64_t slot = args.targets[args.tiles[args.runs[run]].first_target].slot;
+        auto* counts = reinterpret_cast<unsigned long long*>(args.counts + slot * histogram_bins);
+        for (int b = lane_index(); b < histogram_bins; b += warp_threads) {
+            if (counted[b] == 0) continue;
+            atomicAdd(counts + b, static_cast<unsigned long long>(counted[b]));
+            counted[b] = 0;
+        }
+        __syncwarp();
+    }
+}
+
+}  // namespace FIUN_ISA
+
+HistogramKernel histogram_kernel(int fisher_kind) {
+    using namespace FIUN_ISA;
+    static constexpr HistogramKernel kernels[fisher_kinds] = {histogram<float>, histogram<double>};
+    return kernels[fisher_kind];
+}
+
+}  // namespace fiun

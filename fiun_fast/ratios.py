@@ -1,0 +1,253 @@
+"""R, the finite ratios m / I of each node: how many there are, where they lie, and any percentile of them, exactly.
+
+A ratio that is finite and not negative has bits which, read as an integer, ascend with it. So the k-th smallest ratio
+is found digit by digit: count the ratios by their leading bits, keep the bin that holds the k-th, count those inside by
+the next bits. Three passes over the Fishers settle float32 and six float64, for all nodes at once; nothing is sorted or
+copied, and R itself is never written down.
+
+What is in R: IEEE quotients in the Fishers' dtype that are finite. 0 / 0 is not (NaN), x / 0 is not (infinite), and
+neither is a quotient that overflows; 0 / x is, as 0, and so are subnormal quotients. Where m is infinite or NaN there
+is no finite ratio; where I is infinite and m is not, the ratio is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
+from .fisher import Fisher, check_number
+from .kernels import Backend, select
+from .kernels.table import BINS, MERGES, DampenTable, Group, pack_rows
+
+Histogram = Callable[[np.ndarray, int, bool, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """How the ratios' bits are read, for one dtype of Fishers."""
+
+    kind: type[np.floating]
+    integer: type[np.signedinteger]
+    lows: tuple[int, ...]  # the lowest bit of each digit, from the first to the last
+    infinite: int  # the first digit of infinity
+
+
+DIGITS = {
+    torch.float32: Digits(np.float32, np.int32, (20, 9, 0), 0x7F8),
+    torch.float64: Digits(np.float64, np.int64, (52, 41, 30, 19, 8, 0), 0x7FF),
+}
+
+
+class Ratios:
+    """The ratios of every node of some work tables. Parameters are not looked at.
+
+    Args:
+        parts: table, its backend, and the node of each of its slots; a node may appear in several tables.
+        names: of the nodes, for messages.
+
+    """
+
+    def __init__(self, parts: Sequence[tuple[DampenTable, Backend, Sequence[int]]], names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._parts = [(table, list(nodes), backend.histogram(table)) for table, backend, nodes in parts]
+
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the Fishers of each node, [nodes]."""
+        found = [torch.float32] * len(self.names)
+        for table, nodes, _ in self._parts:
+            for node in nodes:
+                found[node] = table.fisher_dtype
+        return found
+
+    def count(self, dtype: torch.dtype, bases: np.ndarray, low: int, nearest: bool = False) -> np.ndarray:
+        """Ratios of each node by bin, [nodes, BINS] int64, in one pass; bases [nodes]. Other dtypes' nodes stay 0.
+
+        A bin is the ratio's bits above the lowest `low`, less the base; what lies beyond the bins is left out, or with
+        `nearest` counted at that end. Infinite ratios have bits and are counted like others, NaN are not.
+        """
+        counts = np.zeros((len(self.names), BINS), dtype=np.int64)
+        for table, nodes, launch in self._parts:
+            if table.fisher_dtype == dtype:
+                found = torch.empty(len(nodes), BINS, dtype=torch.int64, device=table.device)
+                launch(bases[nodes], low, nearest, found)
+                np.add.at(counts, nodes, found.cpu().numpy())
+        return counts
+
+    def percentiles(self, q: np.ndarray) -> np.ndarray:
+        """The q-th percentile (0..100) of each node's finite ratios: [nodes] -> [nodes] float64.
+
+        As numpy.percentile of these ratios in float64: between two ratios, linear.
+
+        Raises:
+            ArgumentError: a node has no finite ratio.
+
+        """
+        result = np.empty(len(self.names))
+        dtypes = self.dtypes()
+        for dtype in set(dtypes):
+            nodes = np.array([node for node, found in enumerate(dtypes) if found == dtype])
+            result[nodes] = self._percentiles(dtype, nodes, q[nodes])
+        return result
+
+    def _percentiles(self, dtype: torch.dtype, nodes: np.ndarray, q: np.ndarray) -> np.ndarray:
+        digits = DIGITS[dtype]
+        counts = self.count(dtype, np.zeros(len(self.names), dtype=np.int64), digits.lows[0])[nodes]
+        counts[:, digits.infinite :] = 0
+        finite = counts.sum(axis=1)
+        for node in nodes[finite == 0]:
+            raise ArgumentError(
+                f"node {self.names[node]!r}: no finite ratio F / I, so no percentile: "
+                "its original or its forget Fisher is 0, infinite or NaN everywhere"
+            )
+        at = q / 100 * (finite - 1)
+        below = np.floor(at).astype(np.int64)
+        above = np.minimum(below + 1, finite - 1)
+        lower, upper = self._smallest(dtype, nodes, counts, (below, above))
+        # as numpy interpolates: from the nearer end, so that neither end is missed by a rounding
+        t, gap = at - below, upper - lower
+        return np.where(t < 0.5, lower + gap * t, upper - gap * (1 - t))
+
+    def _smallest(
+        self, dtype: torch.dtype, nodes: np.ndarray, counts: np.ndarray, ranks: tuple[np.ndarray, np.ndarray]
+    ) -> list[np.ndarray]:
+        """The ratios of these ranks (from 0) at each node; counts [nodes, BINS] are those of the first digit."""
+        digits = DIGITS[dtype]
+        found = []
+        known: dict[tuple, np.ndarray] = {(digits.lows[0], bytes(len(nodes) * 8)): counts}
+        for rank in ranks:
+            bits = np.zeros(len(nodes), dtype=np.int64)
+            before = None
+            for low in digits.lows:
+                bits = bits << (before - low) if before is not None else bits
+                before = low
+                if (low, bits.tobytes()) not in known:  # two neighbours mostly share all digits but the last
+                    bases = np.zeros(len(self.names), dtype=np.int64)
+                    bases[nodes] = bits
+                    known[low, bits.tobytes()] = self.count(dtype, bases, low)[nodes]
+                upto = known[low, bits.tobytes()].cumsum(axis=1)
+                digit = (upto > rank[:, None]).argmax(axis=1)
+                rank = rank - np.where(digit > 0, np.take_along_axis(upto, digit[:, None] - 1, axis=1)[:, 0], 0)
+                bits = bits + digit
+            found.append(bits.astype(digits.integer).view(digits.kind).astype(np.float64))
+        return found
+
+
+def ratios_of(
+    original: Fisher,
+    forget: Fisher | Sequence[Fisher],
+    merge: str = "max",
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Ratios:
+    """The ratios of two Fishers; several forget Fishers are merged on the fly. One node, called "model".
+
+    Raises:
+        ArgumentError, LayoutError, DTypeError, DeviceError: as `adaptive_alpha`.
+
+    """
+    forgets = check_fishers(original, forget)
+    if merge not in MERGES:
+        raise ArgumentError(f"merge is {merge!r}, expected one of {', '.join(MERGES)}")
+    check_number("scale", scale, original.buffer.dtype)
+    segments = [s for s in original.layout if s.numel]
+    offsets = np.array([s.offset for s in segments], dtype=np.int64)
+    own = original.buffer
+    views = [own[s.offset : s.offset + s.numel] for s in segments]
+    group = Group(
+        numels=np.array([s.numel for s in segments], dtype=np.int64),
+        forgets=[f.buffer for f in forgets],
+        forget_offsets=np.array([[f.layout[s.name].offset for s in segments] for f in forgets], dtype=np.int64),
+        weights=(1.0,) * len(forgets),
+        originals=[own],
+        original_offsets=offsets,
+        thetas=[views],  # a histogram does not look at parameters
+        theta_addresses=np.array([[view.data_ptr() for view in views]], dtype=np.int64),
+        slots=np.zeros(1, dtype=np.int64),
+    )
+    if not segments:
+        raise ArgumentError("the Fishers have no elements")
+    rows, sources, weights, targets = pack_rows([group])
+    one = np.ones(1)
+    counts = torch.zeros(1, 3, dtype=torch.int64, device=own.device)
+    table = DampenTable(
+        own.device, own.dtype, own.dtype, merge, float(scale), 1.0, 1.0,
+        [group], rows, sources, weights, targets, one, one, counts,
+    )  # fmt: skip
+    return Ratios([(table, select(backend, own.device.type), [0])], ["model"])
+
+
+def check_fishers(original: Fisher, forget: Fisher | Sequence[Fisher]) -> list[Fisher]:
+    """The forget Fishers as a list, after it is sure that all fit the original one; errors as `adaptive_alpha`."""
+    if not isinstance(original, Fisher):
+        raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
+    forgets = [forget] if isinstance(forget, Fisher) else list(forget)
+    if not forgets:
+        raise ArgumentError("no forget Fisher")
+    for k, fisher in enumerate(forgets):
+        which = "forget" if len(forgets) == 1 else f"forget[{k}]"
+        if not isinstance(fisher, Fisher):
+            raise ArgumentError(f"{which} is a {type(fisher).__name__}, expected a fiun_fast.Fisher")
+        if difference := original.layout.difference(fisher.layout, "original", which):
+            raise LayoutError(f"original and {which} do not fit: {difference}; estimate both over the same parameters")
+        if fisher.buffer.dtype != original.buffer.dtype:
+            raise DTypeError(
+                f"{which} is {fisher.buffer.dtype}, original is {original.buffer.dtype}; "
+                "convert one with fisher.to(dtype=…)"
+            )
+        if fisher.buffer.device != original.buffer.device:
+            raise DeviceError(
+                f"{which} is on {fisher.buffer.device}, original on {original.buffer.device}; "
+                "move one with fisher.to(…)"
+            )
+    return forgets
+
+
+def check_share(what: str, share: float | None) -> float:
+    """The share |D_f| / |D| as a float; an ArgumentError names `what` where it is not in (0, 1]."""
+    if share is None:
+        raise ArgumentError(f'alpha="auto" needs {what}: samples to forget over samples trained on, in (0, 1]')
+    number = check_number(what, share)
+    if not 0 < number <= 1:
+        raise ArgumentError(f"{what} is {number:g}, expected samples to forget over samples trained on, in (0, 1]")
+    return number
+
+
+def adaptive_percentile(share: float) -> float:
+    """q = 100 - ln(1 + 100 share) of ASSD (arXiv 2402.10098): 100 for no data, 95.4 for all."""
+    return 100 - math.log1p(100 * share)
+
+
+def adaptive_alpha(
+    original: Fisher,
+    forget: Fisher | Sequence[Fisher],
+    share: float,
+    merge: str = "max",
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> float:
+    """Alpha from the Fishers alone, as ASSD (arXiv 2402.10098) chooses it; its lambda is 1.
+
+    R = all finite F / I, over all parameters together; q = 100 - ln(1 + 100 share); alpha is the q-th percentile of R,
+    exactly, between two ratios linear as numpy.percentile. What counts as finite: the head of this file. Where more
+    than q % of the ratios are 0, so is alpha, and every parameter with F > 0 is selected.
+
+    Args:
+        original: Fisher I over the data the model was trained on.
+        forget: Fisher F over the data to be forgotten; several are merged on the fly.
+        share: |D_f| / |D|, samples to be forgotten over samples trained on, in (0, 1].
+        merge, scale: as in `plan`.
+        backend: name of one; None for the default.
+
+    Raises:
+        ArgumentError: share outside (0, 1], no finite ratio, or an argument of another type.
+        LayoutError, DTypeError, DeviceError: the Fishers differ; the message says in what.
+        BackendError: the backend cannot be used.
+
+    """
+    q = adaptive_percentile(check_share("share", share))
+    return float(ratios_of(original, forget, merge, scale, backend).percentiles(np.array([q]))[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 import fiun_fast as ff
 
 from . import textbook
-from .choose import Choice, Snapshot, Trial, candidates, choose, compile_plan
+from .choose import Snapshot, Trial, compile_plan
 from .data import Digits, Samples, batches, jittered, join
 from .model import DigitNet
 from .networks import Recipe, grow
@@ -105,14 +105,14 @@ class Network:
 
         with _timed(seconds, "choosing alpha and lambda"):
             default_points, copies = SEARCH[self.scope]
-            grids = {
-                node: list(
-                    candidates(ff.merge_fishers(found).buffer, self.originals[node].buffer, points or default_points)
-                )
-                for node, found in reaching.items()
-            }
             trials = {node: self._trial(node, copies, labels) for node, labels in reached.items()}
-            choices = choose(self.dag, requests, grids, trials, snapshot, backend)
+            choices = ff.tune(
+                self.dag,
+                requests,
+                lambda node, model: trials[node].score(),
+                points=points or default_points,
+                backend=backend,
+            )
 
         with _timed(seconds, "compiling the plan"):
             plan = compile_plan(self.dag, requests, choices, backend)
@@ -134,7 +134,7 @@ class Network:
         return Case(recipe.scenario, recipe.seed, self.scope, tuple(classes), origins, rows, seconds)
 
     def _textbook(
-        self, reaching: Mapping[str, Sequence[ff.Fisher]], choices: Mapping[str, Choice]
+        self, reaching: Mapping[str, Sequence[ff.Fisher]], choices: Mapping[str, ff.Choice]
     ) -> Callable[[], None]:
         """The same work as the plan's, on dicts of named tensors that are made ready here, before anything is timed."""
         models = {node: self.models[node] for node in reaching}

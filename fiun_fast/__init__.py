@@ -15,7 +15,7 @@ from .errors import (
     FiunError,
     LayoutError,
 )
-from .estimators import FisherAccumulator, estimate_fisher
+from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, Provenance, merge_fishers
 from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, last_layer
@@ -48,6 +48,7 @@ __all__ = [
     "available_backends",
     "dampen_",
     "estimate_fisher",
+    "estimate_fishers",
     "flatten_",
     "last_layer",
     "merge_fishers",

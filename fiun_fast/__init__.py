@@ -17,7 +17,7 @@ from .errors import (
     UndoError,
     UndoFileError,
 )
-from .estimators import FisherAccumulator, estimate_fisher
+from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, Provenance, merge_fishers
 from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, last_layer
@@ -62,6 +62,7 @@ __all__ = [
     "available_backends",
     "dampen_",
     "estimate_fisher",
+    "estimate_fishers",
     "flatten_",
     "last_layer",
     "merge_fishers",

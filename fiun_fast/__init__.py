@@ -17,20 +17,23 @@ from .errors import (
     UndoError,
     UndoFileError,
 )
-from .estimators import FisherAccumulator, estimate_fisher
+from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, Provenance, merge_fishers
 from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, last_layer
 from .memory import flatten_
 from .plan import Plan, dampen_, plan
+from .profile import Profiles, SelectionProfile, selection_profile
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
+from .tune import Choice, search_alpha, tune
 from .undo import UndoLog
 from .version import __version__
 
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "Choice",
     "DTypeError",
     "DagError",
     "DeviceError",
@@ -46,9 +49,11 @@ __all__ = [
     "NodeReport",
     "ParameterReport",
     "Plan",
+    "Profiles",
     "Provenance",
     "Report",
     "Segment",
+    "SelectionProfile",
     "UndoError",
     "UndoFileError",
     "UndoLog",
@@ -57,9 +62,13 @@ __all__ = [
     "available_backends",
     "dampen_",
     "estimate_fisher",
+    "estimate_fishers",
     "flatten_",
     "last_layer",
     "merge_fishers",
     "plan",
+    "search_alpha",
+    "selection_profile",
+    "tune",
     "use_backend",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from .errors import ArgumentError
 from .fisher import Fisher, check_number
 from .kernels import select
 from .kernels.table import MERGES, DampenTable, pack_rows
+from .profile import Profiles, profiles_of, with_squares
 from .ratios import Ratios, adaptive_percentile, check_share
 from .report import Audit, Facts, Report
 from .resolve import Batch, Target, make_group, resolve
+from .tiles import tiles
 from .undo import Recorder
 
 PerNode = float | Mapping[str, float]
@@ -183,6 +186,26 @@ class Plan:
             if refresh is not None:
                 refresh()
         self._nodes = self._node_rows()
+
+    def profile(self, norms: bool = False) -> Profiles:
+        """How many elements any alpha would select at each node: {node: SelectionProfile}, in one pass over the plan.
+
+        Args:
+            norms: also what norm of the parameters would go (`SelectionProfile.removed`): a second pass in plain torch.
+
+        """
+        ratios = self._ratios()
+        found = profiles_of(ratios, self._resolved.numels)
+        if norms:
+            pairs = list(zip(self.tables, self._batches, strict=True))
+            found = with_squares(found, lambda: chain.from_iterable(tiles(*pair) for pair in pairs))
+        return Profiles(dict(zip(self.nodes, found, strict=True)))
+
+    def _recorded(self) -> Callable[[], None]:
+        """What takes back all runs from now on, again and again, if their alphas are those of now or higher."""
+        if self._moved():
+            self._build()
+        return Recorder(self.tables, self._batches, self.nodes, self._resolved).seal().restore_
 
     def _ratios(self) -> Ratios:
         if self._moved():
@@ -378,7 +401,7 @@ def _shares(alpha: PerNode | str, share: PerNode | None, dag: InheritanceDAG) ->
             raise ArgumentError('share is for alpha="auto" only')
         return None
     if alpha != "auto":
-        raise ArgumentError(f'alpha is {alpha!r}, expected a number, {{node: number}} or "auto"')
+        raise ArgumentError(f'alpha is a str, {alpha!r}, expected a number, {{node: number}} or "auto"')
     if not isinstance(share, Mapping):
         return dict.fromkeys(dag, check_share("share", share))
     _per_node("share", share, dag, torch.float64)

@@ -126,10 +126,18 @@ class UndoLog:
         flats = [_bits(parameter) for parameter in parameters]
         if not force:
             self._check_unchanged(flats)
+        self._write(flats)
+        self._done = True
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put the old bits back where the parameters were, whatever they are now; any number of times (`ff.tune`)."""
+        self._write([_bits(parameter) for parameter in self._at_home()])
+
+    def _write(self, flats: list[Tensor]) -> None:
         for entry, flat in zip(self._entries, flats, strict=True):
             for start, index, old in entry.pieces:
                 flat.index_copy_(0, index.to(flat.device, torch.int64) + start, old.to(flat.device))
-        self._done = True
 
     @property
     def nodes(self) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 import fiun_fast as ff
 
 from . import textbook
-from .choose import Choice, Snapshot, Trial, candidates, choose, compile_plan
+from .choose import Snapshot, Trial, compile_plan
 from .data import Digits, Samples, batches, jittered, join
 from .model import DigitNet
 from .networks import Recipe, grow
@@ -66,8 +66,17 @@ class Case:
 class Network:
     """A grown recipe with its original Fishers, registered as an inheritance DAG."""
 
-    def __init__(self, recipe: Recipe, digits: Digits, models: dict[str, DigitNet], scope: str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        digits: Digits,
+        models: dict[str, DigitNet],
+        scope: str,
+        estimator: str = "batch",
+        batch: int = FISHER_BATCH,
+    ) -> None:
         self.recipe, self.digits, self.models, self.scope = recipe, digits, models, scope
+        self._estimator, self._batch = estimator, batch
         self._validation: dict[str, tuple[Tensor, Tensor]] = {}
         self.params = _scope(models[recipe.steps[0].name], scope)
         began = time.perf_counter()
@@ -80,12 +89,12 @@ class Network:
             )
 
     def _fisher(self, name: str, samples: Samples, copies: int) -> ff.Fisher:
-        """The batch estimator at a node, over samples jittered as in training, as the node sees them."""
+        """A Fisher at a node, over samples jittered as in training, as the node sees them."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         images, labels = jittered(samples, copies, generator)
         seen = Samples(self.recipe[name].view(images), labels)
-        loader = list(batches(seen, FISHER_BATCH, generator, self.recipe.device))
-        return ff.estimate_fisher(self.models[name], loader, params=self.params)
+        loader = list(batches(seen, self._batch, generator, self.recipe.device))
+        return ff.estimate_fisher(self.models[name], loader, params=self.params, estimator=self._estimator)
 
     def _forget_fisher(self, label: int) -> ff.Fisher:
         """Over the samples of one class, at the node where they entered."""
@@ -105,14 +114,14 @@ class Network:
 
         with _timed(seconds, "choosing alpha and lambda"):
             default_points, copies = SEARCH[self.scope]
-            grids = {
-                node: list(
-                    candidates(ff.merge_fishers(found).buffer, self.originals[node].buffer, points or default_points)
-                )
-                for node, found in reaching.items()
-            }
             trials = {node: self._trial(node, copies, labels) for node, labels in reached.items()}
-            choices = choose(self.dag, requests, grids, trials, snapshot, backend)
+            choices = ff.tune(
+                self.dag,
+                requests,
+                lambda node, model: trials[node].score(),
+                points=points or default_points,
+                backend=backend,
+            )
 
         with _timed(seconds, "compiling the plan"):
             plan = compile_plan(self.dag, requests, choices, backend)
@@ -134,7 +143,7 @@ class Network:
         return Case(recipe.scenario, recipe.seed, self.scope, tuple(classes), origins, rows, seconds)
 
     def _textbook(
-        self, reaching: Mapping[str, Sequence[ff.Fisher]], choices: Mapping[str, Choice]
+        self, reaching: Mapping[str, Sequence[ff.Fisher]], choices: Mapping[str, ff.Choice]
     ) -> Callable[[], None]:
         """The same work as the plan's, on dicts of named tensors that are made ready here, before anything is timed."""
         models = {node: self.models[node] for node in reaching}

@@ -59,11 +59,12 @@ def train(
     seed: int,
     view: View,
     device: str,
+    smoothing: float = 0.1,
 ) -> DigitNet:
     """Train in place with AdamW on jittered mini-batches of 64; returns the model in eval mode.
 
-    Label smoothing keeps every prediction a little unsure. Without it a class that is learned perfectly has no gradient
-    left, its forget Fisher vanishes, and no alpha can find its parameters.
+    Label smoothing keeps every prediction a little unsure. Without it a class that is learned perfectly has little
+    gradient left, and its empirical forget Fisher nearly vanishes (docs/choosing.md).
 
     The loss ranks only the classes `shown` to this model: a client does not unlearn what others know, and a chain does
     not push down classes that are still to come.
@@ -79,7 +80,7 @@ def train(
         rows = torch.randint(len(samples.labels), (64,), generator=generator)
         images = view(jitter(samples.images[rows], generator)).to(device)
         logits = model(images)[:, list(shown)]
-        loss = functional.cross_entropy(logits, rank[samples.labels[rows]].to(device), label_smoothing=0.1)
+        loss = functional.cross_entropy(logits, rank[samples.labels[rows]].to(device), label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -41,6 +41,7 @@ class Recipe:
     origin: Mapping[int, str]
     seed: int
     device: str = "cpu"
+    smoothing: float = 0.1  # of the labels, in training
 
     def __getitem__(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)
@@ -100,6 +101,7 @@ def grow(
                 shown=sorted(samples.classes),
                 view=step.view,
                 device=recipe.device,
+                smoothing=recipe.smoothing,
             )
         models[step.name] = model
         tick(step.name)

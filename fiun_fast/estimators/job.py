@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -59,6 +60,52 @@ def checked(loss: Any, step: int, selected: dict[str, nn.Parameter]) -> Tensor:
     if not loss.requires_grad:
         raise EstimationError(f"batch {step}: the loss does not depend on {', '.join(list(selected)[:4])}")
     return loss
+
+
+def per_sample(job: Job, outputs: Any, targets: Any, step: int) -> Tensor:
+    """Loss of each sample alone [B], for B = count(outputs): what the job's loss gives for a batch of only that sample.
+
+    A loss function that returns [B] (reduction="none") is taken at its word; a scalar one is called on each sample's
+    slice of outputs and targets.
+
+    Raises:
+        EstimationError: the loss is something else.
+
+    """
+    samples = count(outputs)
+    if job.loss_fn is None and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+        return cross_entropies(outputs, targets)
+    loss: Any = job.loss(outputs, targets)
+    if isinstance(loss, Tensor) and samples > 1 and loss.shape == (samples,):
+        return loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise EstimationError(
+            f"batch {step}: the loss is {found}, expected a scalar, the mean over samples, or one number a sample"
+        )
+    if samples == 1:
+        return loss.reshape(1)
+    one = [slice(n, n + 1) for n in range(samples)]
+    return torch.stack([job.loss(take(outputs, n, samples), take(targets, n, samples)).reshape(()) for n in one])
+
+
+def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of each sample alone: outputs [B, C, ...], targets [B, ...] -> [B]."""
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    if losses.dim() == 1:
+        return losses
+    counted = (targets != -100).flatten(1).sum(1) if not targets.is_floating_point() else losses[0].numel()
+    return losses.flatten(1).sum(1) / counted
+
+
+def take(tree: Any, rows: slice, samples: int) -> Any:
+    """The same tree with these samples only: every tensor whose first dimension is `samples` is cut."""
+    return pytree.tree_map(lambda leaf: leaf[rows] if is_cut(leaf, samples) else leaf, tree)
+
+
+def is_cut(leaf: Any, samples: int) -> bool:
+    """Whether a leaf of a batch carries the samples on its first dimension."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples
 
 
 def count(outputs: Any) -> int:

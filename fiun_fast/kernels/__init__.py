@@ -8,6 +8,7 @@ A backend is a module with
     histogram(table) -> launch(bases, low, nearest, counts)   counts of m / I, in bins of the ratio's bits, per node
     merge(sources, weights, how, scale, out)             out = scale * reduce_k (w_k F_k), flat tensors
     accumulate(gradients, into, power, zero)             into += |g|^power for each pair; with zero, g = 0 afterwards
+    outer_square_accumulate(left, right, into)           into += sum_b (left_b right_b^T)^2
 `reference` states what each must compute. Nothing here falls back silently: a backend asked for by name is used or
 is an error.
 """
@@ -39,6 +40,7 @@ class Backend(Protocol):
     def histogram(self, table): ...
     def merge(self, sources, weights, how, scale, out) -> None: ...
     def accumulate(self, gradients, into, power, zero) -> None: ...
+    def outer_square_accumulate(self, left, right, into) -> None: ...
 
 
 def load(name: str) -> Backend:

@@ -227,6 +227,20 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
                 gradient.detach().zero_()
 
 
+def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    """into += sum_b (sum_t left_bgmt right_bgkt)^2; shapes as in `reference`."""
+    b, groups, m, t = left.shape
+    k = right.shape[2]
+    if t == 1 and groups == 1:
+        into.view(m, k).addmm_(left.view(b, m).square().t(), right.view(b, k).square())
+        return
+    target = into.view(groups, m, k)
+    step = max(1, (1 << 18) // (groups * m * k))
+    for at in range(0, b, step):
+        g = torch.matmul(left[at : at + step], right[at : at + step].transpose(2, 3))
+        target += g.square_().sum(0)
+
+
 def _kind(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> int:
     if dtype not in kinds:
         raise _unknown(dtype, kinds)

@@ -123,3 +123,16 @@ def histogram(table: DampenTable) -> Callable[[np.ndarray, int, bool, torch.Tens
                     counts[slot] += torch.bincount(bins, minlength=BINS)
 
     return launch
+
+
+def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    """into += sum_b (sum_t left_bgmt right_bgkt)^2: the squared per-sample gradients of a linear layer, summed.
+
+    Args:
+        left: [B, G, M, T], any strides; dtype and device of `into`.
+        right: [B, G, K, T], the same.
+        into: flat [G * M * K], contiguous, fp32 or fp64.
+
+    """
+    for one, other in zip(left, right, strict=True):
+        into += torch.einsum("gmt,gkt->gmk", one, other).square().reshape(-1)

@@ -1,0 +1,128 @@
+"""Per-sample gradients for whatever has no closed form: torch.func in chunks, else one sample after another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+
+from .job import Job, is_cut, per_sample, take
+from .sums import Sums
+
+CHUNK_BYTES = 64 << 20  # of per-sample gradients at a time
+VMAP, LOOP = "per-sample gradients, torch.func", "per-sample gradients, one by one"
+
+
+class Round(NamedTuple):
+    """Labels to be assumed instead of the targets, and a factor for each sample's loss; both [B]."""
+
+    labels: Tensor
+    factors: Tensor
+
+
+class _Loss(nn.Module):
+    """The job's loss on a batch, as a module: functional_call then reaches the model's parameters wherever used."""
+
+    def __init__(self, job: Job, step: int) -> None:
+        super().__init__()
+        self.model, self._job, self._step = job.model, job, step
+
+    def forward(self, batch: Any, round_: Round | None) -> Tensor:
+        outputs, targets = self._job.forward(batch, self.model)
+        return weighted(self._job, outputs, targets, round_, self._step).sum()
+
+
+def weighted(job: Job, outputs: Any, targets: Any, round_: Round | None, step: int) -> Tensor:
+    """Per-sample losses [B], with assumed labels and factors where a round says so."""
+    if round_ is None:
+        return per_sample(job, outputs, targets, step)
+    return per_sample(job, outputs, round_.labels, step) * round_.factors
+
+
+class PerSample:
+    """Adds squared per-sample gradients of some parameters; remembers once vmap has failed, and why."""
+
+    def __init__(self, job: Job, sums: Sums) -> None:
+        self._job, self._sums = job, sums
+        self.refused: str | None = None  # why torch.func cannot do it
+
+    def add(self, batch: Any, samples: int, names: Sequence[str], rounds: Sequence[Round | None], step: int) -> str:
+        """Add sum_n g_n^2 of these parameters over the batch, for every round; returns how it was done."""
+        if self.refused is None and samples > 1:
+            try:
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")  # still right, and still a batch
+                    found = [self._by_vmap(batch, samples, names, round_, step) for round_ in rounds]
+            except Exception as error:  # of many kinds: no batching rule, data-dependent control flow, writes in place
+                first = str(error).strip().partition("\n")[0].partition(". ")[0]
+                self.refused = f"{type(error).__name__}: {first[:80]}"
+            else:
+                for squares in found:
+                    for name, square in squares.items():
+                        self._sums.views[name] += square
+                return VMAP
+        for p in self._job.selected.values():  # all: reentrant checkpointing needs one before it
+            p.requires_grad_(True)
+        for round_ in rounds:
+            self._by_loop(batch, samples, names, round_, step)
+        return f"{LOOP} (torch.func refused, {self.refused})" if self.refused else LOOP
+
+    def _by_vmap(
+        self, batch: Any, samples: int, names: Sequence[str], round_: Round | None, step: int
+    ) -> dict[str, Tensor]:
+        """Sums over the batch, not yet added to anything: vmap may fail half way."""
+        whole = _Loss(self._job, step)
+        chosen = {f"model.{name}": self._job.selected[name].detach() for name in names}
+        each = sum(p.numel() * p.element_size() for p in chosen.values())
+        chunk = min(samples, max(1, CHUNK_BYTES // max(1, each)))
+        leaves, tree = pytree.tree_flatten((batch, round_))
+        mapped = [i for i, leaf in enumerate(leaves) if is_cut(leaf, samples)]
+
+        def loss(parameters: dict[str, Tensor], *cut: Tensor) -> Tensor:
+            filled = list(leaves)
+            for i, leaf in zip(mapped, cut, strict=True):
+                filled[i] = leaf.unsqueeze(0)
+            return functional_call(whole, parameters, pytree.tree_unflatten(filled, tree))
+
+        gradient = vmap(grad(loss), in_dims=(None, *[0] * len(mapped)))
+        sums: dict[str, Tensor] = {}
+        for at in range(0, samples, chunk):
+            found = gradient(chosen, *(leaves[i][at : at + chunk] for i in mapped))
+            for name in names:
+                square = self._sums.number(found[f"model.{name}"]).square().sum(0)
+                sums[name] = sums[name] + square if name in sums else square
+        return sums
+
+    def _by_loop(self, batch: Any, samples: int, names: Sequence[str], round_: Round | None, step: int) -> None:
+        whole = _Loss(self._job, step)
+        for n in range(samples):
+            one = slice(n, n + 1)
+            loss = whole(take(batch, one, samples), None if round_ is None else Round(*(t[one] for t in round_)))
+            self.add_gradients(loss, names)
+
+    def add_gradients(self, loss: Tensor, names: Sequence[str], keep_graph: bool = False) -> None:
+        """Add the squares of one sample's gradients."""
+        if not loss.requires_grad:
+            return
+        gradients = backward(loss, self._job.selected, keep_graph)
+        found = [(g.to_dense(), self._sums.views[n]) for n, g in gradients.items() if g is not None and n in names]
+        self._sums.kernels.accumulate([g for g, _ in found], [into.view(-1) for _, into in found], 2, False)
+
+
+def backward(
+    loss: Tensor, parameters: Mapping[str, nn.Parameter], keep_graph: bool = False
+) -> dict[str, Tensor | None]:
+    """Gradients by these parameters, whose .grad is None before and after.
+
+    Not by torch.autograd.grad: reentrant checkpointing refuses that, and a watch would not see a recomputation in it.
+    """
+    torch.autograd.backward([loss], retain_graph=keep_graph)
+    found = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    return found

@@ -1,0 +1,200 @@
+"""Closed forms: the squared gradient of each sample, from a layer's input and its output gradient, summed over samples.
+
+With a_n the input and δ_n the output gradient of sample n, over positions t where there are any:
+
+    linear, conv   weight  sum_n (sum_t δ_nt a_nt^T)^2;  one position: (δ^2)^T (a^2)     bias  sum_n (sum_t δ_nt)^2
+    norms          weight  sum_n (sum_t δ_nt x_nt)^2, x the normalised input             bias  as above
+    embedding      row v   sum_n (sum over t with index v of δ_nt)^2
+
+The first is what BackPACK (arXiv 1912.10985) calls sum_grad_squared. No per-sample gradient of a whole layer is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .capture import Use
+from .sums import Sums
+
+UNFOLDED = 1 << 20  # elements of an unfolded input at a time: stays in the cache
+Rule = Callable[[Sums, Use, Tensor, Tensor], None]
+
+
+class Axis(NamedTuple):
+    """Where the samples lie: on this axis, alone or with others; `inner`: they vary faster than those."""
+
+    axis: int
+    inner: bool = False
+
+    def first(self, t: Tensor, samples: int) -> Tensor:
+        """[.., B * s, ..] -> [B, s, the other dimensions]."""
+        t = t.movedim(self.axis, 0)
+        if self.inner:
+            return t.reshape(t.shape[0] // samples, samples, *t.shape[1:]).transpose(0, 1)
+        return t.reshape(samples, t.shape[0] // samples, *t.shape[1:])
+
+
+def apply(sums: Sums, use: Use, given: Tensor, gradient: Tensor, axis: Axis, samples: int) -> None:
+    """Add a use's squares to the sums: `given` and `gradient` carry the samples on `axis`."""
+    RULES[use.rule](sums, use, axis.first(given, samples), axis.first(gradient, samples))
+
+
+def unsupported(use: Use, axis: int) -> str | None:
+    """Why there is no closed form for this call, or None."""
+    if use.rule in ("conv", "group_norm", "batch_norm") and axis != 0:
+        return f"{use.rule} with the samples on axis {axis}"
+    if use.rule == "batch_norm" and use.arguments.get("training"):
+        return "batch_norm on the statistics of the batch"
+    if use.rule == "embedding" and (use.arguments.get("max_norm") or use.arguments.get("scale_grad_by_freq")):
+        return "embedding with max_norm or scale_grad_by_freq"
+    if use.rule == "addmm" and (use.arguments.get("beta", 1) != 1 or use.arguments.get("alpha", 1) != 1):
+        return "addmm with factors"
+    return None
+
+
+# Each rule: given [B, s, ...], gradient [B, s, ...].
+
+
+def _linear(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
+    a, d = a.flatten(1, -2), d.flatten(1, -2)  # [B, T, K], [B, T, M]
+    if weight := use.targets.get("weight"):
+        left, right = (d, a) if use.rule == "linear" else (a, d)  # addmm has its weight the other way round
+        sums.outer(weight, left.transpose(1, 2)[:, None], right.transpose(1, 2)[:, None])
+    _bias(sums, use, d)
+
+
+def _bias(sums: Sums, use: Use, d: Tensor) -> None:
+    """d: [B, T, M]."""
+    if bias := use.targets.get("bias"):
+        sums.square(bias, sums.number(d).sum(1))
+
+
+def _conv(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
+    b, s = a.shape[:2]
+    d = d.flatten(3)  # [B, s, M, T]
+    if bias := use.targets.get("bias"):
+        sums.square(bias, sums.number(d).sum((1, 3)))
+    weight = use.targets.get("weight")
+    if weight is None:
+        return
+    groups = use.arguments.get("groups", 1)
+    out_channels, in_channels, *kernel = use.arguments["weight_shape"]
+    unfolded = in_channels * groups * d.shape[-1] * s * int(torch.tensor(kernel).prod())
+    for part in chunks(b, unfolded):
+        windows = unfold(a[part].flatten(0, 1), kernel, use.arguments, groups)  # [b * s, G, K, T]
+        left = d[part].unflatten(2, (groups, out_channels // groups))  # [b, s, G, M, T]
+        if s > 1:
+            windows = windows.unflatten(0, (-1, s)).permute(0, 2, 3, 1, 4).flatten(3)
+            left = left.permute(0, 2, 3, 1, 4).flatten(3)
+        else:
+            left = left[:, 0]
+        sums.outer(weight, left, windows)
+
+
+def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], groups: int) -> Tensor:
+    """Windows that a convolution's kernel sees: [B, C, ...] -> [B, G, C/G * kernel, T], in the weight's order."""
+    n = len(kernel)
+    stride, dilation = (_each(arguments.get(key, 1), n) for key in ("stride", "dilation"))
+    padding = arguments.get("padding", 0)
+    if padding == "same":
+        total = [k_d * (k - 1) for k, k_d in zip(kernel, dilation, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(p, p) for p in _each(0 if padding == "valid" else padding, n)]
+    if any(low or high for low, high in pads):
+        a = functional.pad(a, [p for pair in reversed(pads) for p in pair])
+    sizes = [
+        (length - d * (k - 1) - 1) // s + 1
+        for length, k, s, d in zip(a.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    batch, channel, *steps = a.stride()
+    windows = a.as_strided(
+        (*a.shape[:2], *kernel, *sizes),
+        (batch, channel, *(t * d for t, d in zip(steps, dilation, strict=True)),
+         *(t * s for t, s in zip(steps, stride, strict=True))),
+        a.storage_offset(),
+    )  # fmt: skip
+    return windows.reshape(a.shape[0], groups, -1, int(torch.tensor(sizes).prod()))
+
+
+def _embedding(sums: Sums, use: Use, index: Tensor, d: Tensor) -> None:
+    index, d = index.flatten(1), sums.number(d.flatten(1, -2))  # [B, T], [B, T, E]
+    rows = use.arguments["weight_shape"][0]
+    sample = torch.arange(len(index), device=index.device)[:, None]
+    cells, place = torch.unique(sample * rows + index, return_inverse=True)  # (sample, row) pairs that occur
+    gradient = d.new_zeros(len(cells), d.shape[-1]).index_add_(0, place.flatten(), d.flatten(0, 1))
+    row = cells % rows
+    if (padding := use.arguments.get("padding_idx")) is not None:
+        gradient.masked_fill_((row == padding % rows)[:, None], 0)
+    sums.rows(use.targets["weight"]).index_add_(0, row, gradient.square_())
+
+
+def _normalised(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
+    """Weight and bias have the shape of the last dimensions (layer_norm, rms_norm)."""
+    shape = tuple(use.arguments["normalized_shape"])
+    for part in chunks(len(a), a[0].numel()):
+        x, g = sums.number(a[part]), sums.number(d[part])
+        eps = use.arguments.get("eps")
+        if use.rule == "layer_norm":
+            x = functional.layer_norm(x, shape, None, None, 1e-5 if eps is None else eps)
+        else:
+            eps = torch.finfo(a.dtype).eps if eps is None else eps
+            x = functional.rms_norm(x, shape, None, eps)
+        x, g = (t.reshape(len(t), -1, *shape) for t in (x, g))
+        if weight := use.targets.get("weight"):
+            sums.square(weight, (x * g).sum(1))
+        if bias := use.targets.get("bias"):
+            sums.square(bias, g.sum(1))
+
+
+def _channels(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
+    """Weight and bias have an element a channel (group_norm, batch_norm)."""
+    for part in chunks(len(a), a[0].numel()):
+        x, g = sums.number(a[part]), sums.number(d[part])
+        count, s, c = x.shape[:3]
+        if weight := use.targets.get("weight"):
+            eps = use.arguments.get("eps", 1e-5)
+            if use.rule == "group_norm":
+                x = functional.group_norm(x.flatten(0, 1), use.arguments["num_groups"], None, None, eps)
+            else:
+                mean, var = (use.arguments[key] for key in ("running_mean", "running_var"))
+                x = functional.batch_norm(x.flatten(0, 1), mean.to(x), var.to(x), None, None, False, 0.0, eps)
+            product = x.reshape(count, s, c, -1).mul_(g.reshape(count, s, c, -1))
+            sums.square(weight, product.sum((1, 3)))
+        if bias := use.targets.get("bias"):
+            sums.square(bias, g.reshape(count, s, c, -1).sum((1, 3)))
+
+
+RULES: dict[str, Rule] = {
+    "linear": _linear,
+    "addmm": _linear,
+    "conv": _conv,
+    "embedding": _embedding,
+    "layer_norm": _normalised,
+    "rms_norm": _normalised,
+    "group_norm": _channels,
+    "batch_norm": _channels,
+}
+NAMES = {"addmm": "linear"}
+
+
+def how(use: Use, role: str) -> str:
+    """The record's line for a parameter."""
+    return f"closed form, {NAMES.get(use.rule, use.rule)} {role}{use.note}"
+
+
+def chunks(samples: int, each: int) -> Iterator[slice]:
+    """Slices of samples that hold about UNFOLDED elements, `each` a sample."""
+    step = max(1, UNFOLDED // max(1, each))
+    return (slice(at, min(at + step, samples)) for at in range(0, samples, step))
+
+
+def _each(value: Any, n: int) -> list[int]:
+    if isinstance(value, int):
+        return [value] * n
+    return list(value) * n if len(value) == 1 else list(value)

@@ -1,0 +1,225 @@
+"""Choosing alpha and lambda on validation data, for every node of a DAG at once and without copies of the models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .dag import ForgetRequest, InheritanceDAG, Model
+from .errors import ArgumentError
+from .fisher import check_number
+from .plan import Plan, plan
+from .profile import SelectionProfile
+
+Evaluate = Callable[[str, Model], float]
+LAMBDAS = (1.0, 0.1, 0.01)
+POINTS = 32
+MOST = 0.7  # the largest share that the default grid selects
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a node is to be dampened with, and what `evaluate` said of it."""
+
+    alpha: float
+    lam: float
+    score: float
+
+
+def tune(
+    dag: InheritanceDAG,
+    requests: Iterable[ForgetRequest],
+    evaluate: Evaluate,
+    alphas: Iterable[float] | Mapping[str, Iterable[float]] | None = None,
+    lams: Iterable[float] | None = None,
+    points: int = POINTS,
+    merge: str = "max",
+    scale: float = 1.0,
+    on_mismatch: str = "error",
+    backend: str | None = None,
+) -> dict[str, Choice]:
+    """Choose alpha and lambda of every node that the requests reach: the pair with the highest score.
+
+    Each grid point dampens all nodes in one launch, every node with its own alpha; each node is scored, and the
+    elements that were selected get their old bits back. One log, taken at the lowest alpha of the grid, serves all
+    points. Points of a node that select the same elements are scored once; so are all lambdas where nothing is
+    selected. Of equal scores the one tried first wins: lambdas in the order given, in each the highest alpha first.
+
+    Args:
+        dag, requests: as in `plan`.
+        evaluate: (name, model) -> score of the dampened model on the caller's validation data; higher is better. It
+            may not train or move the model.
+        alphas: the grid, or {node: grid}; None: of each node `points` values from its `plan.profile()`, so that the
+            share selected runs from one element to 70 % in even steps of its logarithm.
+        lams: default 1, 0.1, 0.01.
+        points: of the default grid.
+        merge, scale, on_mismatch, backend: as in `plan`.
+
+    Returns:
+        {node: Choice}. All models are as before, also when `evaluate` raises. To apply it:
+        `plan(dag, requests, alpha={n: c.alpha for n, c in chosen.items()}, lam={n: c.lam for n, c in chosen.items()})`.
+
+    Raises:
+        ArgumentError: an empty grid, a number out of range, or a score that is no number or NaN.
+        FiunError: as `plan`.
+
+    """
+    listed = list(requests)
+    compiled = plan(dag, listed, 0.0, 1.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    lambdas = _numbers("lams", LAMBDAS if lams is None else lams)
+    grids = {name: sorted(set(grid), reverse=True) for name, grid in _grids(compiled, alphas, points).items()}
+    models = {name: dag.graph.nodes[name]["model"] for name in compiled.nodes}
+    candidates = _distinct(compiled, grids, lambdas)
+    best: dict[str, Choice] = {}
+    with _undoing(compiled, {name: grid[-1] for name, grid in grids.items()}) as undo:
+        for k in range(max(map(len, candidates.values()))):
+            tried = {name: found[k] for name, found in candidates.items() if k < len(found)}
+            idle = {name: found[0] for name, found in candidates.items() if k >= len(found)}
+            both = tried | idle
+            compiled.set_values_({n: alpha for n, (alpha, _) in both.items()}, {n: lam for n, (_, lam) in both.items()})
+            compiled.run_()
+            for name, (alpha, lam) in tried.items():
+                score = _score(name, evaluate(name, models[name]))
+                if name not in best or score > best[name].score:
+                    best[name] = Choice(alpha, lam, score)
+            undo()
+    return best
+
+
+def search_alpha(
+    dag: InheritanceDAG,
+    requests: Iterable[ForgetRequest],
+    evaluate: Evaluate,
+    rho: float = 0.2,
+    start: float = 99.0,
+    step: float = 0.5,
+    lam: float = 1.0,
+    merge: str = "max",
+    scale: float = 1.0,
+    on_mismatch: str = "error",
+    backend: str | None = None,
+) -> dict[str, Choice]:
+    """Choose alpha with no other data than what is to be forgotten, as PTN searches (Potion, arXiv 2406.09173).
+
+    Alpha is a percentile of the node's finite ratios m / I. From `start` the percentile goes down by `step` until the
+    accuracy on the forget data has fallen below rho times what it was before dampening; each node stops by itself.
+
+    Args:
+        dag, requests: as in `plan`.
+        evaluate: (name, model) -> accuracy on the data to be forgotten.
+        rho: share of the accuracy at the start, in (0, 1].
+        start, step: percentile to begin with, and what it falls by each time.
+        lam: dampening constant.
+        merge, scale, on_mismatch, backend: as in `plan`.
+
+    Returns:
+        {node: Choice}, score being the accuracy reached; where no percentile was low enough, that of the lowest.
+        All models are as before.
+
+    Raises:
+        ArgumentError: a number out of range, no finite ratio at a node, or an accuracy that is no number or NaN.
+        FiunError: as `plan`.
+
+    """
+    for what, value, least, most in (("rho", rho, 0, 1), ("start", start, 0, 100), ("step", step, 0, 100)):
+        if not least < check_number(what, value) <= most:
+            raise ArgumentError(f"{what} is {value:g}, expected more than {least} and at most {most}")
+    compiled = plan(dag, list(requests), 0.0, lam, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    names = compiled.nodes
+    models = {name: dag.graph.nodes[name]["model"] for name in names}
+    goal = {name: rho * _score(name, evaluate(name, models[name])) for name in names}
+    ratios, found = compiled._ratios(), dict[str, Choice]()
+    levels = [start - k * step for k in range(math.floor(start / step) + 1)]
+    for q in levels:
+        alphas = dict(zip(names, ratios.percentiles(np.full(len(names), q)).tolist(), strict=True))
+        alphas |= {name: choice.alpha for name, choice in found.items() if choice.score < goal[name]}
+        with _undoing(compiled, alphas) as undo:
+            compiled.run_()
+            for name in names:
+                if name not in found or found[name].score >= goal[name]:
+                    found[name] = Choice(alphas[name], float(lam), _score(name, evaluate(name, models[name])))
+            undo()
+        if all(found[name].score < goal[name] for name in names):
+            break
+    return found
+
+
+def default_grid(profile: SelectionProfile, points: int = POINTS) -> list[float]:
+    """Alphas that select from one element to 70 % of those that any alpha selects, evenly in the logarithm."""
+    selectable = int(profile.counts[1:].sum())
+    if not selectable:  # nothing to choose: every alpha selects the same
+        return [1.0]
+    shares = np.logspace(-math.log10(selectable), math.log10(MOST), points)
+    return [profile.alpha(min(1.0, (profile.always + share * selectable) / profile.numel)) for share in shares]
+
+
+def _grids(
+    compiled: Plan, alphas: Iterable[float] | Mapping[str, Iterable[float]] | None, points: int
+) -> dict[str, list[float]]:
+    if alphas is None:
+        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+            raise ArgumentError(f"points is {points!r}, expected a whole number from 1 on")
+        return {name: default_grid(profile, points) for name, profile in compiled.profile().items()}
+    if not isinstance(alphas, Mapping):
+        grid = _numbers("alphas", alphas)
+        return dict.fromkeys(compiled.nodes, grid)
+    for name in compiled.nodes:
+        if name not in alphas:
+            raise ArgumentError(f"alphas has no grid for node {name!r}, which a request reaches")
+    return {name: _numbers(f"alphas[{name!r}]", alphas[name]) for name in compiled.nodes}
+
+
+def _distinct(
+    compiled: Plan, grids: Mapping[str, Sequence[float]], lambdas: Sequence[float]
+) -> dict[str, list[tuple[float, float]]]:
+    """Pairs (alpha, lambda) of each node that differ in what they do, by dry runs: equal counts are equal selections.
+
+    A lower alpha selects all that a higher one does, so that the counts tell.
+    """
+    counts: dict[str, dict[int, float]] = {name: {} for name in grids}
+    for k in range(max(map(len, grids.values()))):
+        compiled.set_values_({name: grid[min(k, len(grid) - 1)] for name, grid in grids.items()})
+        for node in compiled.run_(dry_run=True):
+            counts[node.name].setdefault(node.selected, float(node.alpha or 0.0))
+    return {
+        name: [(alpha, lam) for lam in lambdas for selected, alpha in found.items() if selected or lam == lambdas[0]]
+        for name, found in counts.items()
+    }
+
+
+@contextmanager
+def _undoing(compiled: Plan, lowest: Mapping[str, float]) -> Iterator[Callable[[], None]]:
+    """A function that takes back every run since, for alphas from `lowest` on; called after an error as well."""
+    compiled.set_values_(alpha=lowest)
+    undo = compiled._recorded()
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
+
+
+def _numbers(what: str, values: Iterable[float]) -> list[float]:
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{what} is a {type(values).__name__}, expected numbers")
+    numbers = [check_number(f"{what}[{i}]", value) for i, value in enumerate(values)]
+    if not numbers:
+        raise ArgumentError(f"{what} is empty: nothing to try")
+    return numbers
+
+
+def _score(name: str, score: object) -> float:
+    if isinstance(score, torch.Tensor) and score.numel() == 1:
+        score = score.item()
+    try:
+        number = float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"evaluate({name!r}, …) gave a {type(score).__name__}, expected a number") from None
+    if math.isnan(number):
+        raise ArgumentError(f"evaluate({name!r}, …) gave NaN, which no score compares with")
+    return number

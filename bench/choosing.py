@@ -132,7 +132,7 @@ class Watch:
 
 
 def sweep(network: Network, digits: Digits, label: int) -> Iterator[tuple[str, dict[str, Point], list[Point], Point]]:
-    """For each node that forgets the class: fixed and automatic choices by name, grid points, and the node untouched."""
+    """Node by node where the class goes: fixed and automatic choices by name, grid points, the node untouched."""
     recipe = network.recipe
     request = [ff.ForgetRequest(recipe.origin[label], network._forget_fisher(label))]
     watches = {node: Watch(network, digits, node, label) for node in recipe.reached([label])}

@@ -60,10 +60,10 @@ MUTANTS: dict[str, tuple[str, dict[str, str], list[str]]] = {
 
 @functools.cache
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, in CUDA_HOME, or from Triton's wheel."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    triton = importlib.util.find_spec("triton")
-    places = [None, f"{home}/bin", *([str(Path(str(triton.origin)).parent / "backends/nvidia/bin")] if triton else [])]
+    """A program of the CUDA toolkit: in CUDA_HOME, on PATH, in /usr/local/cuda, or from Triton's wheel."""
+    home, triton = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), importlib.util.find_spec("triton")
+    places = [f"{home}/bin"] * bool(home) + [None, "/usr/local/cuda/bin"]
+    places += [str(Path(str(triton.origin)).parent / "backends/nvidia/bin")] if triton else []
     return next((found for place in places if (found := shutil.which(name, path=place))), None)
 
 

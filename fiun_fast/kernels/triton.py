@@ -75,10 +75,28 @@ def why_not(device_type: str) -> str | None:
     except Exception as error:  # a broken or too old Triton fails in ways of its own; doctor shows which
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     if device_type == "cpu":
-        return None if interprets else "TRITON_INTERPRET was set after the kernels were imported; set it earlier"
+        if not interprets:
+            return "TRITON_INTERPRET was set after the kernels were imported; set it earlier"
+        return _why_no_interpreter()
     if interprets:
         return "TRITON_INTERPRET is set, and the interpreter cannot reach GPU memory"
     return _why_no_driver()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Major and minor, to be compared."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _why_no_interpreter() -> str | None:
+    import triton
+
+    if _version(triton.__version__) < (3, 7) and _version(np.__version__) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} does not work with NumPy {np.__version__}: "
+            "install numpy<2.4, or Triton 3.7 or newer"
+        )
+    return None
 
 
 @lru_cache
@@ -178,13 +196,18 @@ class DampenLaunch:
         )
         # a blocking copy: whichever stream launches later finds the tables there
         self._arguments = [torch.from_numpy(np.ascontiguousarray(a)).to(table.device) for a in host] + [table.counts]
+        self._uploaded_on = _stream(table.device)
         self._constants = dampen_constants(table.fisher_dtype, table.theta_dtype, table.merge, table.exponent != 1)
 
     def __call__(self, dry_run: bool = False) -> None:
         """Dampen every node of the table, or only count."""
+        device = self.table.device
+        if _stream(device) != self._uploaded_on:  # keeps their memory for this stream, should the plan go away first
+            for tensor in self._arguments:
+                tensor.record_stream(torch.cuda.current_stream(device))
         self.table.counts.zero_()
         if len(self.tiles):
-            _launch("dampen", self.table.device, len(self.tiles), *self._arguments, int(not dry_run), **self._constants)
+            _launch("dampen", device, len(self.tiles), *self._arguments, int(not dry_run), **self._constants)
 
     def refresh(self) -> None:
         """Upload table.alpha and table.lam again, after they were written to."""
@@ -192,11 +215,12 @@ class DampenLaunch:
         limits.copy_(torch.from_numpy(self.table.limits(torch.empty(0, dtype=limits.dtype).numpy().dtype)))
 
     def warmup(self) -> None:
-        """Compile the kernel that this table needs, without running it."""
+        """Compile the kernel that this table needs and load it, without running it: the first run may be captured."""
         if not interpreted():
             with torch.cuda.device(self.table.device):
                 flags = options(_backend(), self._constants)
-                device_code().dampen.warmup(*self._arguments, 1, grid=(1,), **self._constants, **flags)
+                kernel = device_code().dampen.warmup(*self._arguments, 1, grid=(1,), **self._constants, **flags)
+                kernel[(1, 1, 1)]  # asking for a launcher loads the machine code, which a capture would not allow
 
 
 def dampen(table: DampenTable) -> DampenLaunch:
@@ -260,8 +284,7 @@ _PAIR_CACHE_SIZE = 32
 
 def _pair_tables(rows: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables of `accumulate` for these addresses. Allocators repeat themselves, so most steps upload nothing."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, rows)  # the upload is ordered with the stream that it was made on, and no other
+    key = (device, _stream(device), rows)  # the upload is ordered with the stream that it was made on, and no other
     if key not in _pair_cache:
         pairs = np.array(rows, dtype=np.int64)
         chunks = -(-pairs[:, 2] // block_size())
@@ -277,6 +300,11 @@ def _pair_tables(rows: tuple[tuple[int, int, int], ...], device: torch.device) -
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream, as CUDA calls it; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _programs(device: torch.device) -> int:
@@ -327,7 +355,7 @@ def _division_flushes() -> bool:
     """Whether this Triton's `tl.div_rn` becomes div.rn.ftz.f32, which takes subnormal numbers for zero."""
     import triton
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6)
+    return _version(triton.__version__) < (3, 6)
 
 
 def _fits(constants: dict[str, Any]) -> bool:

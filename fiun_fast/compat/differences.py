@@ -45,6 +45,12 @@ DIFFERENCES = (
         "torch.pow (backend reference)",
         "the backend's pow, a few ulp from it",
     ),
+    Difference(
+        "adaptive percentile (ASSD)",
+        "numpy, over a copy of all ratios",
+        SAME,
+        "ff.adaptive_alpha: no copy, interpolated in float64",
+    ),
     Difference("loader without a length", "an error", "batches are counted", "batches are counted"),
     Difference("dicts given to merge (MFIM)", "the first is overwritten", "none is changed", "none is changed"),
     Difference("output", "prints its parameters", "silent", "silent"),

@@ -25,7 +25,7 @@ from .helpers import Helpers
 from .importances import FISHER_DTYPES, Importances, flat_zeros, mfim, values_of
 from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, check_one_of, given, is_device
 from .passes import NORMALIZE, Pass
-from .percentile import ratio_percentile
+from .percentile import published, streamed
 
 __all__ = ["ParameterPerturber", "differences", "mfim"]
 
@@ -317,7 +317,9 @@ class ParameterPerturber(Helpers):
         if self.adaptive_percentile is None:
             raise ff.ArgumentError("selection_weighting is adaptive: set parameters['adaptive_percentile'] as well")
         forget = forgets[0] if len(forgets) == 1 else mfim(forgets)
-        return ratio_percentile(original, forget, self.adaptive_percentile)
+        if self.mode == "strict":
+            return published(original, forget, self.adaptive_percentile)
+        return streamed(original, forget, self.adaptive_percentile, self.backend)
 
     def _dampen(
         self,

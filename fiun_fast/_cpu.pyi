@@ -37,3 +37,19 @@ def merge(
     isa: str = "",
 ) -> None: ...
 def accumulate(pairs: int, pair_count: int, square: bool, zero: bool, threads: int, isa: str = "") -> None: ...
+def add_squares(into: int, products: int, rows: int, n: int, fisher_kind: int, threads: int, isa: str = "") -> None: ...
+def outer_square(
+    left: int,
+    right: int,
+    into: int,
+    samples: int,
+    positions: int,
+    m: int,
+    k: int,
+    left_sample: int,
+    left_step: int,
+    right_sample: int,
+    right_step: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...

@@ -10,6 +10,8 @@
 #define FIUN_RESTRICT __restrict
 #endif
 
+#include "squares.h"
+
 namespace fiun {
 namespace FIUN_ISA {
 
@@ -170,6 +172,10 @@ const Kernels kernels = {
      {accumulate<double, float>, accumulate<double, double>},
      {accumulate<bf16, float>, accumulate<bf16, double>},
      {accumulate<fp16, float>, accumulate<fp16, double>}},
+    {add_squares<float>, add_squares<double>},
+    outer_square,
+    tile_rows,
+    tile_columns,
 };
 
 }  // namespace FIUN_ISA

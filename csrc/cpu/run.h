@@ -37,4 +37,10 @@ void run_merge(const Kernels& kernels, int fisher_kind, const int64_t* sources, 
 void run_accumulate(const Kernels& kernels, const int64_t* pairs, int64_t pair_count, bool square, bool zero,
                     int threads);
 
+void run_outer_square(const Kernels& kernels, const OuterSquare& work, int threads);
+
+// into [n] += sum of the squares of products [rows, n]
+void run_add_squares(const Kernels& kernels, int fisher_kind, int64_t into, int64_t products, int64_t rows, int64_t n,
+                     int threads);
+
 }  // namespace fiun

@@ -87,7 +87,7 @@ def _conv(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
     out_channels, in_channels, *kernel = use.arguments["weight_shape"]
     depth, positions = in_channels * math.prod(kernel), d.shape[-1]
     channels_last = groups == 1  # rows of channels are copied faster than single elements; the sum is turned back
-    into = d.new_zeros(out_channels, *kernel, in_channels, dtype=sums.buffer.dtype) if channels_last else None
+    into = sums.buffer.new_zeros(out_channels, *kernel, in_channels if channels_last else 0)
     memory: Tensor | None = None
     for part in chunks(b, depth * groups * positions * s):
         strided = unfold(sums.number(a[part]).flatten(0, 1), kernel, use.arguments, channels_last)

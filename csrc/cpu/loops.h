@@ -10,6 +10,8 @@
 #define FIUN_RESTRICT __restrict
 #endif
 
+#include "squares.h"
+
 namespace fiun {
 namespace FIUN_ISA {
 
@@ -228,6 +230,10 @@ const Kernels kernels = {
      {accumulate<bf16, float>, accumulate<bf16, double>},
      {accumulate<fp16, float>, accumulate<fp16, double>}},
     {histogram<float>, histogram<double>},
+    {add_squares<float>, add_squares<double>},
+    outer_square,
+    tile_rows,
+    tile_columns,
 };
 
 }  // namespace FIUN_ISA

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import fishers, whole
+from . import exact, fishers, whole
 from .dampening import Network, head, resnet18
 from .measure import Case
 
@@ -28,6 +28,7 @@ class Size:
     planned: tuple[int, ...]  # case i
     whole: int  # case j, ResNet-18s
     batch: int  # images in each of their mini-batches
+    exact: tuple[int, int]  # case k: width of the network, images in a mini-batch
     scale_nodes: tuple[int, ...]
     scale_parameters: tuple[int, ...]
 
@@ -44,6 +45,7 @@ SIZES = {
         planned=(1_000, 10_000, 100_000),
         whole=8,
         batch=16,
+        exact=(32, 64),
         scale_nodes=(1, 10, 100, 1_000, 10_000),
         scale_parameters=(1_000, 10_000, 100_000, 1_000_000, 10_000_000),
     ),
@@ -58,6 +60,7 @@ SIZES = {
         planned=(10_000,),
         whole=2,
         batch=16,
+        exact=(32, 64),
         scale_nodes=(),
         scale_parameters=(),
     ),
@@ -72,6 +75,7 @@ SIZES = {
         planned=(5, 40),
         whole=3,
         batch=2,
+        exact=(2, 4),
         scale_nodes=(1, 3),
         scale_parameters=(100, 1_000),
     ),
@@ -126,6 +130,10 @@ def _cases(size: Size) -> Iterator[tuple[str, Make]]:
         "j-resnet",
         lambda device, compiler: whole.resnets("j-resnet", many, device, size.whole, size.width, size.batch),
     )
+
+    images = f"2 batches of {size.exact[1]} through a conv net"
+    yield "k-sample", lambda device, compiler: exact.sample("k-sample", f"sample Fisher, {images}", device, *size.exact)
+    yield "k-head", lambda device, compiler: exact.head("k-head", f"Fisher of the head, {images}", device, *size.exact)
 
     for n in size.scale_nodes:
         title = f"scaling: heads of 5,130, {n:,} nodes"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 
 from ..errors import ArgumentError, DeviceError, DTypeError, EstimationError
 from ..fisher import FISHER_DTYPES, Fisher, Provenance
 from ..kernels import select
 from ..layout import Layout, Params, select_parameters
+from .streaming import at_steps, in_backward
 
 POWERS = {"batch": 2, "label_free": 1}
 
@@ -79,30 +83,78 @@ class FisherAccumulator:
             EstimationError: no parameter has a gradient.
 
         """
+        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        if not found:
+            raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
+        self._fold(found, zero_grads)
+        self.steps += 1
+        self.samples += samples
+
+    def _fold(self, found: dict[str, torch.Tensor], zero_grads: bool = False) -> None:
         if not self._views:
             self._begin()
-        gradients, into, sparse = [], [], []
-        for name, p in self._parameters.items():
-            gradient = p.grad
-            if gradient is None:
-                continue
+        gradients, into, copied = [], [], []
+        for name, grad in found.items():
+            gradient = grad
             if gradient.layout != torch.strided:  # nn.Embedding(sparse=True)
-                sparse.append(gradient)
+                copied.append(grad)
                 gradient = gradient.to_dense()
             elif not gradient.is_contiguous():
-                if zero_grads:
-                    sparse.append(gradient)
+                copied.append(grad)
                 gradient = gradient.contiguous()
             gradients.append(gradient.detach() if gradient.requires_grad else gradient)  # create_graph=True
             into.append(self._views[name])
-        if not gradients:
-            raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
         self._backend.accumulate(gradients, into, POWERS[self._estimator], zero_grads)
         if zero_grads:
-            for original in sparse:  # copies were read above; these are the gradients themselves
+            for original in copied:  # copies were read above; these are the gradients themselves
                 original.zero_()
-        self.steps += 1
-        self.samples += samples
+
+    def streaming(
+        self, every: int = 1, scale: float | Callable[[], float] = 1.0, free: bool = True
+    ) -> AbstractContextManager[None]:
+        """Inside `with`, every `loss.backward()` is an update: each gradient is folded in as it arrives, and freed.
+
+        No gradient outlives its own moment, so memory stays that of the largest one. Works with autocast and with
+        gradient checkpointing (reentrant: where each parameter lies in one segment). Under DistributedDataParallel
+        gradients arrive before they are reduced: use `during` or `update` there.
+
+        Args:
+            every: backward passes that make one mini-batch (gradient accumulation); gradients add up in between.
+            scale: by which the loss is multiplied, or a callable that tells, as `GradScaler.get_scale`.
+            free: set `.grad` to None after it was used; False leaves it to an optimiser.
+
+        Raises:
+            ArgumentError: `every` is not a whole number above 0.
+
+        """
+
+        def stepped(count: int) -> None:
+            self.steps += count
+
+        fold = lambda name, gradient: self._fold({name: gradient})  # noqa: E731
+        return in_backward(self._parameters, every, scale, free, fold, stepped)
+
+    def during(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Inside `with`, every step of a training loop's optimiser is an update, before it changes the parameters.
+
+        The gradients are those the optimiser sees: accumulated over micro-batches, reduced over processes
+        (DistributedDataParallel), clipped if the loop clips, and unscaled under a GradScaler, whose skipped steps are
+        not counted. They are training-mode gradients of changing parameters: docs/fishers.md.
+
+        Raises:
+            ArgumentError: it is no optimiser.
+            EstimationError: at a step, no parameter has a gradient.
+
+        """
+
+        def collect(scale: float) -> None:
+            if scale == 1:
+                self.update()
+                return
+            self._fold({name: p.grad / scale for name, p in self._parameters.items() if p.grad is not None})
+            self.steps += 1
+
+        return at_steps(optimizer, collect)
 
     def result(self, in_place: bool = False) -> Fisher:
         """The mean of the squares (`label_free`: sizes) so far, as a new Fisher; more updates may follow.

@@ -375,6 +375,45 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
                 gradient.detach().zero_()
 
 
+PRODUCTS_BYTES = 16 << 20  # multiplied at a time: still in the L2 cache when the squares are added
+
+
+def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    """into += sum_b (sum_t left_bgmt right_bgkt)^2: torch's batched product (cuBLAS), then the squares of what it left.
+
+    Products are exact fp32 unless torch.backends.cuda.matmul.allow_tf32 lets the tensor cores round their inputs.
+
+    Args:
+        left: [B, G, M, T], any strides; dtype of `into`.
+        right: [B, G, K, T], the same.
+        into: flat [G * M * K], contiguous, fp32 or fp64.
+
+    Raises:
+        DTypeError: dtypes that differ or that the backend does not take.
+        BackendError: a CUDA call failed.
+
+    """
+    samples, groups, m, t = left.shape
+    k = right.shape[2]
+    kind = _kind(into.dtype, FISHER_KINDS)
+    if left.dtype != into.dtype or right.dtype != into.dtype:
+        raise DTypeError(f"outer_square_accumulate: {left.dtype} and {right.dtype}, expected {into.dtype}")
+    if into.numel() == 0 or samples == 0 or t == 0:
+        return
+    if t == 1 and groups == 1:  # one position: a product of squares
+        into.view(m, k).addmm_(left.reshape(samples, m).square().t(), right.reshape(samples, k).square())
+        return
+    step = min(samples, max(1, PRODUCTS_BYTES // (into.numel() * into.element_size())))
+    products = left.new_empty(step * groups, m, k)
+    device, stream = _index(into.device), _stream(into.device)
+    for at in range(0, samples, step):
+        rows = min(step, samples - at)
+        a, b = (x[at : at + rows].flatten(0, 1) for x in (left, right))
+        torch.bmm(a, b.transpose(1, 2), out=products[: rows * groups])
+        arguments = (device, into.data_ptr(), products.data_ptr(), rows, into.numel(), kind, stream)
+        _call(_extension().add_squares, *arguments)
+
+
 # ------------------------------------------------------------------------------------------------------------ helpers
 def _extension() -> ModuleType:
     extension = _load()

@@ -278,6 +278,49 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
                 gradient.detach().zero_()
 
 
+OUTER_TILE = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_T": 32}  # the product and its squares: 64 registers a thread
+
+
+def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    """into += sum_b (sum_t left_bgmt right_bgkt)^2; products stay in registers. triton_squares.py says how.
+
+    With one position and one group it is torch's product of squares; float64, which Triton does not multiply on every
+    GPU, is torch's batched product.
+
+    Args:
+        left: [B, G, M, T], any strides; dtype of `into`.
+        right: [B, G, K, T], the same.
+        into: flat [G * M * K], contiguous, fp32 or fp64.
+
+    Raises:
+        DTypeError: dtypes that differ.
+
+    """
+    samples, groups, m, t = left.shape
+    k = right.shape[2]
+    if left.dtype != into.dtype or right.dtype != into.dtype:
+        raise DTypeError(f"outer_square_accumulate: {left.dtype} and {right.dtype}, expected {into.dtype}")
+    if into.numel() == 0 or samples == 0 or t == 0:
+        return
+    if t == 1 and groups == 1:
+        into.view(m, k).addmm_(left.reshape(samples, m).square().t(), right.reshape(samples, k).square())
+    elif into.dtype == torch.float64:
+        for a, b in zip(left, right, strict=True):
+            into.view(groups, m, k).add_(torch.bmm(a, b.transpose(1, 2)).square_())
+    else:
+        tiles = -(-m // OUTER_TILE["BLOCK_M"]) * -(-k // OUTER_TILE["BLOCK_K"])
+        share = max(1, samples * tiles * groups // _programs(into.device))
+        grid = (tiles, groups, -(-samples // share))
+        sizes = (samples, groups, m, k, t, *left.stride(), *right.stride(), share)
+        with _on(into.device):
+            device_code().outer_square[grid](left, right, into, *sizes, **outer_constants())
+
+
+def outer_constants() -> dict[str, Any]:
+    """Compile-time arguments of the kernel `outer_square`."""
+    return {"PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", **OUTER_TILE}
+
+
 _pair_cache: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 _PAIR_CACHE_SIZE = 32
 

@@ -87,17 +87,20 @@ MUTANTS: dict[str, tuple[str, dict[str, str], dict[str, object]]] = {
 }
 
 
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.M)
+
+
 def tool(name: str) -> str:
     """A program of the CUDA toolkit, from Triton's wheel."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def figures(kernel) -> dict[str, int]:
+def figures(kernel) -> dict[str, int | None]:
     """What the machine code of a compiled kernel says."""
     return _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel)
 
 
-def _nvidia(kernel) -> dict[str, int]:
+def _nvidia(kernel) -> dict[str, int | None]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -106,13 +109,14 @@ def _nvidia(kernel) -> dict[str, int]:
             [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     ptx = re.sub(r"//.*", "", kernel.asm["ptx"])
-    matching = _counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.M))
+    matching = _counter(INSTRUCTION.findall(sass))
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     warps = kernel.metadata.num_warps
     return {
         "registers": registers,
         "warps": min(64, 65536 // (-(-registers // 8) * 8 * 32 * warps) * warps),  # of an SM with 64 Ki registers
         "instructions": matching(""),
+        "node_loop": _node_loop(sass),
         "load128": matching(r"LDG\.E(\.\w+)*\.128"),
         "store128": matching(r"STG\.E(\.\w+)*\.128"),
         "local": matching(r"LDL|STL"),
@@ -123,6 +127,22 @@ def _nvidia(kernel) -> dict[str, int]:
         "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
         "nan_max": len(re.findall(r"\bmax\.NaN\.f32", ptx)),
     }
+
+
+def _node_loop(sass: str) -> int | None:
+    """Instructions of dampen's loop over nodes, aligned path; None where there is no such loop.
+
+    Its load of I is the only one of 16 bytes that says "evict first"; the loop begins at the label before it and ends
+    with the last branch back there.
+    """
+    load = re.search(r"LDG\.E\.EF\.128", sass)
+    labels = re.findall(r"^(\.L_x_\d+):", sass[: load.start()], re.M) if load else []
+    for label in reversed(labels):
+        begin = sass.index(f"\n{label}:")
+        back = [m.end() for m in re.finditer(rf"BRA.*`\({re.escape(label)}\)", sass) if m.end() > load.start()]
+        if back:
+            return len(INSTRUCTION.findall(sass[begin : back[-1]]))
+    return None
 
 
 def _amd(assembly: str) -> dict[str, int]:
@@ -168,7 +188,7 @@ def changed(replacements: dict[str, str]):
             yield
 
 
-def mutant_figures(name: str, target: str = "cuda:90") -> dict[str, int]:
+def mutant_figures(name: str, target: str = "cuda:90") -> dict[str, int | None]:
     """Figures of one deliberately bad kernel."""
     variant, replacements, flags = MUTANTS[name]
     original = backend.options
@@ -215,36 +235,37 @@ def examine(mutants: bool = False) -> dict:
 
 
 COLUMNS = {
-    "registers": "registers",
-    "warps": "warps/SM",
-    "instructions": "instructions",
-    "load128": "16-byte\nloads",
-    "store128": "16-byte\nstores",
-    "local": "local\nmemory",
-    "div_rn": "IEEE\ndivisions",
-    "approximate": "approximate\nor flushing",
-    "fma": "contracted",
+    "registers": ("regs", "registers of a thread"),
+    "warps": ("warps", "that a streaming multiprocessor (AMD: compute unit) holds at once with so many registers"),
+    "instructions": ("ops", "instructions in all"),
+    "node_loop": ("loop", "instructions of a thread for one node: 16 elements, 8 in float64, if something is selected"),
+    "load128": ("ld128", "loads of 16 bytes"),
+    "store128": ("st128", "stores of 16 bytes"),
+    "local": ("local", "accesses to local memory: spills"),
+    "div_rn": ("div", "IEEE divisions"),
+    "approximate": ("bad", "approximate divisions, operations that flush subnormals (a power in float64 has its own)"),
+    "fma": ("fma", "products contracted with sums (those of the power are meant)"),
 }
 
 
 def show(found: dict) -> None:
-    """Print the figures, a table for each target."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    tile = f"tiles of {backend.BLOCK:,} elements, {backend.NUM_WARPS} warps, at most {backend.MAX_REGISTERS} registers"
-    console.print(f"Triton {found['triton']}: {tile}", highlight=False)
+    """Print the figures, a table for each target, and what the columns are."""
+    print(
+        f"Triton {found['triton']}: tiles of {backend.BLOCK:,} elements, {backend.NUM_WARPS} warps, "
+        f"at most {backend.MAX_REGISTERS} registers ({backend.MAX_REGISTERS_WIDE} where it computes in float64)"
+    )
+    names = max(map(len, VARIANTS))
     for target, kernels in found["kernels"].items():
-        table = Table(title=f"\n{target}", title_justify="left", title_style="bold", box=None, header_style="dim")
-        table.add_column("kernel", no_wrap=True)
-        for title in COLUMNS.values():
-            table.add_column(title, justify="right")
+        print(f"\n{target:{names}}" + "".join(f"{title:>6}" for title, _ in COLUMNS.values()))
+        print("─" * (names + 6 * len(COLUMNS)))
         for name, row in kernels.items():
-            table.add_row(name, *(str(row.get(key, "–")) for key in COLUMNS))
-        console.print(table)
+            cells = ("" if row.get(key) is None else str(row[key]) for key in COLUMNS)
+            print(f"{name:{names}}" + "".join(f"{cell:>6}" for cell in cells).rstrip())
     for target, reason in found["not_compiled"].items():
-        console.print(f"\n{target}: not compiled: {reason}", highlight=False)
+        print(f"\n{target}: not compiled: {reason}")
+    print()
+    for title, meaning in COLUMNS.values():
+        print(f"{title:>5}  {meaning}")
 
 
 def main() -> None:

@@ -76,6 +76,10 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def _one_line_a_kernel(text: str) -> str:
+    return re.sub(r"\{\s+([^{}]*?)\s+\}", lambda match: "{" + " ".join(match[1].split()) + "}", text)
+
+
 def main() -> None:
     """Examine the versions named, or all; keep the results, print the table."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -83,7 +87,7 @@ def main() -> None:
         print(f"Triton {version} …", file=sys.stderr)
         results[version] = examine(version)
         ordered = dict(sorted(results.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
-        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
+        RESULTS.write_text(_one_line_a_kernel(json.dumps(ordered, indent=1)) + "\n")
     print(table(json.loads(RESULTS.read_text())))
 
 

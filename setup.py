@@ -31,9 +31,8 @@ WINDOWS = sys.platform == "win32"
 
 ARCHS = ("80", "86", "89", "90", "100", "120")
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-NVCC = shutil.which(
-    "nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
-)
+PLACES = f"{CUDA_HOME}/bin" if CUDA_HOME else f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
+NVCC = shutil.which("nvcc", path=PLACES)
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "--threads=2"]
 
 

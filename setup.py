@@ -1,9 +1,9 @@
 """Builds the optional C++ extensions fiun_fast._cpu and _cuda; all else about the package is in pyproject.toml.
 
-FIUN_FAST_CPU=0 or FIUN_FAST_CUDA=0 leaves one out, 1 makes a failure to build it an error (for wheels). Without
-either, what cannot be built is left out, and `fiun-fast doctor` says what is missing. nvcc is that of CUDA_HOME, else
-the one on PATH or in /usr/local/cuda. FIUN_FAST_CUDA_ARCHS, as "80,90,90+PTX", names the GPU architectures; else a
-wheel gets all of ARCHS that the toolkit knows and PTX for the newest, an editable install code and PTX for the first.
+FIUN_FAST_CPU=0 or FIUN_FAST_CUDA=0 leaves one out, 1 makes a failure to build it an error (for wheels). Without either,
+what cannot be built is left out, and `fiun-fast doctor` says what is missing. nvcc is that of CUDA_HOME, else the one
+on PATH or in /usr/local/cuda. FIUN_FAST_CUDA_ARCHS, as "80,90,90+PTX", names the GPU architectures; else a wheel gets
+all of ARCHS that the toolkit knows and PTX for the newest, an editable install code and PTX for the first.
 """
 
 import os
@@ -31,9 +31,8 @@ WINDOWS = sys.platform == "win32"
 
 ARCHS = ("80", "86", "89", "90", "100", "120")
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-NVCC = shutil.which(
-    "nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
-)
+PLACES = f"{CUDA_HOME}/bin" if CUDA_HOME else f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
+NVCC = shutil.which("nvcc", path=PLACES)
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "--threads=2"]
 
 

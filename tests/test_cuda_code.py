@@ -141,7 +141,8 @@ def test_the_division_check_can_fail(mutants):
 def test_nothing_is_contracted(found):
     for (kernel, arch), figures in found.items():
         assert figures["fusible"] == 0, (kernel, arch)
-        assert figures["fma"] == 0 or "exponent" in kernel, (kernel, arch)
+        if wide_accesses(kernel) is not None and "exponent" not in kernel:  # others may ask for one by name
+            assert figures["fma"] == 0, (kernel, arch)
 
 
 def test_the_contraction_check_can_fail(mutants):

@@ -1,7 +1,7 @@
 """What changing the import brings, and what undo and audit cost: a ResNet-18's dict, time and peak extra memory.
 
-`python bench/migrate.py` measures (about a minute), prints the tables of docs/migrate.md and docs/audit.md and writes
-bench/results/migrate.json. Every variant runs in turn in each round, from the same cold state; the median counts.
+`python bench/migrate.py` measures (about a minute), writes bench/results/migrate.json and the tables of docs/migrate.md
+and docs/audit.md. Every variant runs in turn in each round, from the same cold state; the median counts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from fiun_fast.bench.measure import Machine, Variant
 from fiun_fast.compat.ssd import ParameterPerturber
 
 RESULTS = Path(__file__).parent / "results" / "migrate.json"
+DOCS = Path(__file__).parents[1] / "docs"
 ROUNDS = 15
 SHARES = (0.01, 0.1, 0.5)  # selected, in the rows of undo and audit
+UNDO = ("run_()", "run_(undo=True)", "report.undo_()", "run_(audit=True)")
 
 
 class Bag(nn.Module):
@@ -124,11 +126,9 @@ def undo_variants(s: Setting, share: float) -> list[Variant]:
     def variant(name: str, run: Callable[[], object], restore: Callable[[], object] = s.restore) -> Variant:
         return Variant(name, "", run, restore, None)
 
+    runs = (s.plan.run_, recorded, lambda: held[0].undo_(), lambda: s.plan.run_(audit=True))
     return [
-        variant("run_()", s.plan.run_),
-        variant("run_(undo=True)", recorded),
-        variant("report.undo_()", lambda: held[0].undo_(), ran),
-        variant("run_(audit=True)", lambda: s.plan.run_(audit=True)),
+        variant(name, run, ran if name == "report.undo_()" else s.restore) for name, run in zip(UNDO, runs, strict=True)
     ]
 
 
@@ -168,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64, help="of the ResNet-18; smaller to try things out")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages whose tables are written")
     parser.add_argument("--peaks", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cpu")
@@ -190,12 +191,42 @@ def main() -> None:
         setting.restore()
         record["rows"].append({"group": f"undo and audit, {share:.0%} selected", "variant": "log", "bytes": log.nbytes})
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for row in record["rows"]:
-        if "seconds" in row:
-            shown = f"{row['seconds'] * 1e3:.3g} ms | {row['extra_bytes'] / 1e6:.3g} MB"
-        else:
-            shown = f"{row['bytes'] / 1e6:.3g} MB"
-        print(f"| {row['group']} | {row['variant']} | {shown} |")
+    write_tables(record, options.docs)
+
+
+def write_tables(record: dict, docs: Path) -> None:
+    """Print the tables and put them between the markers of the two pages."""
+    where = record["environment"]
+    machine = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
+    note = f"A ResNet-18's 62 parameters, {record['elements'] / 1e6:.1f} million, float32; {machine}."
+    moving = [r for r in record["rows"] if not r["group"].startswith("undo")]
+    lines = ["| | | time | peak extra memory |", "| --- | --- | ---: | ---: |"]
+    for row in moving:
+        lines.append(f"| {row['group']} | {row['variant']} | {milliseconds(row)} | {megabytes(row['extra_bytes'])} |")
+    _between(docs / "migrate.md", [note, "", *lines])
+    lines = ["| selected | " + " | ".join(UNDO) + " | log |", "| ---: |" + " ---: |" * (len(UNDO) + 1)]
+    for share in SHARES:
+        rows = {r["variant"]: r for r in record["rows"] if r["group"] == f"undo and audit, {share:.0%} selected"}
+        cells = [milliseconds(rows[name]) for name in UNDO]
+        lines.append(f"| {share:.0%} | {' | '.join(cells)} | {megabytes(rows['log']['bytes'])} |")
+    _between(docs / "audit.md", [note, "", *lines])
+
+
+def milliseconds(row: dict) -> str:
+    return f"{row['seconds'] * 1e3:.3g} ms"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.3g} MB" if count >= 1e5 else "under 0.1 MB"
+
+
+def _between(page: Path, lines: list[str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split("<!-- measured -->")
+    tail = rest.split("<!-- end -->")[1]
+    block = "\n".join(["<!-- measured -->", "", *lines, "", "<!-- end -->"])
+    page.write_text(head + block + tail, encoding="utf-8")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,15 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models too small to share: threads that wait for one another cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Name the backends: how many tests ran on each, and why others did not."""
     ran: dict[str, int] = {}

@@ -15,6 +15,8 @@ import fiun_fast as ff
 from fiun_fast.compat import importances, ssd
 from fiun_fast.compat.ssd import ParameterPerturber, differences, mfim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PARAMETERS = {
     "lower_bound": 1,
     "exponent": 1,
@@ -65,6 +67,12 @@ FORMS = {
     "tuple from the model": ("tuple", lambda x, y: (x, y), {}, lambda m, b: cross_entropy(m(b[0])[0], b[1])),
     ".logits": ("object", lambda x, y: (x, y), {}, lambda m, b: cross_entropy(m(b[0]).logits, b[1])),
     "dict": ("object", lambda x, y: {"x": x, "labels": y}, {}, lambda m, b: m(**b).loss),
+    "dict, truncated": (
+        "object",
+        lambda x, y: {"x": x, "labels": y, "scale": torch.tensor(2.0)},
+        {"truncate": 4},
+        lambda m, b: m(b["x"][:4], b["labels"][:4], b["scale"]).loss,
+    ),
     "batch_fn": (
         "tensor",
         lambda x, y: {"image": x, "class": y},
@@ -229,7 +237,10 @@ def test_merge_of_several_without_a_divisor_and_in_half_precision():
         modify(theirs, i, merged([f, g], list(f), 1), 0.9)
         ParameterPerturber(mine, parameters={"selection_weighting": 0.9}).modify_weight(i, [f, g])
         assert same(mine.state_dict(), theirs.state_dict())
-        assert same(mfim([f, g], 3), merged([f, g], list(f), 3))
+        shuffled = {name: g[name] for name in sorted(g)}
+        assert same(mfim([f, shuffled], 3), merged([f, g], list(f), 3))
+        with pytest.raises(ff.LayoutError, match=r"importances differ: fc.bias \[5\] only in importances\[0\]"):
+            mfim([f, {n: v for n, v in g.items() if n != "fc.bias"}])
 
 
 def test_label_free_has_the_bits_of_lfssd():

@@ -240,3 +240,33 @@ def test_a_model_that_returns_no_tensor():
 
     with pytest.raises(ff.EstimationError, match="the model returns a tuple, expected a tensor; pass forward_fn"):
         ff.estimate_fisher(Tuple(), batches())
+
+
+def test_frozen_parameters_can_be_taken_along_as_zeros():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(ff.ArgumentError, match="'0.weight' does not require grad"):
+        ff.FisherAccumulator(model, params="*")
+    accumulator = ff.FisherAccumulator(model, params="*", allow_frozen=True)
+    model(torch.randn(5, 3)).square().mean().backward()
+    accumulator.update()
+    fisher = accumulator.result()
+    assert not fisher["0.weight"].any()
+    assert torch.equal(fisher["1.weight"], model[1].weight.grad.square())
+
+
+def test_the_sum_can_be_handed_over_without_a_copy():
+    model = torch.nn.Linear(3, 2)
+    accumulator = ff.FisherAccumulator(model)
+    for _ in range(3):
+        model(torch.randn(5, 3)).square().mean().backward()
+        accumulator.update(samples=5)
+    copied = accumulator.result()
+    taken = accumulator.result(in_place=True)
+    assert torch.equal(taken.buffer, copied.buffer)
+    assert taken.provenance.steps == 3
+    with pytest.raises(ff.EstimationError, match="no gradients were accumulated"):
+        accumulator.result()
+    accumulator.update()  # begins anew, and leaves what was handed over alone
+    assert torch.equal(taken.buffer, copied.buffer)
+    assert torch.equal(accumulator.result()["weight"], model.weight.grad.square())

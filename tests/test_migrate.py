@@ -11,6 +11,8 @@ import torch
 import fiun_fast as ff
 from fiun_fast.compat.ssd import differences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "migrate"
 

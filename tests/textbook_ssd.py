@@ -104,10 +104,10 @@ class ResNet(nn.Module):
         self.dropout = nn.Dropout(0.2)
         self.fc = nn.Linear(16, classes)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, scale: float | torch.Tensor = 1):
         out = torch.relu(self.bn1(self.conv1(x)))
         out = self.layer2(self.layer1(out)).mean((2, 3))
-        logits = self.fc(self.dropout(out))
+        logits = self.fc(self.dropout(out)) * scale
         if self.outputs == "tensor":
             return logits
         if self.outputs == "tuple":

@@ -49,7 +49,7 @@ class Reading:
         if isinstance(batch, Mapping):
             return self._keywords(model, batch, device)
         x, y = self._pair(batch)
-        x, y = (part[: self.truncate].to(device) for part in (x, y))
+        x, y = (self._first(part).to(device) for part in (x, y))
         return outputs_of(model(x)), y
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
@@ -78,13 +78,16 @@ class Reading:
                 )
         return batch[0], batch[at]
 
+    def _first(self, part: Tensor) -> Tensor:
+        return part if self.truncate is None or part.dim() == 0 else part[: self.truncate]
+
     def _keywords(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> tuple[Any, None]:
         labels = next((key for key in ("labels", "label", "label_ids") if key in batch), None)
         if labels is None:
             raise ff.EstimationError(
                 f"a batch is a dict with {', '.join(map(str, batch))}, without labels; pass batch_fn or forward_fn"
             )
-        moved = {key: v[: self.truncate].to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+        moved = {key: self._first(v).to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
         out = model(**moved)
         loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
         if loss is None and isinstance(out, (tuple, list)):

@@ -61,20 +61,19 @@ def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, 
     """
     if not 0 < divisor < float("inf"):
         raise ff.ArgumentError(f"divisor is {divisor}, expected a positive number")
-    listed = [values_of(f"importances[{k}]", one) for k, one in enumerate(importances)]
-    if not listed:
+    if not importances:
         raise ff.ArgumentError("no importances to merge")
-    dtype = next(iter(listed[0].values())).dtype
-    if dtype in FISHER_DTYPES:
-        merged = ff.merge_fishers([as_fisher(one) for one in listed])
-        buffer, layout = merged.buffer, merged.layout
+    listed = [values_of(f"importances[{k}]", one) for k, one in enumerate(importances)]
+    layout = ff.Layout.from_tensors(listed[0])
+    for k, one in enumerate(listed[1:], start=1):
+        difference = layout.difference(ff.Layout.from_tensors(one), "importances[0]", f"importances[{k}]")
+        if difference is not None:
+            raise ff.LayoutError(f"importances differ: {difference}")
+        listed[k] = {name: one[name] for name in layout.names}
+    if next(iter(listed[0].values())).dtype in FISHER_DTYPES:
+        buffer = ff.merge_fishers([as_fisher(one) for one in listed]).buffer
     else:  # half precision stays half precision, bit by bit
-        layout = ff.Layout.from_tensors(listed[0])
-        for k, one in enumerate(listed[1:], start=1):
-            difference = layout.difference(ff.Layout.from_tensors(one), "importances[0]", f"importances[{k}]")
-            if difference is not None:
-                raise ff.LayoutError(f"importances differ: {difference}")
-        flat = [torch.cat([one[name].reshape(-1) for name in layout.names]) for one in listed]
+        flat = [torch.cat([value.reshape(-1) for value in one.values()]) for one in listed]
         buffer = flat[0]
         for other in flat[1:]:
             buffer = torch.maximum(buffer, other)

@@ -179,13 +179,13 @@ class ParameterPerturber(Helpers):
         forgets: list[Any] = [forget_importance] if one else list(_several(forget_importance))
         if not forgets:
             raise ff.ArgumentError("forget_importance is an empty list: nothing to forget")
-        if len(forgets) > 1 and (divisor != 1 or self._in_half(forgets[0])):
-            forgets = [mfim(forgets, divisor)]
         original = self._fitting("original_importance", original_importance)
         chosen = [
             self._fitting(f"forget_importance[{k}]" if len(forgets) > 1 else "forget_importance", one, original)
             for k, one in enumerate(forgets)
         ]
+        if len(chosen) > 1 and (divisor != 1 or self._in_half(chosen[0])):
+            chosen = [mfim(chosen, divisor)]
         options = {"dry_run": dry_run, "undo": undo, "audit": audit}
         return self._dampen(original, chosen, self._alpha(original, chosen), options)
 
@@ -305,9 +305,8 @@ class ParameterPerturber(Helpers):
         scope = values if self.train_layer is None else set(self.train_layer)
         return {name: values[name] for name in parameters if name in values and name in scope}
 
-    def _in_half(self, importances: Importances) -> bool:
+    def _in_half(self, values: Mapping[str, Tensor]) -> bool:
         """Whether strict mode computes in half precision here."""
-        values = values_of("forget_importance", importances)
         return self.mode == "strict" and any(value.itemsize == 2 for value in values.values())
 
     def _alpha(self, original: Mapping[str, Tensor], forgets: Sequence[Mapping[str, Tensor]]) -> float:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +264,29 @@ def test_runs_cover_every_tile_once_and_never_mix_slots():
         for first, end in zip(runs[:-1], runs[1:], strict=True):
             assert first < end
             assert len(set(slots[first:end])) == 1
+
+
+MACHINE_CODE = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+import sass
+from unittest import mock
+from fiun_fast.kernels import triton_aot, triton_histogram
+fp32, int64 = torch.float32, torch.int64
+arguments = (int64, int64, int64, fp32, int64, fp32, int64, int64, 20, 1)
+variant = triton_aot.Variant("histogram", arguments, triton_histogram.constants(fp32, "max"))
+with mock.patch.object(triton_aot, "device_code", return_value=triton_histogram):
+    print(json.dumps(sass.figures(triton_aot.compile_variant(variant, "cuda:90"))))
+"""
+
+
+def test_the_triton_kernel_compiles_without_spills_for_a_gpu_that_is_not_here():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", MACHINE_CODE, str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(run.stdout)
+    assert figures["local"] == figures["fences"] == figures["approximate"] == 0
+    assert figures["div_rn"] > 0
+    assert figures["load128"] >= 6  # two accesses a thread each of I, the first F and any further F

@@ -159,7 +159,7 @@ def default_grids(compiled: Plan, points: int = POINTS) -> dict[str, list[float]
     for row, profile in zip(ranks, profiles.values(), strict=True):
         if selectable := int(profile.counts[1:].sum()):
             shares = np.logspace(-math.log10(selectable), math.log10(MOST), points)
-            above = np.minimum((shares * selectable).astype(np.int64), selectable - 1)
+            above = np.minimum((shares * selectable + 1e-9).astype(np.int64), selectable - 1)
             row[:] = int(profile.counts[0]) + selectable - 1 - above
     grids = compiled._ratios().smallest(ranks).tolist()
     pairs = zip(profiles.items(), grids, strict=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor
 
 import fiun_fast as ff
 from fiun_fast.demo.data import Digits, jittered, join, load_digits
@@ -28,12 +27,13 @@ from fiun_fast.demo.experiment import Network
 from fiun_fast.demo.networks import SCENARIOS, grow
 from fiun_fast.demo.record import environment, write
 from fiun_fast.demo.summary import LEFT, LOST
-from fiun_fast.tune import default_grid
+from fiun_fast.tune import default_grids
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "choosing.json", ROOT / "docs" / "choosing.md"
-SEEDS = (0,)
-SMOOTHINGS = (0.0,)  # of the labels, in training: the demo's, and models that are very sure of what they know
+SCENARIOS_IN_TURN = ("incremental", "transfer", "data-parallel", "federated")
+SEED = 0
+SMOOTHINGS = (0.1, 0.0)  # of the labels, in training: the demo's, and models that are very sure of what they know
 ESTIMATORS = {
     "batch of 16": ("batch", 16),
     "batch of 4": ("batch", 4),
@@ -41,7 +41,7 @@ ESTIMATORS = {
     "expected": ("expected", 16),
     "label_free": ("label_free", 16),
 }
-POINTS, LAMBDAS, COPIES = 40, (1.0, 0.1, 0.01), 6
+POINTS, LAMBDAS, COPIES = 24, (1.0, 0.1, 0.01), 3
 
 
 @dataclass(frozen=True)
@@ -84,55 +84,59 @@ OBJECTIVES: dict[str, Rule] = {
     "margin": lambda point, before: margin(point.plain, before.plain),
     "margin, jittered": lambda point, before: margin(point.jittered, before.jittered),
 }
-RULES: dict[str, tuple[str, int, tuple[float, ...]]] = {  # objective, every n-th alpha, lambdas
-    "tune, demo's rule": ("margin, jittered", 1, LAMBDAS),
-    "… 20 alphas": ("margin, jittered", 2, LAMBDAS),
-    "… 10 alphas": ("margin, jittered", 4, LAMBDAS),
-    "… λ = 1 only": ("margin, jittered", 1, (1.0,)),
-    "… λ = 0.01 only": ("margin, jittered", 1, (0.01,)),
-    "… no jittered copies": ("margin", 1, LAMBDAS),
-    "… accuracy alone": ("accuracy, jittered", 1, LAMBDAS),
-    "… accuracy alone, no copies": ("accuracy", 1, LAMBDAS),
+RULES: dict[str, tuple[str, int, tuple[float, ...]]] = {  # objective, alphas, lambdas
+    "tune, demo's rule": ("margin, jittered", POINTS, LAMBDAS),
+    "… 12 alphas": ("margin, jittered", 12, LAMBDAS),
+    "… 6 alphas": ("margin, jittered", 6, LAMBDAS),
+    "… λ = 1 only": ("margin, jittered", POINTS, (1.0,)),
+    "… λ = 0.01 only": ("margin, jittered", POINTS, (0.01,)),
+    "… no jittered copies": ("margin", POINTS, LAMBDAS),
+    "… accuracy alone": ("accuracy, jittered", POINTS, LAMBDAS),
+    "… accuracy alone, no copies": ("accuracy", POINTS, LAMBDAS),
 }
 
 
 class Watch:
-    """Features of all data of one node, computed once: the last layer is all that changes."""
+    """One node's data as its last layer sees it, which is all that changes: features are computed once."""
 
     def __init__(self, network: Network, digits: Digits, node: str, label: int) -> None:
         recipe, self._model = network.recipe, network.models[node]
         known = recipe.data(node).classes
-        parts = {"plain": digits.validation.only(known), "test": digits.test.only(known)}
-        generator = torch.Generator().manual_seed(recipe.seed)
-        parts["jittered"] = join([parts["plain"], jittered(parts["plain"], COPIES, generator)])
+        plain, test = digits.validation.only(known), digits.test.only(known)
+        copies = jittered(plain, COPIES, torch.Generator().manual_seed(recipe.seed))
+        everything = join([plain, copies, test])
         own = recipe.data(node).only([label])  # training data to be forgotten, for the search that sees no other
         with torch.no_grad():
-            self._features = {k: self._model.body(recipe[node].view(p.images)) for k, p in parts.items()}
+            self._features = self._model.body(recipe[node].view(everything.images))
             self._own = self._model.body(recipe[node].view(own.images))
-        self._labels = {k: p.labels for k, p in parts.items()}
-        self._label = label
+        self._labels, self._label = everything.labels[:, None], label
+        cut, end = len(plain.labels), len(plain.labels) + len(copies.labels)
+        sets = {"plain": slice(0, cut), "jittered": slice(0, end), "test": slice(end, None)}
+        gone = everything.labels == label
+        inside = torch.zeros(
+            len(gone), 2 * len(sets)
+        )  # of each set the forgotten and the rest; sums of 0 and 1 are exact
+        for i, part in enumerate(sets.values()):
+            inside[part, 2 * i], inside[part, 2 * i + 1] = gone[part].float(), (~gone[part]).float()
+        self._sets, self._inside, self._sizes = list(sets), inside, inside.sum(0)
 
     @torch.no_grad()
     def see(self) -> dict[str, Seen]:
         """The node as it is now."""
-        return {k: self._seen(self._model.head(f), self._labels[k]) for k, f in self._features.items()}
+        logits = self._model.head(self._features)
+        sure = logits.softmax(1).gather(1, self._labels)[:, 0]
+        right = (logits.argmax(1) == self._labels[:, 0]).float()
+        (a, b) = (torch.stack([right, sure]) @ self._inside / self._sizes).tolist()
+        return {name: Seen(*a[2 * i : 2 * i + 2], *b[2 * i : 2 * i + 2]) for i, name in enumerate(self._sets)}
 
     @torch.no_grad()
     def forget_accuracy(self) -> float:
         """On the training data to be forgotten."""
         return (self._model.head(self._own).argmax(1) == self._label).double().mean().item()
 
-    def _seen(self, logits: Tensor, labels: Tensor) -> Seen:
-        right = (logits.argmax(1) == labels).double()
-        sure = logits.softmax(1).gather(1, labels[:, None])[:, 0].double()
-        gone = labels == self._label
-        return Seen(
-            *(float(x) for x in (right[gone].mean(), right[~gone].mean(), sure[gone].mean(), sure[~gone].mean()))
-        )
-
 
 def sweep(network: Network, digits: Digits, label: int) -> Iterator[tuple[str, dict[str, Point], list[Point], Point]]:
-    """Node by node where the class goes: fixed and automatic choices by name, grid points, the node untouched."""
+    """For each node that forgets the class: choices without validation data, grid points, and the node untouched."""
     recipe = network.recipe
     request = [ff.ForgetRequest(recipe.origin[label], network._forget_fisher(label))]
     watches = {node: Watch(network, digits, node, label) for node in recipe.reached([label])}
@@ -154,9 +158,9 @@ def sweep(network: Network, digits: Digits, label: int) -> Iterator[tuple[str, d
     fixed = {"α = 10, λ = 1": at(dict.fromkeys(watches, 10.0), 1.0)}
     auto = ff.plan(network.dag, request, "auto", share=shares).run_(dry_run=True)
     fixed["adaptive α, λ = 1"] = at({node: float(auto[node].alpha or 0) for node in watches}, 1.0)
-    found = ff.search_alpha(network.dag, request, lambda node, model: watches[node].forget_accuracy(), step=1.0)
+    found = ff.search_alpha(network.dag, request, lambda node, model: watches[node].forget_accuracy(), step=3.0)
     fixed["search_alpha, λ = 1"] = at({node: choice.alpha for node, choice in found.items()}, 1.0)
-    grids = {node: default_grid(profile, POINTS) for node, profile in compiled.profile().items()}
+    grids = default_grids(compiled, POINTS)
     points: dict[str, list[Point]] = {node: [] for node in watches}
     for lam in LAMBDAS:
         for k in range(max(map(len, grids.values()))):
@@ -170,49 +174,52 @@ def sweep(network: Network, digits: Digits, label: int) -> Iterator[tuple[str, d
 def chosen_by(rules: Mapping[str, tuple], points: list[Point], before: Point) -> dict[str, Point]:
     """What each rule picks; the first of equals, as `ff.tune`."""
     picked = {}
-    for name, (objective, every, lams) in rules.items():
-        allowed = [p for p in points if p.index % every == 0 and p.lam in lams]
+    for name, (objective, count, lams) in rules.items():
+        indices = {round(k * (POINTS - 1) / (count - 1)) for k in range(count)}  # evenly, with both ends
+        allowed = [p for p in points if p.index in indices and p.lam in lams]
         picked[name] = min(allowed, key=lambda p: OBJECTIVES[objective](p, before))
     return picked
 
 
-def study() -> dict:
-    """All networks, estimators and rules; a row for each estimator and rule."""
+def study() -> Iterator[dict]:
+    """Network after network: a row for each estimator and rule, over all networks so far."""
     torch.set_num_threads(1)  # these models are too small to share
     pairs: dict[tuple[float, str, str], list[tuple[float, float]]] = {}
-    began = time.perf_counter()
-    for smoothing in SMOOTHINGS:
-        for seed in SEEDS:
-            digits = load_digits(seed)
-            for scenario, build in SCENARIOS.items():
-                recipe = replace(build(digits, seed), smoothing=smoothing)
-                models = grow(recipe)
-                for estimator, (name, batch) in ESTIMATORS.items():
-                    network = Network(recipe, digits, models, "last-layer", name, batch)
-                    for label in recipe.origin:
-                        for _, fixed, points, before in sweep(network, digits, label):
-                            for rule, point in (fixed | chosen_by(RULES, points, before)).items():
-                                lost = before.test.rest - point.test.rest
-                                pairs.setdefault((smoothing, estimator, rule), []).append((point.test.forgotten, lost))
-                print(
-                    f"smoothing {smoothing}, seed {seed}, {scenario}: {time.perf_counter() - began:.0f} s", flush=True
-                )
-    rows = [
-        {
-            "smoothing": smoothing,
-            "estimator": estimator,
-            "rule": rule,
-            "pairs": len(found),
-            "within": mean(left <= LEFT and lost <= LOST for left, lost in found),
-            "left": mean(left for left, _ in found),
-            "lost": mean(lost for _, lost in found),
-            "most_left": max(left for left, _ in found),
-            "most_lost": max(lost for _, lost in found),
+    began, digits = time.perf_counter(), load_digits(SEED)
+    for count, scenario in enumerate(SCENARIOS_IN_TURN, start=1):
+        for smoothing in SMOOTHINGS:
+            recipe = replace(SCENARIOS[scenario](digits, SEED), smoothing=smoothing)
+            models = grow(recipe)
+            for estimator, (name, batch) in ESTIMATORS.items():
+                network = Network(recipe, digits, models, "last-layer", name, batch)
+                for label in recipe.origin:
+                    for _, fixed, points, before in sweep(network, digits, label):
+                        for rule, point in (fixed | chosen_by(RULES, points, before)).items():
+                            lost = before.test.rest - point.test.rest
+                            pairs.setdefault((smoothing, estimator, rule), []).append((point.test.forgotten, lost))
+            print(f"{scenario}, smoothing {smoothing}: {time.perf_counter() - began:.0f} s", flush=True)
+        yield {
+            "settings": {"seed": SEED, "scenarios": SCENARIOS_IN_TURN[:count], "points": POINTS, "copies": COPIES},
+            "environment": environment(),
+            "seconds": time.perf_counter() - began,
+            "rows": [*map(summary, pairs.items())],
         }
-        for (smoothing, estimator, rule), found in pairs.items()
-    ]
-    settings = {"seeds": SEEDS, "points": POINTS, "lambdas": LAMBDAS, "copies": COPIES}
-    return {"settings": settings, "environment": environment(), "seconds": time.perf_counter() - began, "rows": rows}
+
+
+def summary(item: tuple[tuple[float, str, str], list[tuple[float, float]]]) -> dict:
+    """One row: what came of all pairs of a class and a node."""
+    (smoothing, estimator, rule), found = item
+    return {
+        "smoothing": smoothing,
+        "estimator": estimator,
+        "rule": rule,
+        "pairs": len(found),
+        "within": mean(left <= LEFT and lost <= LOST for left, lost in found),
+        "left": mean(left for left, _ in found),
+        "lost": mean(lost for _, lost in found),
+        "most_left": max(left for left, _ in found),
+        "most_lost": max(lost for _, lost in found),
+    }
 
 
 def tables(result: dict) -> str:
@@ -242,7 +249,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--tables", action="store_true")
     if not parser.parse_args().tables:
-        write(RESULTS, study())
+        for result in study():
+            write(RESULTS, result)
     text = tables(json.loads(RESULTS.read_text()))
     print(text)
     if PAGE.exists():

@@ -23,9 +23,10 @@ from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, last_layer
 from .memory import flatten_
 from .plan import Plan, dampen_, plan
-from .profile import Profiles, SelectionProfile, selection_profile
+from .profile import Profiles, SelectionProfile
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
+from .selection import selection_profile
 from .tune import Choice, search_alpha, tune
 from .undo import UndoLog
 from .version import __version__

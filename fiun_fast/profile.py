@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from .errors import ArgumentError, DagError
-from .fisher import Fisher, check_number
+from .fisher import check_number
 from .kernels.reference import ratio_bins
 from .kernels.table import BINS
-from .ratios import Ratios, ratios_of
+from .ratios import Ratios
 from .tiles import Tile
 
 if TYPE_CHECKING:
@@ -230,36 +230,3 @@ def with_squares(profiles: Sequence[SelectionProfile], tiles: Callable[[], Itera
         replace(p, squares=_folded(row), always_square=float(row[INFINITE:].sum()), total_square=float(total))
         for p, row, total in zip(profiles, squares, totals, strict=True)
     ]
-
-
-def selection_profile(
-    original: Fisher,
-    forget: Fisher | Sequence[Fisher],
-    model: torch.nn.Module | Mapping[str, torch.Tensor] | None = None,
-    merge: str = "max",
-    scale: float = 1.0,
-    backend: str | None = None,
-) -> SelectionProfile:
-    """One pass over two Fishers: how many elements any alpha would select, and with a model what norm would go.
-
-    Args:
-        original: Fisher I over the data the model was trained on.
-        forget: Fisher F over the data to be forgotten; several are merged on the fly.
-        model: whose parameters the Fishers belong to; for `removed` only, and costs a second pass in plain torch.
-        merge, scale: as in `plan`.
-        backend: name of one; None for the default.
-
-    Raises:
-        ArgumentError, LayoutError, DTypeError, DeviceError, BackendError: as `adaptive_alpha`.
-
-    """
-    if model is None:
-        return profiles_of(ratios_of(original, forget, merge, scale, backend), [original.layout.numel])[0]
-    from .dag import ForgetRequest, InheritanceDAG
-    from .plan import plan
-    from .ratios import check_fishers
-
-    dag = InheritanceDAG()
-    dag.add_model("model", model, original)
-    requests = [ForgetRequest("model", fisher) for fisher in check_fishers(original, forget)]
-    return plan(dag, requests, merge=merge, scale=scale, backend=backend).profile(norms=True)["model"]

@@ -107,25 +107,35 @@ class Ratios:
         at = q / 100 * (finite - 1)
         below = np.floor(at).astype(np.int64)
         above = np.minimum(below + 1, finite - 1)
-        lower, upper = self._smallest(dtype, nodes, counts, (below, above))
+        lower, upper = self._smallest(dtype, nodes, counts, np.stack([below, above], axis=1)).T
         # as numpy interpolates: from the nearer end, so that neither end is missed by a rounding
         t, gap = at - below, upper - lower
         return np.where(t < 0.5, lower + gap * t, upper - gap * (1 - t))
 
-    def _smallest(
-        self, dtype: torch.dtype, nodes: np.ndarray, counts: np.ndarray, ranks: tuple[np.ndarray, np.ndarray]
-    ) -> list[np.ndarray]:
-        """The ratios of these ranks (from 0) at each node; counts [nodes, BINS] are those of the first digit."""
+    def smallest(self, ranks: np.ndarray) -> np.ndarray:
+        """The ratios of these ranks, counted from 0 and from the smallest: [nodes, R] int64 -> [nodes, R] float64.
+
+        Ranks are those among the finite ratios. Neighbours share passes as long as their leading bits agree.
+        """
+        result = np.empty(ranks.shape)
+        dtypes = self.dtypes()
+        for dtype in set(dtypes):
+            nodes = np.array([node for node, found in enumerate(dtypes) if found == dtype])
+            bases = np.zeros(len(self.names), dtype=np.int64)
+            counts = self.count(dtype, bases, DIGITS[dtype].lows[0])[nodes]
+            result[nodes] = self._smallest(dtype, nodes, counts, ranks[nodes])
+        return result
+
+    def _smallest(self, dtype: torch.dtype, nodes: np.ndarray, counts: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Ranks [nodes, R] -> ratios [nodes, R]; counts [nodes, BINS] are those of the first digit."""
         digits = DIGITS[dtype]
-        found = []
+        found = np.empty(ranks.shape)
         known: dict[tuple, np.ndarray] = {(digits.lows[0], bytes(len(nodes) * 8)): counts}
-        for rank in ranks:
-            bits = np.zeros(len(nodes), dtype=np.int64)
-            before = None
+        for column, rank in enumerate(ranks.T):
+            bits, before = np.zeros(len(nodes), dtype=np.int64), digits.lows[0]
             for low in digits.lows:
-                bits = bits << (before - low) if before is not None else bits
-                before = low
-                if (low, bits.tobytes()) not in known:  # two neighbours mostly share all digits but the last
+                bits, before = bits << (before - low), low
+                if (low, bits.tobytes()) not in known:
                     bases = np.zeros(len(self.names), dtype=np.int64)
                     bases[nodes] = bits
                     known[low, bits.tobytes()] = self.count(dtype, bases, low)[nodes]
@@ -133,7 +143,7 @@ class Ratios:
                 digit = (upto > rank[:, None]).argmax(axis=1)
                 rank = rank - np.where(digit > 0, np.take_along_axis(upto, digit[:, None] - 1, axis=1)[:, 0], 0)
                 bits = bits + digit
-            found.append(bits.astype(digits.integer).view(digits.kind).astype(np.float64))
+            found[:, column] = bits.astype(digits.integer).view(digits.kind)
         return found
 
 

@@ -14,7 +14,6 @@ from .dag import ForgetRequest, InheritanceDAG, Model
 from .errors import ArgumentError
 from .fisher import check_number
 from .plan import Plan, plan
-from .profile import SelectionProfile
 
 Evaluate = Callable[[str, Model], float]
 LAMBDAS = (1.0, 0.1, 0.01)
@@ -55,7 +54,7 @@ def tune(
         evaluate: (name, model) -> score of the dampened model on the caller's validation data; higher is better. It
             may not train or move the model.
         alphas: the grid, or {node: grid}; None: of each node `points` values from its `plan.profile()`, so that the
-            share selected runs from one element to 70 % in even steps of its logarithm.
+            share selected runs from one element to 70 % in even steps of its logarithm (`default_grids`).
         lams: default 1, 0.1, 0.01.
         points: of the default grid.
         merge, scale, on_mismatch, backend: as in `plan`.
@@ -149,13 +148,22 @@ def search_alpha(
     return found
 
 
-def default_grid(profile: SelectionProfile, points: int = POINTS) -> list[float]:
-    """Alphas that select from one element to 70 % of those that any alpha selects, evenly in the logarithm."""
-    selectable = int(profile.counts[1:].sum())
-    if not selectable:  # nothing to choose: every alpha selects the same
-        return [1.0]
-    shares = np.logspace(-math.log10(selectable), math.log10(MOST), points)
-    return [profile.alpha(min(1.0, (profile.always + share * selectable) / profile.numel)) for share in shares]
+def default_grids(compiled: Plan, points: int = POINTS) -> dict[str, list[float]]:
+    """Of each node the alphas that select from one element to 70 % of its profile, evenly in the logarithm.
+
+    The profile says how many elements there are to select. Its bins are too wide where all ratios of a node are alike,
+    so that the alphas themselves are exact: ratios of the node, found as `adaptive_alpha` finds its percentile.
+    """
+    profiles = compiled.profile()
+    ranks = np.zeros((len(profiles), points), dtype=np.int64)
+    for row, profile in zip(ranks, profiles.values(), strict=True):
+        if selectable := int(profile.counts[1:].sum()):
+            shares = np.logspace(-math.log10(selectable), math.log10(MOST), points)
+            above = np.minimum((shares * selectable + 1e-9).astype(np.int64), selectable - 1)
+            row[:] = int(profile.counts[0]) + selectable - 1 - above
+    grids = compiled._ratios().smallest(ranks).tolist()
+    pairs = zip(profiles.items(), grids, strict=True)
+    return {name: grid if profile.counts[1:].any() else [1.0] for (name, profile), grid in pairs}
 
 
 def _grids(
@@ -164,7 +172,7 @@ def _grids(
     if alphas is None:
         if isinstance(points, bool) or not isinstance(points, int) or points < 1:
             raise ArgumentError(f"points is {points!r}, expected a whole number from 1 on")
-        return {name: default_grid(profile, points) for name, profile in compiled.profile().items()}
+        return default_grids(compiled, points)
     if not isinstance(alphas, Mapping):
         grid = _numbers("alphas", alphas)
         return dict.fromkeys(compiled.nodes, grid)

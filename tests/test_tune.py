@@ -12,6 +12,7 @@ from torch import nn
 
 import fiun_fast as ff
 from fiun_fast.demo.textbook import unlearn
+from fiun_fast.tune import default_grids
 
 
 def family(seed: int = 0) -> tuple[ff.InheritanceDAG, list[ff.ForgetRequest], dict[str, nn.Module]]:
@@ -147,6 +148,46 @@ def test_the_default_grid_goes_from_one_element_to_most():
         assert min(found) <= 1
         assert 0.6 * 58 < max(found) < 0.8 * 58
         assert len(found) >= 8
+
+
+def test_the_default_grid_is_made_of_the_nodes_own_ratios(backend):
+    problem = build(Case("grid", {"a": (), "b": ("a",)}, shapes=SIZES, seed=3), backend.device)
+    for fisher in problem.originals.values():
+        fisher.buffer[::5] = 0
+    problem.forgets[0].buffer[::3] = 0
+    plan = problem.plan(backend.name)
+    for node, grid in default_grids(plan, 9).items():
+        ratio = (problem.forgets[0].buffer / problem.originals[node].buffer).cpu()
+        ratio = ratio[ratio.isfinite() & (ratio > 0)].sort(descending=True).values
+        places = [int(share * len(ratio) + 1e-9) for share in np.logspace(-np.log10(len(ratio)), np.log10(0.7), 9)]
+        assert grid == [float(ratio[place]) for place in places], node
+
+
+def test_ratios_that_are_all_alike_still_make_a_grid():
+    """All within one bin of the profile: only exact alphas tell them apart."""
+    original = ff.Fisher.from_dict({"w": torch.ones(200)})
+    forget = ff.Fisher.from_dict({"w": 1.01 + 0.0001 * torch.rand(200)})
+    dag = ff.InheritanceDAG()
+    dag.add_model("a", {"w": torch.ones(200)}, original)
+    seen = set()
+
+    def score(name: str, model) -> float:
+        seen.add(int((model["w"] == 0).sum()))
+        return 0.0
+
+    ff.tune(dag, [ff.ForgetRequest("a", forget)], score, lams=[0.0], points=12)
+    assert len(seen) >= 10
+    assert {1, 140} <= seen
+
+
+def test_nothing_to_select_leaves_one_point():
+    dag = ff.InheritanceDAG()
+    dag.add_model("a", {"w": torch.ones(3)}, ff.Fisher.from_dict({"w": torch.ones(3)}))
+    calls = []
+    request = ff.ForgetRequest("a", ff.Fisher.from_dict({"w": torch.zeros(3)}))
+    chosen = ff.tune(dag, [request], lambda *given: calls.append(given) or 1)
+    assert len(calls) == 1
+    assert chosen["a"] == ff.Choice(1.0, 1.0, 1.0)
 
 
 def test_grids_may_differ_from_node_to_node():

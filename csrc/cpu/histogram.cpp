@@ -131,7 +131,7 @@ struct Work {
 void run_histogram(const Kernels& kernels, const DampenTable& table, const int64_t* bases, int low, bool nearest,
                    int64_t* counts, int threads) {
     std::fill(counts, counts + table.slots * bins, int64_t(0));
-    Work work{kernels, table, bases, low, nearest, counts, cut(table, threads)};
+    Work work{kernels, table, bases, low, nearest, counts, cut(table, threads), {}, {}};
     threads = int(std::min<int64_t>(threads, int64_t(work.items.size())));
     if (threads == 0) return;
     work.scratch.resize(size_t(threads * tile));

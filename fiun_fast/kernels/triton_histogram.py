@@ -75,10 +75,15 @@ def histogram(
     tl.atomic_add(total, found.to(tl.int64), mask=found > 0, sem="relaxed")
 
 
-def constants(fisher: torch.dtype, how: str, block: int) -> dict[str, object]:
+def block_size() -> int:
+    """Elements of a tile: half as many as elsewhere, because the counts take registers too."""
+    return host.block_size() if host.interpreted() else host.block_size() // 2
+
+
+def constants(fisher: torch.dtype, how: str) -> dict[str, object]:
     """Compile-time arguments."""
     bits = tl.int32 if fisher == torch.float32 else tl.int64
-    shapes = {"BINS": BINS, "BLOCK": block, "VECTOR": host.vector_width(fisher)}
+    shapes = {"BINS": BINS, "BLOCK": block_size(), "VECTOR": host.vector_width(fisher)}
     return {"FISHER": host.triton_type(fisher), "BITS": bits, "MERGE": how} | shapes
 
 
@@ -90,7 +95,8 @@ class HistogramLaunch:
         self.table = table
         fishers = replace(table, theta_dtype=table.fisher_dtype, targets=table.targets[:, [1, 1, 2]])
         programs = host._programs(table.device)
-        tiles = host.schedule(fishers, int(table.rows[:, 0] @ table.rows[:, 4]) + 1)  # so many: every node by itself
+        everyone = int(table.rows[:, 0] @ table.rows[:, 4]) + 1  # so many programs that every node gets its own tiles
+        tiles = host.schedule(fishers, everyone, block_size())
         slots = table.targets[tiles[:, 4], 2]
         order = np.argsort(slots, kind="stable")
         runs = cut_runs(slots[order], programs)
@@ -105,7 +111,7 @@ class HistogramLaunch:
         )
         self._grid = len(runs) - 1
         self._tables = [torch.from_numpy(np.ascontiguousarray(array)).to(table.device) for array in arrays]
-        self._constants = constants(table.fisher_dtype, table.merge, host.block_size())
+        self._constants = constants(table.fisher_dtype, table.merge)
 
     def __call__(self, bases: np.ndarray, low: int, nearest: bool, counts: torch.Tensor) -> None:
         """Overwrite counts [slots, BINS]; bases [slots]."""

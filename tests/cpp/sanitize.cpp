@@ -219,6 +219,45 @@ void check_accumulate(const Kernels& kernels, int threads) {
     }
 }
 
+template <class F>
+void check_histogram(const Kernels& kernels, int threads) {
+    using Int = typename common::BitsOf<F>::type;
+    const int64_t nodes = 1 + below(4), length = below(3) ? lengths[below(18)] : 200000, count = 1 + below(3);
+    const int low = sizeof(F) == 4 ? 20 : 52;
+    const bool nearest = below(2);
+    const double scale = below(2) ? 1.0 : 0.3;
+    std::vector<Block<F>> forgets, originals;
+    std::vector<int64_t> sources, targets, bases, rows{length, 0, count, 0, nodes};
+    std::vector<double> weights;
+    for (int64_t k = 0; k < count; ++k) {
+        forgets.emplace_back(length, below(4));
+        for (F& value : forgets.back().all) value = fisher_value<F>();
+        sources.push_back(forgets.back().address());
+        weights.push_back(below(2) ? 1.0 : 0.1);
+    }
+    for (int64_t n = 0; n < nodes; ++n) {
+        originals.emplace_back(length, below(4));
+        for (F& value : originals.back().all) value = fisher_value<F>();
+        bases.push_back(below(2) ? 0 : below(1500));
+        for (int64_t v : {int64_t(0), originals.back().address(), n}) targets.push_back(v);
+    }
+    std::vector<int64_t> counts(size_t(nodes * common::histogram_bins), -1), expected(counts.size(), 0);
+    for (int64_t n = 0; n < nodes; ++n) {
+        for (int64_t i = 0; i < length; ++i) {
+            const F m = merged_element(forgets, weights.data(), i, common::Merge::max, scale);
+            const F ratio = m / originals[n].data()[i];
+            if (!(ratio >= 0)) continue;
+            int64_t bin = int64_t(common::bit_cast<Int>(common::absolute(ratio)) >> low) - bases[n];
+            if (nearest) bin = bin < 0 ? 0 : bin < common::histogram_bins ? bin : common::histogram_bins - 1;
+            if (bin >= 0 && bin < common::histogram_bins) ++expected[size_t(n * common::histogram_bins + bin)];
+        }
+    }
+    const DampenTable table{rows.data(), 1,       sources.data(), weights.data(), targets.data(), nullptr, nullptr, nullptr,
+                            nodes,       kind_of<F>(), kind_of<F>(), 0,           scale,          1,       1};
+    run_histogram(kernels, table, bases.data(), low, nearest, counts.data(), threads);
+    expect(counts == expected, "histogram", kernels);
+}
+
 template <class T, class F>
 void check(const Kernels& kernels, int rounds) {
     for (int round = 0; round < rounds; ++round) {
@@ -226,6 +265,7 @@ void check(const Kernels& kernels, int rounds) {
         check_dampen<T, F>(kernels, threads, below(4) != 0);
         check_accumulate<T, F>(kernels, threads);
         if (kind_of<T>() == kind_of<F>()) check_merge<F>(kernels, threads);
+        if (kind_of<T>() == kind_of<F>()) check_histogram<F>(kernels, threads);
     }
 }
 

@@ -66,8 +66,11 @@ class Case:
 class Network:
     """A grown recipe with its original Fishers, registered as an inheritance DAG."""
 
-    def __init__(self, recipe: Recipe, digits: Digits, models: dict[str, DigitNet], scope: str) -> None:
+    def __init__(
+        self, recipe: Recipe, digits: Digits, models: dict[str, DigitNet], scope: str, estimator: str = "batch"
+    ) -> None:
         self.recipe, self.digits, self.models, self.scope = recipe, digits, models, scope
+        self.estimator = estimator
         self._validation: dict[str, tuple[Tensor, Tensor]] = {}
         self.params = _scope(models[recipe.steps[0].name], scope)
         began = time.perf_counter()
@@ -80,12 +83,12 @@ class Network:
             )
 
     def _fisher(self, name: str, samples: Samples, copies: int) -> ff.Fisher:
-        """The batch estimator at a node, over samples jittered as in training, as the node sees them."""
+        """The estimator at a node, over samples jittered as in training, as the node sees them."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         images, labels = jittered(samples, copies, generator)
         seen = Samples(self.recipe[name].view(images), labels)
         loader = list(batches(seen, FISHER_BATCH, generator, self.recipe.device))
-        return ff.estimate_fisher(self.models[name], loader, params=self.params)
+        return ff.estimate_fisher(self.models[name], loader, params=self.params, estimator=self.estimator)
 
     def _forget_fisher(self, label: int) -> ff.Fisher:
         """Over the samples of one class, at the node where they entered."""

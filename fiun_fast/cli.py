@@ -11,6 +11,7 @@ from .errors import FiunError
 from .kernels import BACKENDS
 from .version import __version__
 
+ESTIMATORS = ("batch", "sample", "expected", "label_free")
 SCENARIOS = ("federated", "data-parallel", "incremental", "transfer")
 
 
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train four networks on real data, unlearn, show what happened")
     demo.add_argument("--scenario", action="append", choices=SCENARIOS, help="only this one; may be repeated")
     demo.add_argument("--scope", choices=("last-layer", "all"), default="last-layer", help="parameters to dampen")
+    demo.add_argument("--estimator", choices=ESTIMATORS, default="batch", help="of the Fishers; docs/fishers.md")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for report.json and the pictures")
     demo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
@@ -69,6 +71,7 @@ def _demo(options: argparse.Namespace) -> int:
         out=options.out,
         device=options.device,
         scope=options.scope,
+        estimator=options.estimator,
         backend=options.backend,
         all_classes=options.all_classes,
         quick=options.quick,

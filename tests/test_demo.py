@@ -179,3 +179,12 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         demo.run_demo(scenarios=["federate"], out=tmp_path)
     with pytest.raises(ff.ArgumentError, match="last-layer"):
         demo.run_demo(scope="head", out=tmp_path)
+    with pytest.raises(ff.ArgumentError, match="unknown estimator 'exact'; known: batch, sample"):
+        demo.run_demo(estimator="exact", out=tmp_path)
+
+
+def test_every_estimator_is_reported(tmp_path: Path) -> None:
+    for estimator in ("sample", "expected", "label_free"):
+        result = demo.run_demo(scenarios=["incremental"], out=tmp_path / estimator, estimator=estimator, quick=True)
+        assert result["settings"]["estimator"] == estimator
+        assert all(row["selected"] > 0 for case in result["cases"] for row in case["rows"] if row["forget"])

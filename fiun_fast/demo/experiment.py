@@ -76,7 +76,7 @@ class Network:
         batch: int = FISHER_BATCH,
     ) -> None:
         self.recipe, self.digits, self.models, self.scope = recipe, digits, models, scope
-        self._estimator, self._batch = estimator, batch
+        self.estimator, self._batch = estimator, batch
         self._validation: dict[str, tuple[Tensor, Tensor]] = {}
         self.params = _scope(models[recipe.steps[0].name], scope)
         began = time.perf_counter()
@@ -94,7 +94,7 @@ class Network:
         images, labels = jittered(samples, copies, generator)
         seen = Samples(self.recipe[name].view(images), labels)
         loader = list(batches(seen, self._batch, generator, self.recipe.device))
-        return ff.estimate_fisher(self.models[name], loader, params=self.params, estimator=self._estimator)
+        return ff.estimate_fisher(self.models[name], loader, params=self.params, estimator=self.estimator)
 
     def _forget_fisher(self, label: int) -> ff.Fisher:
         """Over the samples of one class, at the node where they entered."""

@@ -26,6 +26,7 @@ from .tables import nodes_table, summary_table, times_table
 
 ALL = tuple(SCENARIOS)
 SCOPES = ("last-layer", "all")
+ESTIMATORS = ("batch", "sample", "expected", "label_free")
 # What a single demo forgets: one class, then classes that entered at different origins (merged by MFIM).
 REQUESTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "federated": ((0,), (0, 1)),
@@ -49,6 +50,7 @@ def run_demo(
     out: Path | str,
     device: str = "cpu",
     scope: str = "last-layer",
+    estimator: str = "batch",
     backend: str | None = None,
     all_classes: bool = False,
     seeds: Sequence[int] = (0, 1, 2),
@@ -57,7 +59,8 @@ def run_demo(
     """Run the demo and return what it wrote.
 
     One class and one merged request a scenario: `report.json` and a picture each. With `all_classes`: every class in
-    turn and every pair from two origins, over `seeds`, into `demo-<scope>.json`. `quick` trains briefly, for tests.
+    turn and every pair from two origins, over `seeds`, into `demo-<scope>.json`; an estimator other than
+    `batch` is part of the name. `quick` trains briefly, for tests.
     """
     unknown = sorted(set(scenarios) - set(ALL))
     if unknown or scope not in SCOPES:
@@ -66,12 +69,22 @@ def run_demo(
             if unknown
             else f"unknown scope {scope!r}; known: {', '.join(SCOPES)}"
         )
+    if estimator not in ESTIMATORS:
+        raise ff.ArgumentError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    name = scope if estimator == "batch" else f"{scope}-{estimator}"
+    Console().print(f"Fishers by the estimator '{estimator}', scope {scope}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"scope": scope, "device": device, "backend": backend or "default", "quick": quick}
+    settings = {
+        "scope": scope,
+        "estimator": estimator,
+        "device": device,
+        "backend": backend or "default",
+        "quick": quick,
+    }
     with _one_thread():
         if all_classes:
-            result, path = _every_class(scenarios, seeds, settings, backend), out / f"demo-{scope}.json"
+            result, path = _every_class(scenarios, seeds, settings, backend), out / f"demo-{name}.json"
         else:
             result, path = _one_request(scenarios, seed, settings, backend, out), out / "report.json"
     write(path, result)
@@ -169,7 +182,7 @@ def _grown(recipe: Recipe, digits: Digits, settings: dict[str, Any]) -> tuple[Ne
     with _progress(f"{recipe.scenario}, seed {recipe.seed}: training", len(recipe.steps)) as tick:
         models = grow(recipe, effort=QUICK_EFFORT if settings["quick"] else 1.0, tick=tick)
     seconds = time.perf_counter() - began
-    return Network(recipe, digits, models, settings["scope"]), seconds
+    return Network(recipe, digits, models, settings["scope"], settings["estimator"]), seconds
 
 
 @contextmanager

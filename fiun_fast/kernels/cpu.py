@@ -235,7 +235,7 @@ def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch
     """into += sum_b (sum_t left_bgmt right_bgkt)^2.
 
     Three ways, by what measured fastest (docs/fishers.md). One position and one group: a product of squares. Few
-    positions, float32, M and K contiguous in memory: csrc/cpu/squares.h, where squares are added from registers.
+    positions, float32, K contiguous in memory: csrc/cpu/squares.h, where squares are added from registers.
     Else: torch's batched product, a few samples at a time, and squares added while it is in the cache.
 
     Args:
@@ -257,7 +257,8 @@ def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch
     module, threads, instructions = extension(), torch.get_num_threads(), isa()
     if t == 1 and groups == 1:
         into.view(m, k).addmm_(left.reshape(samples, m).square().t(), right.reshape(samples, k).square())
-    elif kind == 0 and groups == 1 and t < MOST_POSITIONS and left.stride(2) == right.stride(2) == 1:
+    elif kind == 0 and groups == 1 and t < MOST_POSITIONS and right.stride(2) == 1:
+        left = left.transpose(2, 3).contiguous().transpose(2, 3)  # of a convolution the smaller one by far
         module.outer_square(
             left.data_ptr(),
             right.data_ptr(),

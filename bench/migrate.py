@@ -65,7 +65,7 @@ class Setting:
         fishers = [ff.Fisher(torch.cat([v.reshape(-1) for v in d.values()]), layout) for d in self.apart]
         dag = ff.InheritanceDAG()
         dag.add_model("model", self.model, fishers[0])
-        self.ratios = (fishers[1].buffer / fishers[0].buffer).sort().values
+        self.fishers = fishers
         self.plan = ff.plan(dag, [ff.ForgetRequest("model", fishers[1])])
 
     @torch.no_grad()
@@ -76,7 +76,8 @@ class Setting:
 
     def alpha(self, share: float) -> float:
         """The alpha that selects this share."""
-        return float(self.ratios[int((1 - share) * (len(self.ratios) - 1))])
+        ratios = self.fishers[1].buffer / self.fishers[0].buffer
+        return float(ratios.kthvalue(1 + int((1 - share) * (len(ratios) - 1))).values)
 
 
 def modify_variants(s: Setting) -> list[Variant]:
@@ -169,6 +170,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of the ResNet-18; smaller to try things out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages whose tables are written")
+    parser.add_argument(
+        "--untimed", action="store_true", help="memory only: the machine has other work; times stay empty"
+    )
     parser.add_argument("--peaks", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cpu")
@@ -179,8 +183,8 @@ def main() -> None:
     machine = Machine(device)
     record: dict = {"environment": environment(device), "elements": 0, "rows": []}
     for group, make in groups_of(options.width).items():
-        times = measure(make(), machine)
         extra = peaks(group, options.width)
+        times = dict.fromkeys(extra) if options.untimed else measure(make(), machine)
         for name, seconds in times.items():
             record["rows"].append({"group": group, "variant": name, "seconds": seconds, "extra_bytes": extra[name]})
     setting = Setting(options.width)
@@ -204,16 +208,18 @@ def write_tables(record: dict, docs: Path) -> None:
     for row in moving:
         lines.append(f"| {row['group']} | {row['variant']} | {milliseconds(row)} | {megabytes(row['extra_bytes'])} |")
     _between(docs / "migrate.md", [note, "", *lines])
-    lines = ["| selected | " + " | ".join(UNDO) + " | log |", "| ---: |" + " ---: |" * (len(UNDO) + 1)]
+    lines = ["| selected | log | call | time | peak extra memory |", "| ---: | ---: | --- | ---: | ---: |"]
     for share in SHARES:
         rows = {r["variant"]: r for r in record["rows"] if r["group"] == f"undo and audit, {share:.0%} selected"}
-        cells = [milliseconds(rows[name]) for name in UNDO]
-        lines.append(f"| {share:.0%} | {' | '.join(cells)} | {megabytes(rows['log']['bytes'])} |")
+        log = megabytes(rows["log"]["bytes"])
+        for name in UNDO:
+            cells = [f"`{name}`", milliseconds(rows[name]), megabytes(rows[name]["extra_bytes"])]
+            lines.append("| " + " | ".join([f"{share:.0%}", log, *cells]) + " |")
     _between(docs / "audit.md", [note, "", *lines])
 
 
 def milliseconds(row: dict) -> str:
-    return f"{row['seconds'] * 1e3:.3g} ms"
+    return "" if row["seconds"] is None else f"{row['seconds'] * 1e3:.3g} ms"
 
 
 def megabytes(count: int) -> str:

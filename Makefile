@@ -4,8 +4,9 @@ VENV   ?= .venv
 TORCH  ?= 2.13.0
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BUILT  := dist/.built-$(notdir $(VENV))
 
-.PHONY: help install demo test lint bench bench-quick bench-check plots wheel docs sanitize clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs sanitize memcheck clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,11 +42,25 @@ bench-check: install  ## have ratios dropped by more than 30 % since the committ
 plots: install  ## pictures in docs/img/ and tables in README.md and docs/performance.md, from committed results
 	$(BIN)/python bench/plots.py
 
-wheel: install  ## a wheel for this Python in dist/
-	$(BIN)/python -m build --wheel --outdir dist .
+wheel: $(BUILT)  ## manylinux wheel for this Python, and a source distribution, in dist/
+	@ls -l "$$(cat $(BUILT))" | awk '{ printf "%s, %.2f MB\n", $$9, $$5 / 1e6 }'
+
+$(BUILT): $(STAMP) README.md LICENSE MANIFEST.in $(wildcard fiun_fast/*.py fiun_fast/*/*.py)
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir build/dist/repaired build/dist/*.whl
+	mkdir -p dist && cp build/dist/*.tar.gz build/dist/repaired/*.whl dist/
+	echo dist/"$$(basename build/dist/repaired/*.whl)" > $@
+
+wheel-check: wheel  ## that wheel, installed where there is nothing else, no compiler either; TORCH=2.x.y names the torch beside it
+	$(BIN)/python tests/wheel_check.py "$$(cat $(BUILT))" --torch "$(TORCH)"
 
 sanitize: install  ## the C++ and CUDA sources under AddressSanitizer and UndefinedBehaviorSanitizer, on the CPU
 	bash tests/cpp/sanitize.sh
+	$(BIN)/python tests/sanitize_shim.py
+
+memcheck: install  ## the CUDA kernels under compute-sanitizer; needs an NVIDIA GPU
+	sh tests/memcheck.sh $(BIN)/python
 
 docs: $(STAMP)  ## the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

@@ -1,9 +1,9 @@
 """Builds the optional C++ extensions fiun_fast._cpu and _cuda; all else about the package is in pyproject.toml.
 
-FIUN_FAST_CPU=0 or FIUN_FAST_CUDA=0 leaves one out, 1 makes a failure to build it an error (for wheels). Without either,
-what cannot be built is left out, and `fiun-fast doctor` says what is missing. nvcc is looked for on PATH and in
-CUDA_HOME. FIUN_FAST_CUDA_ARCHS, as "80,90,90+PTX", names the GPU architectures; else a wheel gets all of
-ARCHS that the toolkit knows and PTX for the newest, an editable install code and PTX for the first.
+FIUN_FAST_CPU=0 or FIUN_FAST_CUDA=0 leaves one out, 1 makes a failure to build it an error (for wheels). Without
+either, what cannot be built is left out, and `fiun-fast doctor` says what is missing. nvcc is that of CUDA_HOME, else
+the one on PATH or in /usr/local/cuda. FIUN_FAST_CUDA_ARCHS, as "80,90,90+PTX", names the GPU architectures; else a
+wheel gets all of ARCHS that the toolkit knows and PTX for the newest, an editable install code and PTX for the first.
 """
 
 import os
@@ -30,8 +30,10 @@ MSVC = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 WINDOWS = sys.platform == "win32"
 
 ARCHS = ("80", "86", "89", "90", "100", "120")
-CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
+CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+NVCC = shutil.which(
+    "nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
+)
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "--threads=2"]
 
 
@@ -54,11 +56,23 @@ class Build(build_ext):
             self.warn(f"{ext.name} could not be built ({error}); fiun_fast works without the {kind} backend. "
                       f"To have it, install {NEEDS[kind]} and install fiun_fast again.")  # fmt: skip
 
+    def architectures(self) -> list[str]:
+        """As ["80", "90", "90+PTX"]: those asked for, else those of ARCHS that nvcc knows."""
+        listed = subprocess.check_output([str(NVCC), "--list-gpu-code"], text=True)
+        known = sorted((code for code in re.findall(r"sm_(\d+)", listed) if int(code) >= int(ARCHS[0])), key=int)
+        asked = re.split(r"[,;\s]+", os.environ.get("FIUN_FAST_CUDA_ARCHS", "").strip())
+        if asked != [""]:
+            for arch in asked:
+                if arch.removesuffix("+PTX") not in known:
+                    expected = f"expected some of {', '.join(known)}, each as it is or with +PTX"
+                    raise SystemExit(f"FIUN_FAST_CUDA_ARCHS has {arch!r}; {expected}")
+            return asked
+        archs = [arch for arch in ARCHS if arch in known][: 1 if self.local else None]
+        return [*archs, f"{archs[-1]}+PTX"]
+
     def build_cuda(self, ext: Extension) -> None:
         """Compile each source for all architectures, several at once, and link with the static CUDA runtime."""
-        known = re.findall(r"sm_(\d+)", subprocess.check_output([str(NVCC), "--list-gpu-code"], text=True))
-        archs = [arch for arch in ARCHS if arch in known][: 1 if self.local else None]
-        archs = re.findall(r"\d+(?:\+PTX)?", os.environ.get("FIUN_FAST_CUDA_ARCHS", "")) or [*archs, f"{archs[-1]}+PTX"]
+        archs = self.architectures()
         code = [f"-gencode=arch=compute_{n},code={'compute' if ptx else 'sm'}_{n}"
                 for n, _, ptx in (arch.partition("+") for arch in archs)]  # fmt: skip
         include = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
@@ -74,7 +88,8 @@ class Build(build_ext):
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, len(ext.sources))) as pool:
             objects = list(pool.map(compiled, ext.sources))
-        link = [str(NVCC), "-shared", "-cudart=static", "-Xlinker=-s", *code, "-o", str(target)]
+        libraries = f"-L{Path(str(NVCC)).parent.parent / 'lib'}"  # lib64 is known to nvcc; its wheels have it in lib
+        link = [str(NVCC), "-shared", "-cudart=static", libraries, "-Xlinker=-s", *code, "-o", str(target)]
         subprocess.run([*link, *objects], check=True)
 
 

@@ -7,6 +7,7 @@ one, name the file to be used.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,6 +40,13 @@ BARS = (
     "h-8",
     "h-32",
 )
+ROOF = {  # case -> its name in the roofline, and where that stands
+    "b-clustered": ("1 % selected", (-92, 24)),
+    "g": ("accumulate g²", (-96, 6)),
+    "c": ("DAG of ResNets", (-70, 40)),
+    "d": ("DAG of heads", (-60, 52)),
+    "h-8": ("merge 8", (-48, -42)),
+}
 # Okabe and Ito's colours; each kind also has a marker of its own.
 LOOK = {"naive": ("#D55E00", "s"), "torch": ("#56B4E9", "D"), "ours": ("#0072B2", "o")}
 NAMES = {"naive": "existing code", "torch": "best in plain torch", "ours": "fiun_fast"}
@@ -70,60 +78,73 @@ def machine(record: Record) -> str:
 def speed(record: Record) -> Figure:
     """How many times faster than existing code, case by case; log scale."""
     cases = [c for c in BARS if best(record, c, "ours") and best(record, c, "naive")]
-    figure, axes = plt.subplots(figsize=(8.4, 0.42 * len(cases) + 1.7), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 0.36 * len(cases) + 1.6), layout="constrained")
+    figures = []
     for y, case in enumerate(reversed(cases)):
         ours, torch = best(record, case, "ours"), best(record, case, "torch")
         assert ours is not None
         assert ours.vs_naive is not None
-        axes.barh(y, ours.vs_naive - 0.5, left=0.5, height=0.62, color=LOOK["ours"][0])
-        label = f" {ours.vs_naive:.3g}×" + (f"  {ours.share:.0%} of copy" if ours.share else "")
-        axes.text(ours.vs_naive, y, label, va="center", fontsize=9)
+        axes.barh(y, ours.vs_naive - 1, left=1, height=0.62, color=LOOK["ours"][0])
         if torch is not None and torch.vs_naive is not None:
-            axes.plot(torch.vs_naive, y, LOOK["torch"][1], color=LOOK["torch"][0], mec="white", ms=8, zorder=3)
-    axes.set_yticks(range(len(cases)), [f"{_title(record, c)}  ({c})" for c in reversed(cases)])
+            axes.plot(torch.vs_naive, y, LOOK["torch"][1], color=LOOK["torch"][0], mec="black", mew=0.6, ms=8, zorder=3)
+        share = f"   {ours.share:4.0%} of copy" if ours.share else ""
+        figures.append(f"{short(ours.vs_naive):>4}×{share}")
+    titles = [row.title for case in reversed(cases) if (row := best(record, case, "ours"))]
+    axes.set_yticks(range(len(cases)), titles)
+    right = axes.twinx()
+    right.set(ylim=axes.get_ylim())
+    right.set_yticks(range(len(cases)), figures, family="DejaVu Sans Mono", fontsize=9)
+    for side in (axes, right):
+        side.tick_params(axis="y", length=0)
     axes.set_xscale("log")
-    axes.set_xlim(0.5, axes.get_xlim()[1] * 3)
-    axes.axvline(1, color=LOOK["naive"][0], lw=1.5, zorder=0)
-    axes.text(1, len(cases) - 0.4, "existing code", color=LOOK["naive"][0], ha="center", fontsize=9)
-    axes.set_xticks([1, 10, 100], ["1×", "10×", "100×"])
-    axes.plot([], [], LOOK["torch"][1], color=LOOK["torch"][0], ms=8, label=NAMES["torch"])
-    axes.bar([0], [0], color=LOOK["ours"][0], label=NAMES["ours"])
-    axes.legend(loc="lower right")
-    axes.set_title("Times faster than existing unlearning code", pad=16)
-    axes.set_xlabel(machine(record), fontsize=8, color="#555555")
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["existing\ncode", "2×", "5×", "10×", "20×", "50×", "100×"])
+    axes.set_xlim(1, max(axes.get_xlim()[1], 20))
+    axes.set_xticks([], minor=True)
+    axes.plot([], [], LOOK["torch"][1], color=LOOK["torch"][0], mec="black", mew=0.6, ms=8, label=NAMES["torch"])
+    axes.bar([1], [0], color=LOOK["ours"][0], label=NAMES["ours"])
+    figure.legend(loc="outside upper right", ncols=2)
+    figure.suptitle("Times faster than existing unlearning code", x=0.01, ha="left", fontweight="bold", fontsize=12)
+    figure.supxlabel(
+        f"{machine(record)}. of copy: bytes that must move, a second, over a plain copy's.", fontsize=8, color="#555555"
+    )
     return figure
 
 
 def roofline(record: Record) -> Figure:
-    """Useful bytes a second against bytes of work; the roof is the copy bandwidth, the slope a fixed cost a run."""
-    figure, axes = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
-    roof = _copy(record)
-    cases = [c for c in dict.fromkeys(r.case for r in record.rows) if (o := best(record, c, "ours")) and o.floor_bytes]
-    for kind, (color, marker) in LOOK.items():
-        rows = sorted((r for c in cases if (r := best(record, c, kind)) and r.gbps), key=lambda r: r.floor_bytes or 0)
+    """Useful bytes a second against bytes of work: a slope where a fixed cost rules, a roof where memory does."""
+    figure, axes = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
+    series = [c for c in dict.fromkeys(r.case for r in record.rows) if c.startswith("parameters-")] + ["f-fp32"]
+    for kind in LOOK:
+        color, marker = LOOK[kind]
+        rows = [r for c in series if (r := best(record, c, kind)) and r.floor_bytes]
+        axes.plot([r.floor_bytes for r in rows], [r.gbps for r in rows], "-", color=color, lw=1.5)
+        rows += [r for c in ROOF if (r := best(record, c, kind)) and r.floor_bytes]
         axes.plot(
             [r.floor_bytes for r in rows],
             [r.gbps for r in rows],
             marker,
             color=color,
-            ms=7,
             mec="white",
+            ms=8,
             label=NAMES[kind],
         )
-        if kind == "ours":
-            for row in rows:
-                if row.case in IN_README:
-                    place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-                    axes.annotate(row.case, (row.floor_bytes, row.gbps), **place)
+    for case, (label, place) in ROOF.items():
+        row = best(record, case, "ours")
+        if row and row.floor_bytes and row.gbps:
+            arrow = {"arrowstyle": "-", "color": "#777777", "lw": 0.7}
+            at = (row.floor_bytes, row.gbps)
+            axes.annotate(label, at, place, textcoords="offset points", fontsize=9, arrowprops=arrow)
+    roof = _copy(record)
     axes.axhline(roof, color="black", lw=1.2)
-    axes.text(axes.get_xlim()[0], roof * 1.12, f"copy bandwidth, {roof:.0f} GB/s", fontsize=9)
-    axes.set(xscale="log", yscale="log", xlabel="bytes the work moves at least", ylabel="of these, GB/s")
-    axes.set_ylim(top=roof * 3)
+    axes.text(0.01, roof * 1.1, f"a plain copy: {roof:.0f} GB/s", transform=axes.get_yaxis_transform(), fontsize=9)
+    axes.set(xscale="log", yscale="log", xlabel="bytes that the work moves at least")
+    axes.set_ylim(top=roof * 5)
     axes.xaxis.set_major_formatter(lambda v, _: size(round(v)))
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axes.set_ylabel("of these, GB/s")
     axes.legend(loc="lower right")
-    axes.set_title("How far from the memory's roof")
-    axes.text(0, -0.2, machine(record), transform=axes.transAxes, fontsize=8, color="#555555")
+    axes.set_title("Distance from the memory's roof (lines: one model of growing size)")
+    figure.supxlabel(machine(record), fontsize=8, color="#555555")
     return figure
 
 
@@ -192,8 +213,8 @@ def chosen(paths: list[Path]) -> dict[str, Record]:
     """Device -> its record."""
     found: dict[str, Record] = {}
     for path in paths or sorted(RESULTS.glob("*.json")):
-        if (not paths and path.stem.endswith(("-quick", "-tiny"))) or path.name.startswith("demo"):
-            continue
+        if not paths and (path.stem.endswith(("-quick", "-tiny")) or "rows" not in json.loads(path.read_text())):
+            continue  # other sizes, or another kind of results
         record = Record.load(path)
         device = record.environment["device"]
         if device in found:
@@ -208,16 +229,6 @@ def _copy(record: Record) -> float:
     """Median over the cases."""
     values = sorted({r.case: r.copy_gbps for r in record.rows}.values())
     return values[len(values) // 2]
-
-
-def _title(record: Record, case: str) -> str:
-    """The case's line, with what "the same" stands for."""
-    row = best(record, case, "ours")
-    text = row.title if row else case
-    if not text.startswith("the same"):
-        return text
-    family = best(record, case.split("-")[0], "ours")
-    return text.replace("the same", family.title.split(",")[0], 1) if family else text
 
 
 def main() -> None:

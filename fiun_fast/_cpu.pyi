@@ -54,3 +54,19 @@ def histogram(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def add_squares(into: int, products: int, rows: int, n: int, fisher_kind: int, threads: int, isa: str = "") -> None: ...
+def outer_square(
+    left: int,
+    right: int,
+    into: int,
+    samples: int,
+    positions: int,
+    m: int,
+    k: int,
+    left_sample: int,
+    left_step: int,
+    right_sample: int,
+    right_step: int,
+    threads: int,
+    isa: str = "",
+) -> None: ...

@@ -40,10 +40,6 @@ def examine() -> dict[str, dict[str, str]]:
             from .kernels import cpu
 
             backends[name] += f", instruction set {cpu.isa()} (compiled: {', '.join(cpu.isas())})"
-        if name == "cuda":
-            from .kernels import cuda
-
-            backends[name] += cuda.contents()
     defaults = {}
     for kind in ["cpu", "cuda"] if gpus else ["cpu"]:
         try:
@@ -55,6 +51,7 @@ def examine() -> dict[str, dict[str, str]]:
         "machine": machine,
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": backends,
+        "CUDA extension": _cuda_extension(),
         "used by default": defaults,
     }
 
@@ -72,6 +69,28 @@ def doctor() -> int:
     Console(file=sys.stdout).print(table)
     fast = [name for name in kernels.available_backends() if name != "reference"]
     return 0 if fast else 1
+
+
+def _cuda_extension() -> dict[str, str]:
+    """What fiun_fast._cuda has inside, what it meets here, and whether the two go together."""
+    from .kernels import cuda
+
+    try:
+        inside = cuda.architectures()
+        findings = {
+            "machine code for": ", ".join(f"sm_{a}" for a in inside if not a.endswith("+PTX")) or "none",
+            "PTX for": ", ".join(f"compute_{a.removesuffix('+PTX')}" for a in inside if a.endswith("+PTX")) or "none",
+            "built with": cuda.toolkit(),
+            "driver here": cuda.driver(),
+        }
+    except kernels.BackendError as error:
+        return {"runs here": f"no: {error}"}
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        covered = "" if cuda.runs_on(10 * major + minor, inside) else ", which none of this runs on"
+        findings[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}{covered}"
+    reason = cuda.why_not("cuda")
+    return findings | {"runs here": "yes" if reason is None else f"no: {reason}"}
 
 
 def _version(package: str) -> str:

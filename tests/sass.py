@@ -1,6 +1,6 @@
 """What the compiler made of the Triton kernels: registers, spills, access widths, division. No GPU is needed.
 
-    python tests/sass.py            a table, for sm_80, sm_90 and sm_100
+    python tests/sass.py            a table for each of sm_80, sm_90, sm_100, gfx90a and gfx942
     python tests/sass.py --json     the same and the deliberately bad kernels, for test_triton_aot.py
 
 It runs in a process of its own, because kernels are either compiled or interpreted, for the life of a process.
@@ -17,9 +17,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
@@ -28,7 +31,7 @@ from fiun_fast.kernels import triton as backend
 from fiun_fast.kernels import triton_aot, triton_kernels
 from fiun_fast.kernels.triton_aot import Variant, accumulate_variant, compile_variant, dampen_variant, merge_variant
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100")
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 VARIANTS: dict[str, Variant] = {
@@ -40,32 +43,51 @@ VARIANTS: dict[str, Variant] = {
     "dampen fp64": dampen_variant(FP64, FP64),
     "merge fp32": merge_variant(FP32),
     "merge fp32 sum": merge_variant(FP32, "sum"),
+    "merge fp32 mean": merge_variant(FP32, "mean"),
     "accumulate fp32": accumulate_variant(FP32, FP32),
     "accumulate bf16": accumulate_variant(BF16, FP32),
+    "accumulate fp32 |g|": accumulate_variant(FP32, FP32, power=1),
     "accumulate fp32 zeroing": accumulate_variant(FP32, FP32, zero=True),
     "accumulate one fp32": accumulate_variant(FP32, FP32, one=True),
 }
 
+AMD_VARIANTS = ("dampen fp32", "dampen bf16", "merge fp32", "merge fp32 mean", "accumulate fp32 zeroing")
+
+NO_HINT = {"pointer = tl.multiple_of(pointer, 16)": "pass"}
+HINT_BEFORE_CAST = {
+    "address.to(tl.pointer_type(DTYPE), bitcast=True)": (
+        "tl.multiple_of(address, 16).to(tl.pointer_type(DTYPE), bitcast=True)"
+    )
+}
+NO_ASM = {"elif FLUSHES:": "elif False:"}
+FLUSHING = 'tl.inline_asm_elementwise("div.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)'
+
 # name -> (variant, text in triton_kernels.py -> what a careless change would write, further compiler options)
 MUTANTS: dict[str, tuple[str, dict[str, str], dict[str, object]]] = {
-    "no alignment hint": ("dampen fp32", {"pointer = tl.multiple_of(pointer, 16)": "pass"}, {}),
-    "hint before the cast": (
-        "dampen fp32",
-        {
-            "address.to(tl.pointer_type(DTYPE), bitcast=True)": (
-                "tl.multiple_of(address, 16).to(tl.pointer_type(DTYPE), bitcast=True)"
-            ),
-            "pointer = tl.multiple_of(pointer, 16)": "pass",
-        },
-        {},
-    ),
-    "mask element by element": ("dampen fp32", {"rows < length // VECTOR": "offsets < length"}, {}),
-    "theta by element": ("dampen fp32", {"mask=touched": "mask=selected"}, {}),
-    "approximate division": ("dampen fp32", {"tl.div_rn(x, y)": "x / y"}, {}),
-    "fused multiply-add": ("accumulate fp32", {}, {"enable_fp_fusion": True}),
-    "too few registers": ("dampen fp32", {}, {"maxnreg": 40}),
-    "fenced counters": ("dampen fp32", {', sem="relaxed"': ""}, {}),
+    "dampen: no alignment hint": ("dampen fp32", NO_HINT, {}),
+    "dampen: hint before the cast": ("dampen fp32", HINT_BEFORE_CAST | NO_HINT, {}),
+    "dampen: mask element by element": ("dampen fp32", {"rows < length // VECTOR": "offsets < length"}, {}),
+    "dampen: theta by element": ("dampen fp32", {"mask=touched": "mask=selected"}, {}),
+    "dampen: approximate division": ("dampen fp32", NO_ASM | {"tl.div_rn(x, y)": "x / y"}, {}),
+    "dampen: flushing division": ("dampen fp32", NO_ASM | {"tl.div_rn(x, y)": FLUSHING}, {}),
+    "dampen: too few registers": ("dampen fp32", {}, {"maxnreg": 40}),
+    "dampen: more registers": ("dampen fp32", {}, {"maxnreg": 255, "num_warps": 2}),
+    "dampen: fused multiply-add": ("dampen fp32 mean", {}, {"enable_fp_fusion": True}),
+    "dampen: fenced counters": ("dampen fp32", {', sem="relaxed"': ""}, {}),
+    "dampen: maximum without NaN": ("dampen fp32", {", propagate_nan=tl.PropagateNan.ALL": ""}, {}),
+    "merge: no alignment hint": ("merge fp32", NO_HINT, {}),
+    "merge: mask element by element": ("merge fp32", {"rows < length // VECTOR": "offsets < length"}, {}),
+    "merge: approximate division": ("merge fp32 mean", NO_ASM | {"tl.div_rn(x, y)": "x / y"}, {}),
+    "merge: too few registers": ("merge fp32", {}, {"maxnreg": 24}),
+    "merge: fused multiply-add": ("merge fp32 sum", {}, {"enable_fp_fusion": True}),
+    "accumulate: no alignment hint": ("accumulate fp32", NO_HINT, {}),
+    "accumulate: mask element by element": ("accumulate fp32", {"rows < length // VECTOR": "offsets < length"}, {}),
+    "accumulate: too few registers": ("accumulate fp32 zeroing", {}, {"maxnreg": 24}),
+    "accumulate: fused multiply-add": ("accumulate fp32", {}, {"enable_fp_fusion": True}),
 }
+
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.M)
 
 
 def tool(name: str) -> str:
@@ -73,8 +95,12 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def figures(kernel) -> dict[str, object]:
+def figures(kernel) -> dict[str, int | None]:
     """What the machine code of a compiled kernel says."""
+    return _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel)
+
+
+def _nvidia(kernel) -> dict[str, int | None]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -83,30 +109,64 @@ def figures(kernel) -> dict[str, object]:
             [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     ptx = re.sub(r"//.*", "", kernel.asm["ptx"])
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.M)
-    count = collections.Counter(code)
-
-    def matching(pattern: str) -> int:
-        return sum(n for op, n in count.items() if re.match(pattern, op))
-
+    matching = _counter(INSTRUCTION.findall(sass))
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     warps = kernel.metadata.num_warps
     return {
         "registers": registers,
-        "warps_per_sm": min(64, 65536 // (-(-registers // 8) * 8 * 32 * warps) * warps),
-        "instructions": len(code),
+        "warps": min(64, 65536 // (-(-registers // 8) * 8 * 32 * warps) * warps),  # of an SM with 64 Ki registers
+        "instructions": matching(""),
+        "node_loop": _node_loop(sass),
         "load128": matching(r"LDG\.E(\.\w+)*\.128"),
         "store128": matching(r"STG\.E(\.\w+)*\.128"),
-        "load16_or_32": matching(r"LDG\.E(\.EF)?(\.U16)?(\.CONSTANT)?$"),
         "local": matching(r"LDL|STL"),
         "fences": matching(r"MEMBAR|FENCE|CCTL|ERRBAR"),
-        "reciprocals": matching(r"MUFU\.RCP$"),
         "division_checks": matching(r"FCHK"),
         "div_rn": len(re.findall(r"\bdiv\.rn\.f", ptx)),
         "approximate": len(re.findall(r"\.(?:approx|full)\b|\.ftz\b", ptx)),
         "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
         "nan_max": len(re.findall(r"\bmax\.NaN\.f32", ptx)),
     }
+
+
+def _node_loop(sass: str) -> int | None:
+    """Instructions of dampen's loop over nodes, aligned path; None where there is no such loop.
+
+    Its load of I is the only one of 16 bytes that says "evict first"; the loop begins at the label before it and ends
+    with the last branch back there.
+    """
+    load = re.search(r"LDG\.E\.EF\.128", sass)
+    labels = re.findall(r"^(\.L_x_\d+):", sass[: load.start()], re.M) if load else []
+    for label in reversed(labels):
+        begin = sass.index(f"\n{label}:")
+        back = [m.end() for m in re.finditer(rf"BRA.*`\({re.escape(label)}\)", sass) if m.end() > load.start()]
+        if back:
+            return len(INSTRUCTION.findall(sass[begin : back[-1]]))
+    return None
+
+
+def _amd(assembly: str) -> dict[str, int]:
+    def noted(key: str) -> int:
+        return sum(int(n) for n in re.findall(rf"\.{key}:\s+(\d+)", assembly))
+
+    matching = _counter(re.findall(r"^\s+((?:global|flat|buffer|scratch|s|v|ds)_\w+)", assembly, re.M))
+    registers = noted("vgpr_count") + noted("agpr_count")
+    return {
+        "registers": registers,
+        "warps": 4 * min(8, 512 // (-(-registers // 8) * 8)),  # of a compute unit of four SIMDs, CDNA 2 and 3
+        "instructions": matching(""),
+        "load128": matching(r"(global|buffer|flat)_load_dwordx4"),
+        "store128": matching(r"(global|buffer|flat)_store_dwordx4"),
+        "local": matching("scratch_") + noted("vgpr_spill_count") + noted("private_segment_fixed_size"),
+        "div_rn": matching("v_div_fixup"),
+        "approximate": matching("v_rcp_f32") - matching("v_div_fixup_f32"),
+        "flushes": int("amdhsa_float_denorm_mode_32 3" not in assembly),
+    }
+
+
+def _counter(operations: list[str]) -> Callable[[str], int]:
+    count = collections.Counter(operations)
+    return lambda pattern: sum(n for operation, n in count.items() if re.match(pattern, operation))
 
 
 @contextmanager
@@ -128,7 +188,7 @@ def changed(replacements: dict[str, str]):
             yield
 
 
-def mutant_figures(name: str, target: str = "cuda:90") -> dict[str, object]:
+def mutant_figures(name: str, target: str = "cuda:90") -> dict[str, int | None]:
     """Figures of one deliberately bad kernel."""
     variant, replacements, flags = MUTANTS[name]
     original = backend.options
@@ -140,43 +200,83 @@ def mutant_figures(name: str, target: str = "cuda:90") -> dict[str, object]:
         return figures(compile_variant(VARIANTS[variant], target))
 
 
-def targets() -> tuple[str, ...]:
-    """Those that this Triton's assembler knows."""
-    known = subprocess.run([tool("ptxas"), "--help"], capture_output=True, text=True, check=True).stdout
-    if Path(tool("ptxas-blackwell")).exists():
-        known += "sm_100"
-    return tuple(target for target in TARGETS if f"sm_{target.partition(':')[2]}" in known)
+def why_not(target: str) -> str | None:
+    """None where this Triton can compile for the target, else the reason."""
+    if target.startswith("cuda"):
+        known = subprocess.run([tool("ptxas"), "--help"], capture_output=True, text=True, check=True).stdout
+        if f"sm_{target.partition(':')[2]}" in known or (
+            target == "cuda:100" and Path(tool("ptxas-blackwell")).exists()
+        ):
+            return None
+        return "its assembler does not know the architecture"
+    try:
+        compile_variant(VARIANTS["accumulate one fp32"], target)
+    except Exception as error:  # Triton raises a bare Exception for a missing linker
+        return re.sub(r"/\S*/", "", str(error).strip().splitlines()[0])
+    return None
+
+
+def examine(mutants: bool = False) -> dict:
+    """All figures: {"triton", "kernels": {target: {kernel: figures}}, "not_compiled": {target: why}, "mutants"}."""
+    reasons = {target: why_not(target) for target in TARGETS}
+    return {
+        "triton": triton.__version__,
+        "kernels": {
+            target: {
+                name: figures(compile_variant(VARIANTS[name], target))
+                for name in (AMD_VARIANTS if target.startswith("hip") else VARIANTS)
+            }
+            for target, reason in reasons.items()
+            if reason is None
+        },
+        "not_compiled": {target: reason for target, reason in reasons.items() if reason is not None},
+        "mutants": {name: mutant_figures(name) for name in MUTANTS} if mutants else {},
+    }
+
+
+COLUMNS = {
+    "registers": ("regs", "registers of a thread"),
+    "warps": ("warps", "that a streaming multiprocessor (AMD: compute unit) holds at once with so many registers"),
+    "instructions": ("ops", "instructions in all"),
+    "node_loop": ("loop", "instructions of a thread for one node: 16 elements, 8 in float64, if something is selected"),
+    "load128": ("ld128", "loads of 16 bytes"),
+    "store128": ("st128", "stores of 16 bytes"),
+    "local": ("local", "accesses to local memory: spills"),
+    "div_rn": ("div", "IEEE divisions"),
+    "approximate": ("bad", "approximate divisions, operations that flush subnormals (a power in float64 has its own)"),
+    "fma": ("fma", "products contracted with sums (those of the power are meant)"),
+}
+
+
+def show(found: dict) -> None:
+    """Print the figures, a table for each target, and what the columns are."""
+    print(
+        f"Triton {found['triton']}: tiles of {backend.BLOCK:,} elements, {backend.NUM_WARPS} warps, "
+        f"at most {backend.MAX_REGISTERS} registers ({backend.MAX_REGISTERS_WIDE} where it computes in float64)"
+    )
+    names = max(map(len, VARIANTS))
+    for target, kernels in found["kernels"].items():
+        print(f"\n{target:{names}}" + "".join(f"{title:>6}" for title, _ in COLUMNS.values()))
+        print("─" * (names + 6 * len(COLUMNS)))
+        for name, row in kernels.items():
+            cells = ("" if row.get(key) is None else str(row[key]) for key in COLUMNS)
+            print(f"{name:{names}}" + "".join(f"{cell:>6}" for cell in cells).rstrip())
+    for target, reason in found["not_compiled"].items():
+        print(f"\n{target}: not compiled: {reason}")
+    print()
+    for title, meaning in COLUMNS.values():
+        print(f"{title:>5}  {meaning}")
 
 
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    found = {
-        f"{name} {target}": figures(compile_variant(v, target)) for target in targets() for name, v in VARIANTS.items()
-    }
-    if arguments.json:
-        mutants = {name: mutant_figures(name) for name in MUTANTS}
-        json.dump({"triton": triton.__version__, "kernels": found, "mutants": mutants}, sys.stdout)
-        return
-    columns = (
-        "registers",
-        "warps_per_sm",
-        "instructions",
-        "load128",
-        "store128",
-        "local",
-        "div_rn",
-        "approximate",
-        "fma",
-    )
-    print(f"Triton {triton.__version__}, tiles of {backend.BLOCK} elements, {backend.NUM_WARPS} warps")
-    print(f"{'kernel':34}" + "".join(f"{column:>13}" for column in columns))
-    for name, row in found.items():
-        print(f"{name:34}" + "".join(f"{row[column]:>13}" for column in columns))
+    parser.add_argument("--json", action="store_true", help="as JSON, and those of the deliberately bad kernels")
+    if parser.parse_args().json:
+        json.dump(examine(mutants=True), sys.stdout)
+    else:
+        show(examine())
 
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)
     main()

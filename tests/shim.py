@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
-
 NAME = "cuda_shim"
 ROOT = Path(__file__).parent.parent
-SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.c[up]*")), ROOT / "tests" / "cuda_shim" / "shim.cpp"]
+CSRC = Path(os.environ.get("FIUN_SHIM_CSRC", ROOT / "csrc"))
+SHIM = ROOT / "tests" / "cuda_shim"
+SOURCES = [*sorted((CSRC / "cuda").glob("*.c[up]*")), SHIM / "shim.cpp"]
 FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+FLAGS += os.environ.get("FIUN_SHIM_FLAGS", "").split()  # how tests/sanitize_shim.py adds the sanitizers
 
 
 def compile_shim(folder: Path, sources: list[Path], *flags: str) -> list[Path]:
@@ -35,7 +36,7 @@ def compile_shim(folder: Path, sources: list[Path], *flags: str) -> list[Path]:
 
     def one(source: Path) -> Path:
         target = folder / f"{source.name}.o"
-        includes = [f"-I{ROOT / 'tests' / 'cuda_shim'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        includes = [f"-I{SHIM}", f"-I{CSRC / 'cuda'}"]
         command = [compiler, *FLAGS, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
@@ -54,8 +55,10 @@ def library() -> Path:
         RuntimeError: it does not compile.
 
     """
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "tests" / "cuda_shim").glob("*.h"), Path(__file__)]
-    state = hashlib.sha256(sys.version.encode())
+    import pybind11
+
+    headers = [*CSRC.rglob("*.h"), *SHIM.glob("*.h"), Path(__file__)]
+    state = hashlib.sha256(f"{sys.version} {FLAGS}".encode())
     for path in sorted([*SOURCES, *headers]):
         state.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_shim" / state.hexdigest()[:16]
@@ -65,7 +68,8 @@ def library() -> Path:
         objects = compile_shim(folder, SOURCES, "-O1", "-fPIC", *python)
         part = folder / f"{NAME}.{os.getpid()}"
         compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(part)], check=True)
+        sanitizers = [flag for flag in FLAGS if flag.startswith("-fsanitize")]
+        subprocess.run([compiler, "-shared", *sanitizers, *map(str, objects), "-o", str(part)], check=True)
         part.replace(finished)
     return finished
 
@@ -73,6 +77,10 @@ def library() -> Path:
 @functools.cache
 def why_not() -> str | None:
     """None where it can be built, else why not; errors of the kernels' own source are not hidden."""
+    if not (CSRC / "cuda").is_dir():
+        return f"the kernels' source is not at {CSRC}; these tests were copied out of the source tree"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         return "no C++ compiler to build the CUDA kernels for the CPU"
     return None
@@ -90,12 +98,14 @@ def backend() -> ModuleType:
     spec.loader.exec_module(module)
     module.name, module.DEVICE = NAME, "cpu"  # type: ignore[attr-defined]
     module._load = _extension  # type: ignore[attr-defined]
-    module._why_not_here = why_not  # type: ignore[attr-defined]
+    module._why_not_here = lambda: None  # type: ignore[attr-defined]
     return module
 
 
 @functools.cache
-def _extension() -> ModuleType:
+def _extension() -> ModuleType | str:
+    if reason := why_not():
+        return reason
     spec = importlib.util.spec_from_file_location(NAME, library())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

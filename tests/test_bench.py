@@ -1,7 +1,9 @@
 """The benchmarks at tiny sizes: every case and variant runs and agrees with the reference; no number is looked at."""
 
+import importlib.util
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +47,8 @@ def test_every_variant_runs_and_agrees(bench, name):
 
 def test_the_modes_have_the_same_cases():
     families = {mode: {name.split("-")[0] for name in cases.listed(mode)} for mode in cases.SIZES}
-    assert families["full"] == families["tiny"] == set("abcdefghij") | {"nodes", "parameters"}
-    assert families["quick"] == set("abcdefghij")
+    assert families["full"] == families["tiny"] == set("abcdefghijk") | {"nodes", "parameters"}
+    assert families["quick"] == set("abcdefghijk")
 
 
 def test_a_wrong_variant_is_not_timed():
@@ -92,6 +94,45 @@ def test_a_record_survives_being_kept_and_has_no_names_of_places(bench, tmp_path
     printed = io.StringIO()
     run.show(again, Console(file=printed, width=140))
     assert "dampen one ResNet-18" in printed.getvalue()
+
+
+def test_pictures_and_tables_from_a_record(bench, tmp_path):
+    plots = load("plots")
+    for name in ("a", "c", "g", "nodes-1", "nodes-3", "parameters-100", "parameters-1000", "f-fp32"):
+        if bench.record.ours(name) is None:
+            bench.measure(name)
+    with plots.plt.rc_context(plots.STYLE):
+        for draw in (plots.speed, plots.roofline, plots.scaling):
+            draw(bench.record).savefig(tmp_path / "picture.svg")
+            assert (tmp_path / "picture.svg").stat().st_size > 5000
+            plots.plt.close("all")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    assert plots.rewrite(page, plots.table([bench.record], few=True))
+    assert "old" not in page.read_text()
+    assert "| a | dampen one ResNet-18" in page.read_text()
+    assert page.read_text().endswith("<!-- /bench -->\nafter\n")
+
+
+def test_the_guard_sees_a_drop_and_only_that(bench):
+    check = load("check")
+    if bench.record.ours("a") is None:
+        bench.measure("a")
+    before = check.ratios(bench.record)
+    assert ("a", "vs_naive") in before
+    assert ("a", "vs_torch") in before
+    assert not list(check.dropped(before, {key: 0.71 * value for key, value in before.items()}))
+    now = {**before, ("a", "vs_torch"): 0.69 * before["a", "vs_torch"]}
+    assert list(check.dropped(before, now)) == [("a", "vs_torch")]
+
+
+def load(name):
+    """A script of bench/; it is no part of the installed package."""
+    path = Path(__file__).parents[1] / "bench" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"bench_{name}", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_command_line(capsys, monkeypatch):

@@ -261,5 +261,57 @@ def test_why_not_says_why(monkeypatch):
     assert "mps" in backend.why_not("mps")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET=1" in backend.why_not("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    assert backend.why_not("cpu") == "TRITON_INTERPRET was set after the kernels were imported; set it earlier"
+    monkeypatch.setattr(backend, "interpreted", lambda: 1 / 0)
+    assert backend.why_not("cpu") == "Triton cannot be imported: ZeroDivisionError: division by zero"
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in backend.why_not("cuda")
+    assert backend.why_not("cuda") == "Triton is not installed (pip install triton)"
+
+
+def test_why_not_names_what_the_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.why_not("cuda") == "torch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    assert "the interpreter cannot reach GPU memory" in backend.why_not("cuda")
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    backend._why_no_driver.cache_clear()
+    assert backend.why_not("cuda") == "the GPU has compute capability 7.5; Triton needs 8.0"
+    backend._why_no_driver.cache_clear()
+
+
+def test_why_not_names_an_interpreter_that_does_not_go_with_numpy(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    monkeypatch.setattr(np, "__version__", "2.4.1")
+    assert "Triton 3.2.0 does not work with NumPy 2.4.1: install numpy<2.4" in backend.why_not("cpu")
+    monkeypatch.setattr(np, "__version__", "2.3.5")
+    assert backend.why_not("cpu") is None
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    monkeypatch.setattr(np, "__version__", "2.10.0")
+    assert backend.why_not("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "flushes"), [("3.2.0", True), ("3.5.1", True), ("3.6.0", False), ("3.10.0", False)]
+)
+def test_old_tritons_get_a_division_that_does_not_flush(monkeypatch, version, flushes):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    backend._division_flushes.cache_clear()
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    constants = {"MERGE": "max", "POWER": False}
+    assert backend.options("cuda", constants)["FLUSHES"] is flushes
+    assert backend.options("hip", constants)["FLUSHES"] is False
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    assert backend.options("cuda", constants)["FLUSHES"] is False
+    assert "FLUSHES" not in backend.options("cuda", {"GRADIENT": "fp32"})
+    backend._division_flushes.cache_clear()

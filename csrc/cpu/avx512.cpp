@@ -4,6 +4,9 @@
 #include <string.h>
 
 #include "kernels.h"
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #ifdef FIUN_X86
 #if defined(__clang__)
@@ -12,6 +15,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define FIUN_ISA avx512
+#define FIUN_VECTOR_512
 #define FIUN_ISA_NAME "avx512"
 #include "loops.h"
 #if defined(__clang__)

@@ -6,7 +6,7 @@ namespace {
 bool runs_here(const Kernels* kernels) {
 #ifdef FIUN_X86
     __builtin_cpu_init();
-    if (kernels == &avx2::kernels) return __builtin_cpu_supports("avx2");
+    if (kernels == &avx2::kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (kernels == &avx512::kernels) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -29,12 +29,29 @@ using AccumulateLoop = void (*)(void* into, void* gradient, int64_t n, bool squa
 using HistogramLoop = void (*)(const void* original, const void* merged, int64_t n, int low, int64_t base, bool nearest,
                                int32_t* bins);
 
+// into [n] += sum of squares of `rows` rows [n] of products, `stride` elements apart
+using AddSquaresLoop = void (*)(void* into, const void* products, int64_t rows, int64_t stride, int64_t n);
+
+// into [m, k] += sum over samples of (left^T right)^2; left [samples, positions, m] and right [samples, positions, k] with
+// given distances between samples and between positions, in elements; m and k are contiguous.
+struct OuterSquare {
+    const float *left, *right;
+    float* into;
+    int64_t samples, positions, m, k;
+    int64_t left_sample, left_step, right_sample, right_step;
+};
+// columns [from, from + outer_columns) and rows [first, last) of into; panel: scratch [positions * outer_columns]
+using OuterSquareLoop = void (*)(const OuterSquare& o, int64_t from, int64_t first, int64_t last, float* panel);
+
 struct Kernels {
     const char* isa;
     DampenLoop dampen[theta_kinds][fisher_kinds];
     MergeLoop merge[fisher_kinds];
     AccumulateLoop accumulate[theta_kinds][fisher_kinds];
     HistogramLoop histogram[fisher_kinds];
+    AddSquaresLoop add_squares[fisher_kinds];
+    OuterSquareLoop outer_square;
+    int outer_rows, outer_columns;  // of a tile that fits into registers
 };
 
 // Run-time choice is for x86-64; elsewhere the baseline is all there is.

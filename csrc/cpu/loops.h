@@ -10,6 +10,8 @@
 #define FIUN_RESTRICT __restrict
 #endif
 
+#include "squares.h"
+
 namespace fiun {
 namespace FIUN_ISA {
 
@@ -82,28 +84,32 @@ inline void dampen_few(T* theta, const F* original, const F* merged, int64_t n, 
 }
 
 // Theta is neither read nor written on lines where nothing is selected. A block of lines is looked through first, without
-// branches, so that scattered lines of theta are all on their way from memory before the first of them is needed.
+// branches. Where few are selected, blocks are long, so that scattered lines of theta are all on their way from memory
+// before the first is needed; where many are, the hardware sees them coming and what was looked at should stay near.
 template <bool with_exponent, class T, class F>
 inline Counts dampen_all(T* theta, const F* original, const F* merged, int64_t n, const Rule<F>& rule, bool write) {
-    constexpr int lanes = int(line_bytes / sizeof(T)), block = 64;
+    constexpr int lanes = int(line_bytes / sizeof(T)), long_block = 128, short_block = 16;
     Counts counts;
     const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(theta) % line_bytes) / int64_t(sizeof(T));
     const int64_t head = to_line < n ? to_line : n, whole = head + (n - head) / lanes * lanes;
     if (head > 0) dampen_few<with_exponent>(theta, original, merged, head, rule, write, counts);
-    for (int64_t from = head; from < whole; from += block * lanes) {
-        const int64_t to = whole - from < block * lanes ? whole : from + block * lanes;
-        int64_t touched[block + 1];
+    bool dense = true;
+    for (int64_t from = head, to; from < whole; from = to) {
+        const int64_t size = (dense ? short_block : long_block) * lanes;
+        to = whole - from < size ? whole : from + size;
+        int64_t touched[long_block];
         int64_t count = 0;
         for (int64_t i = from; i < to; i += lanes) {
             const bool any = select_line(original + i, merged + i, lanes, rule, counts) != 0;
             touched[count] = i;
             count += any;
-            FIUN_PREFETCH_TO_WRITE(any ? static_cast<const void*>(theta + i) : touched);
+            if (!dense) FIUN_PREFETCH_TO_WRITE(any ? static_cast<const void*>(theta + i) : touched);
         }
         for (int64_t c = 0; c < count; ++c) {
             const int64_t i = touched[c];
             dampen_line<with_exponent>(theta + i, original + i, merged + i, lanes, rule, write, counts);
         }
+        dense = 2 * count * lanes > to - from;
     }
     if (whole < n) {
         dampen_few<with_exponent>(theta + whole, original + whole, merged + whole, n - whole, rule, write, counts);
@@ -119,28 +125,73 @@ Counts dampen(void* theta, const void* original, const void* merged, int64_t n, 
                how.write);
 }
 
+template <Merge how, class F>
+inline void merge_in(F* FIUN_RESTRICT merged, const F* FIUN_RESTRICT forget, F weight, const int n) {
+    FIUN_KEEP_LOOP
+    for (int j = 0; j < n; ++j) merged[j] = merged_with(merged[j], forget[j], weight, how);
+}
+
+// n elements that share a cache line: out = what was merged so far (or nothing, if first), merged with K more sources.
+template <Merge how, int K, bool first, class F>
+inline void merge_line(F* FIUN_RESTRICT out, const F* const* sources, const F* weights, int64_t at, const int n) {
+    F merged[line_bytes / sizeof(F)];
+    FIUN_KEEP_LOOP
+    for (int j = 0; j < n; ++j) {
+        const F term = sources[0][at + j];
+        merged[j] = first ? term * weights[0] : merged_with(out[at + j], term, weights[0], how);
+    }
+    if (K > 1) merge_in<how>(merged, sources[K > 1 ? 1 : 0] + at, weights[K > 1 ? 1 : 0], n);
+    if (K > 2) merge_in<how>(merged, sources[K > 2 ? 2 : 0] + at, weights[K > 2 ? 2 : 0], n);
+    if (K > 3) merge_in<how>(merged, sources[K > 3 ? 3 : 0] + at, weights[K > 3 ? 3 : 0], n);
+    FIUN_KEEP_LOOP
+    for (int j = 0; j < n; ++j) out[at + j] = merged[j];
+}
+
+// All K streams are read side by side: more of memory is on its way at any time than with one after the other.
+template <Merge how, int K, bool first, class F>
+inline void merge_few(F* out, const F* const* sources, const F* weights, int64_t n) {
+    constexpr int lanes = int(line_bytes / sizeof(F));
+    const int64_t whole = n / lanes * lanes;
+    for (int64_t i = 0; i < whole; i += lanes) merge_line<how, K, first>(out, sources, weights, i, lanes);
+    if (whole < n) merge_line<how, K, first>(out, sources, weights, whole, int(n - whole));
+}
+
+template <Merge how, class F>
+inline void merge_all(F* to, const int64_t* sources, const double* weights, int64_t count, int64_t offset, int64_t n,
+                      F scale, Merge kind) {
+    constexpr int64_t block = 2048;  // of `to` stays in the first-level cache while more sources are merged in
+    constexpr int64_t few = 4;
+    for (int64_t at = 0; at < n; at += block) {
+        const int64_t m = n - at < block ? n - at : block;
+        F* const out = to + at;
+        for (int64_t k = 0; k < count; k += few) {
+            const int64_t more = count - k < few ? count - k : few;
+            const F* from[few];
+            F w[few];
+            for (int64_t j = 0; j < more; ++j) {
+                from[j] = reinterpret_cast<const F*>(sources[k + j]) + offset + at;
+                w[j] = F(weights[k + j]);
+            }
+            const auto part = k == 0 ? (more == 1   ? merge_few<how, 1, true, F>
+                                        : more == 2 ? merge_few<how, 2, true, F>
+                                        : more == 3 ? merge_few<how, 3, true, F>
+                                                    : merge_few<how, 4, true, F>)
+                                     : (more == 1   ? merge_few<how, 1, false, F>
+                                        : more == 2 ? merge_few<how, 2, false, F>
+                                        : more == 3 ? merge_few<how, 3, false, F>
+                                                    : merge_few<how, 4, false, F>);
+            part(out, from, w, m);
+        }
+        if (scale == 1 && kind != Merge::mean) continue;
+        for (int64_t i = 0; i < m; ++i) out[i] = merge_finished(out[i], count, scale, kind);
+    }
+}
+
 template <class F>
 void merge(void* to, const int64_t* sources, const double* weights, int64_t count, int64_t offset, int64_t n, int how,
            double scale) {
-    constexpr int64_t block = 2048;  // of `out` stays in the first-level cache while source after source is merged in
-    const Merge kind = Merge(how);
-    for (int64_t at = 0; at < n; at += block) {
-        const int64_t m = n - at < block ? n - at : block;
-        F* FIUN_RESTRICT out = static_cast<F*>(to) + at;
-        for (int64_t k = 0; k < count; ++k) {
-            const F* FIUN_RESTRICT forget = reinterpret_cast<const F*>(sources[k]) + offset + at;
-            const F weight = F(weights[k]);
-            if (k == 0) {
-                for (int64_t i = 0; i < m; ++i) out[i] = forget[i] * weight;
-            } else if (kind == Merge::max) {
-                for (int64_t i = 0; i < m; ++i) out[i] = merged_with(out[i], forget[i], weight, Merge::max);
-            } else {
-                for (int64_t i = 0; i < m; ++i) out[i] = merged_with(out[i], forget[i], weight, Merge::sum);
-            }
-        }
-        if (scale == 1 && kind != Merge::mean) continue;
-        for (int64_t i = 0; i < m; ++i) out[i] = merge_finished(out[i], count, F(scale), kind);
-    }
+    const auto all = Merge(how) == Merge::max ? merge_all<Merge::max, F> : merge_all<Merge::sum, F>;
+    all(static_cast<F*>(to), sources, weights, count, offset, n, F(scale), Merge(how));
 }
 
 template <bool square, bool zero, class T, class F>
@@ -179,6 +230,10 @@ const Kernels kernels = {
      {accumulate<bf16, float>, accumulate<bf16, double>},
      {accumulate<fp16, float>, accumulate<fp16, double>}},
     {histogram<float>, histogram<double>},
+    {add_squares<float>, add_squares<double>},
+    outer_square,
+    tile_rows,
+    tile_columns,
 };
 
 }  // namespace FIUN_ISA

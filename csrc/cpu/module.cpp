@@ -62,6 +62,19 @@ void histogram(int64_t rows, int64_t row_count, int64_t sources, int64_t weights
     run_histogram(choose(isa), table, at<int64_t>(bases), low, nearest, at<int64_t>(counts), threads);
 }
 
+void outer_square(int64_t left, int64_t right, int64_t into, int64_t samples, int64_t positions, int64_t m, int64_t k,
+                  int64_t left_sample, int64_t left_step, int64_t right_sample, int64_t right_step, int threads,
+                  const std::string& isa) {
+    const OuterSquare work{at<float>(left), at<float>(right), at<float>(into), samples,      positions, m, k,
+                           left_sample,     left_step,        right_sample,    right_step};
+    run_outer_square(choose(isa), work, threads);
+}
+
+void add_squares(int64_t into, int64_t products, int64_t rows, int64_t n, int fisher_kind, int threads,
+                 const std::string& isa) {
+    run_add_squares(choose(isa), fisher_kind, into, products, rows, n, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
@@ -82,4 +95,9 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                arg("nearest"), arg("counts"), arg("threads"), arg("isa") = "");
     module.def("accumulate", &accumulate, free_gil, arg("pairs"), arg("pair_count"), arg("square"), arg("zero"),
                arg("threads"), arg("isa") = "");
+    module.def("outer_square", &outer_square, free_gil, arg("left"), arg("right"), arg("into"), arg("samples"),
+               arg("positions"), arg("m"), arg("k"), arg("left_sample"), arg("left_step"), arg("right_sample"),
+               arg("right_step"), arg("threads"), arg("isa") = "");
+    module.def("add_squares", &add_squares, free_gil, arg("into"), arg("products"), arg("rows"), arg("n"),
+               arg("fisher_kind"), arg("threads"), arg("isa") = "");
 }

@@ -7,6 +7,10 @@
 
 #include "pool.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fiun {
 namespace {
 
@@ -14,7 +18,7 @@ constexpr int64_t kind_bytes[theta_kinds] = {4, 8, 2, 2};
 
 // Elements of a merged Fisher that are applied to all nodes before the next ones are merged. Long enough for the
 // hardware to follow each stream, short enough to stay in the second-level cache.
-constexpr int64_t tile = 16384;
+constexpr int64_t tile = 32768;
 
 // Bytes of memory traffic worth handing to a thread at once, and those below which waking a second one costs more.
 constexpr int64_t unit_most = int64_t(4) << 20, unit_least = int64_t(128) << 10;
@@ -24,6 +28,17 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Small enough that every thread gets many, so that none waits long at the end.
 int64_t unit_bytes(int64_t total, int threads) {
     return std::clamp(total / (int64_t(threads) * 16), unit_least, unit_most);
+}
+
+// Large new memory comes page by page as it is first written, which takes longer than a merge. Ask for large pages.
+void expect_writes(int64_t address, int64_t bytes) {
+#ifdef __linux__
+    constexpr int64_t page = int64_t(2) << 20;
+    const int64_t from = divide_up(address, page) * page, to = (address + bytes) / page * page;
+    if (to - from >= 2 * page) madvise(reinterpret_cast<void*>(from), size_t(to - from), MADV_HUGEPAGE);  // a hint
+#else
+    (void)address, (void)bytes;
+#endif
 }
 
 // Hands out the numbers 0 .. count - 1 in order; whoever is free takes the next.
@@ -177,6 +192,7 @@ void run_merge(const Kernels& kernels, int fisher_kind, const int64_t* sources, 
                int merge, double scale, int64_t out, int64_t n, int threads) {
     const int64_t bytes = kind_bytes[fisher_kind];
     const int64_t step = divide_up(unit_bytes(n * bytes * (count + 1), threads), bytes * (count + 1));
+    expect_writes(out, n * bytes);
     auto do_part = [&](int64_t part, int) {
         const int64_t from = part * step, length = std::min(step, n - from);
         kernels.merge[fisher_kind](reinterpret_cast<char*>(out) + from * bytes, sources, weights, count, from, length,

@@ -41,4 +41,10 @@ void run_accumulate(const Kernels& kernels, const int64_t* pairs, int64_t pair_c
 void run_histogram(const Kernels& kernels, const DampenTable& table, const int64_t* bases, int low, bool nearest,
                    int64_t* counts, int threads);
 
+void run_outer_square(const Kernels& kernels, const OuterSquare& work, int threads);
+
+// into [n] += sum of the squares of products [rows, n]
+void run_add_squares(const Kernels& kernels, int fisher_kind, int64_t into, int64_t products, int64_t rows, int64_t n,
+                     int threads);
+
 }  // namespace fiun

@@ -51,6 +51,10 @@ void accumulate(int device, int64_t pairs, int64_t pair_count, bool square, bool
     run_accumulate(device, at<int64_t>(pairs), pair_count, square, zero, stream);
 }
 
+void add_squares(int device, int64_t into, int64_t products, int64_t rows, int64_t n, int fisher_kind, int64_t stream) {
+    run_add_squares(device, fisher_kind, into, products, rows, n, stream);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FIUN_CUDA_MODULE, module, py::mod_gil_not_used()) {
@@ -80,4 +84,6 @@ PYBIND11_MODULE(FIUN_CUDA_MODULE, module, py::mod_gil_not_used()) {
                arg("n"), arg("fisher_kind"), arg("how"), arg("scale"), arg("stream"));
     module.def("accumulate", &accumulate, free_gil, arg("device"), arg("pairs"), arg("pair_count"), arg("square"),
                arg("zero"), arg("stream"));
+    module.def("add_squares", &add_squares, free_gil, arg("device"), arg("into"), arg("products"), arg("rows"), arg("n"),
+               arg("fisher_kind"), arg("stream"));
 }

@@ -232,4 +232,20 @@ void run_accumulate(int device, const int64_t* pairs, int64_t pair_count, bool s
     }
 }
 
+void run_add_squares(int device, int fisher_kind, int64_t into, int64_t products, int64_t rows, int64_t n, int64_t stream) {
+    if (n == 0 || rows == 0) return;
+    const OnDevice on(device);
+    const SquaresKernel kernel = squares_kernel(fisher_kind);
+    const TileShape shape = tile_shape(fisher_kind, fisher_kind);
+    const int64_t bytes = kind_bytes[fisher_kind];
+    std::vector<Stream> streams{{into, bytes}, {products, bytes}};
+    if (rows > 1) streams.push_back({products + n * bytes, bytes});  // if the second row lies well, so do all
+    std::vector<Span> spans;
+    append_spans(spans, streams, n, shape);
+    SquaresArgs args{into, products, rows, n, {}};
+    number_tiles(args.walk, spans.data(), int(spans.size()), shape.step,
+                 int64_t(resident_blocks(device, kernel)) * block_warps);
+    launch("launch of add_squares", kernel, device, args.walk.tile_count, args, stream);
+}
+
 }  // namespace fiun

@@ -14,12 +14,14 @@ using DampenKernel = void (*)(DampenArgs);
 using HistogramKernel = void (*)(HistogramArgs);
 using MergeKernel = void (*)(MergeArgs);
 using AccumulateKernel = void (*)(AccumulateArgs);
+using SquaresKernel = void (*)(SquaresArgs);
 
 DampenKernel dampen_kernel_f32(int theta_kind, bool with_exponent);
 DampenKernel dampen_kernel_f64(int theta_kind, bool with_exponent);
 HistogramKernel histogram_kernel(int fisher_kind);
 MergeKernel merge_kernel(int fisher_kind);
 AccumulateKernel accumulate_kernel(int gradient_kind, int fisher_kind);
+SquaresKernel squares_kernel(int fisher_kind);
 
 int toolkit_version();            // that this was compiled with, as 13000 for CUDA 13.0
 int driver_version();             // the newest CUDA that the driver knows; 0: no driver
@@ -47,5 +49,8 @@ void run_merge(int device, int fisher_kind, const int64_t* sources, const double
 
 // pairs [pair_count, 5]: address of a gradient, address of its accumulator, length, kind of either
 void run_accumulate(int device, const int64_t* pairs, int64_t pair_count, bool square, bool zero, int64_t stream);
+
+// into [n] += sum of the squares of products [rows, n]
+void run_add_squares(int device, int fisher_kind, int64_t into, int64_t products, int64_t rows, int64_t n, int64_t stream);
 
 }  // namespace fiun

@@ -105,6 +105,14 @@ struct AccumulateArgs {
     bool square, zero;
 };
 
+// ---- squares: the epilogue of a batched product ---------------------------------------------------------------------
+
+struct SquaresArgs {
+    int64_t into, products;  // into [n] += sum over r of products [rows, n] squared
+    int64_t rows, n;
+    Walk<3> walk;
+};
+
 static_assert(sizeof(MergeArgs) <= 4096 && sizeof(AccumulateArgs) <= 4096, "kernel arguments are limited to 4 KiB");
 
 }  // namespace fiun

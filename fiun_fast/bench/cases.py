@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import fishers, whole
+from . import exact, fishers, whole
 from .dampening import Network, head, resnet18
 from .measure import Case
 
@@ -28,6 +28,7 @@ class Size:
     planned: tuple[int, ...]  # case i
     whole: int  # case j, ResNet-18s
     batch: int  # images in each of their mini-batches
+    exact: tuple[int, int]  # case k: width of the network, images in a mini-batch
     scale_nodes: tuple[int, ...]
     scale_parameters: tuple[int, ...]
 
@@ -44,6 +45,7 @@ SIZES = {
         planned=(1_000, 10_000, 100_000),
         whole=8,
         batch=16,
+        exact=(32, 64),
         scale_nodes=(1, 10, 100, 1_000, 10_000),
         scale_parameters=(1_000, 10_000, 100_000, 1_000_000, 10_000_000),
     ),
@@ -58,6 +60,7 @@ SIZES = {
         planned=(10_000,),
         whole=2,
         batch=16,
+        exact=(32, 64),
         scale_nodes=(),
         scale_parameters=(),
     ),
@@ -72,6 +75,7 @@ SIZES = {
         planned=(5, 40),
         whole=3,
         batch=2,
+        exact=(2, 4),
         scale_nodes=(1, 3),
         scale_parameters=(100, 1_000),
     ),
@@ -95,21 +99,21 @@ def _cases(size: Size) -> Iterator[tuple[str, Make]]:
     resnet = resnet18(size.width)
     wide, narrow = head(size.features[0], 100), head(size.features[1], 10)
     yield network("a", "dampen one ResNet-18, half selected", resnet, 1, 1)
-    yield network("a-all", "the same, all selected", resnet, 1, 1, "all")
-    yield network("b-clustered", "the same, 1 % selected, in runs", resnet, 1, 1, "clustered")
-    yield network("b-scattered", "the same, 1 % selected, anywhere", resnet, 1, 1, "scattered")
-    yield network("c", f"DAG of {size.nodes} ResNet-18s, 3 requests", resnet, size.nodes, 3)
-    yield network("d", f"DAG of {size.heads:,} heads of 51,300, 3 requests", wide, size.heads, 3)
-    yield network("e", f"DAG of {size.many:,} heads of 5,130, 3 requests", narrow, size.many, 3)
+    yield network("a-all", "dampen one ResNet-18, all selected", resnet, 1, 1, "all")
+    yield network("b-clustered", "dampen one ResNet-18, 1 % selected, in runs", resnet, 1, 1, "clustered")
+    yield network("b-scattered", "dampen one ResNet-18, 1 % selected, anywhere", resnet, 1, 1, "scattered")
+    yield network("c", f"dampen a DAG of {size.nodes} ResNet-18s, 3 requests", resnet, size.nodes, 3)
+    yield network("d", f"dampen a DAG of {size.heads:,} heads of 51,300, 3 requests", wide, size.heads, 3)
+    yield network("e", f"dampen a DAG of {size.many:,} heads of 5,130, 3 requests", narrow, size.many, 3)
     one = {"weight": (size.flat,)}
-    yield network("f-fp32", f"one flat model of {size.flat / 1e6:g} M, fp32", one, 1, 1)
-    yield network("f-bf16", f"one flat model of {size.flat / 1e6:g} M, bf16", one, 1, 1, dtype=torch.bfloat16)
+    yield network("f-fp32", f"dampen one flat model of {size.flat / 1e6:g} M, fp32", one, 1, 1)
+    yield network("f-bf16", f"dampen one flat model of {size.flat / 1e6:g} M, bf16", one, 1, 1, dtype=torch.bfloat16)
 
     def fisher(make: Callable[..., Case], name: str, title: str, *arguments: object) -> tuple[str, Make]:
         return name, lambda device, compiler: make(name, title, resnet, device, *arguments)
 
     yield fisher(fishers.accumulate, "g", "accumulate g² of a ResNet-18", False)
-    yield fisher(fishers.accumulate, "g-zero", "the same, and zero the gradients", True)
+    yield fisher(fishers.accumulate, "g-zero", "accumulate g² of a ResNet-18 and zero it", True)
     yield fisher(fishers.in_hooks, "g-hooks", "backward and accumulate, after it or in hooks")
 
     def planned(name: str, title: str, nodes: int) -> tuple[str, Make]:
@@ -126,6 +130,10 @@ def _cases(size: Size) -> Iterator[tuple[str, Make]]:
         "j-resnet",
         lambda device, compiler: whole.resnets("j-resnet", many, device, size.whole, size.width, size.batch),
     )
+
+    images = f"2 batches of {size.exact[1]} through a conv net"
+    yield "k-sample", lambda device, compiler: exact.sample("k-sample", f"sample Fisher, {images}", device, *size.exact)
+    yield "k-head", lambda device, compiler: exact.head("k-head", f"Fisher of the head, {images}", device, *size.exact)
 
     for n in size.scale_nodes:
         title = f"scaling: heads of 5,130, {n:,} nodes"

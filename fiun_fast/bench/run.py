@@ -17,7 +17,11 @@ from .measure import Case, Effort, Machine, check, kernel_launches, operator_cal
 from .results import Record, Row
 
 EFFORTS = {"full": Effort(5, 30, 1.5), "quick": Effort(3, 15, 0.3), "tiny": Effort(1, 2, 0.0)}
-WEIGHED = ("a", "c", "d", "e", "g", "g-hooks", "h-8")  # cases whose memory is measured
+WEIGHED = {  # cases whose memory is measured
+    "full": ("a", "c", "d", "e", "g", "g-hooks", "h-8", "j-resnet"),
+    "quick": ("a", "c", "d", "g-hooks"),
+    "tiny": ("a", "g-hooks"),
+}
 
 
 class Bench:
@@ -54,7 +58,11 @@ class Bench:
         agreement = check(case)
         times = race(case, self.machine, EFFORTS[self.mode])
         rows = results.rows_of(case, self.device.type, times, self.machine.copy_bytes, agreement)
-        weights = memory.peaks(name, self.mode, self.device, self.compiler) if self.weigh and name in WEIGHED else {}
+        weights = (
+            memory.peaks(name, self.mode, self.device, self.compiler)
+            if self.weigh and name in WEIGHED[self.mode]
+            else {}
+        )
         by_name = {variant.name: variant for variant in case.variants}
         for row in rows:
             row.extra_bytes = weights.get(row.variant)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 
 from ..errors import ArgumentError, DeviceError, DTypeError, EstimationError
 from ..fisher import FISHER_DTYPES, Fisher, Provenance
 from ..kernels import select
 from ..layout import Layout, Params, select_parameters
+from .streaming import at_steps, in_backward
 
 POWERS = {"batch": 2, "label_free": 1}
 
@@ -25,6 +29,7 @@ class FisherAccumulator:
         dtype: of the sum, float32 or float64; gradients of half precision are widened before they are squared.
         backend: name of one; None for the default of the parameters' device.
         estimator: "batch" or "label_free".
+        allow_frozen: take parameters that do not require grad along, as zeros, instead of refusing them.
 
     Raises:
         ArgumentError: unknown estimator; a selected parameter does not require grad, so no gradient would ever arrive.
@@ -41,6 +46,7 @@ class FisherAccumulator:
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
         estimator: str = "batch",
+        allow_frozen: bool = False,
     ) -> None:
         if estimator not in POWERS:
             raise ArgumentError(f"estimator is {estimator!r}, expected one of {', '.join(POWERS)}")
@@ -49,15 +55,18 @@ class FisherAccumulator:
         self._parameters = select_parameters(model, params)
         first, like = next(iter(self._parameters.items()))
         for name, p in self._parameters.items():
-            if not p.requires_grad:
+            if not p.requires_grad and not allow_frozen:
                 raise ArgumentError(f"parameter {name!r} does not require grad: no gradient will arrive")
             if p.device != like.device:
                 raise DeviceError(f"parameter {name!r} is on {p.device}, expected {like.device} as {first!r}")
         self.layout = Layout({name: p.shape for name, p in self._parameters.items()})
         self._backend = select(backend, like.device.type)
-        self._sum = torch.zeros(self.layout.numel, dtype=dtype, device=like.device)
+        self._dtype, self._device, self._estimator = dtype, like.device, estimator
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sum = torch.zeros(self.layout.numel, dtype=self._dtype, device=self._device)
         self._views = {name: view.view(-1) for name, view in self.layout.views(self._sum).items()}
-        self._estimator = estimator
         self.steps = 0
         self.samples = 0
 
@@ -74,31 +83,84 @@ class FisherAccumulator:
             EstimationError: no parameter has a gradient.
 
         """
-        gradients, into, sparse = [], [], []
-        for name, p in self._parameters.items():
-            if p.grad is None:
-                continue
-            gradient = p.grad.detach()
-            if gradient.layout != torch.strided:  # nn.Embedding(sparse=True)
-                sparse.append(p.grad)
-                gradient = gradient.to_dense()
-            elif not gradient.is_contiguous():
-                if zero_grads:
-                    sparse.append(p.grad)
-                gradient = gradient.contiguous()
-            gradients.append(gradient)
-            into.append(self._views[name])
-        if not gradients:
+        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        if not found:
             raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
-        self._backend.accumulate(gradients, into, POWERS[self._estimator], zero_grads)
-        if zero_grads:
-            for original in sparse:  # copies were read above; these are the gradients themselves
-                original.zero_()
+        self._fold(found, zero_grads)
         self.steps += 1
         self.samples += samples
 
-    def result(self) -> Fisher:
+    def _fold(self, found: dict[str, torch.Tensor], zero_grads: bool = False) -> None:
+        if not self._views:
+            self._begin()
+        gradients, into, copied = [], [], []
+        for name, grad in found.items():
+            gradient = grad
+            if gradient.layout != torch.strided:  # nn.Embedding(sparse=True)
+                copied.append(grad)
+                gradient = gradient.to_dense()
+            elif not gradient.is_contiguous():
+                copied.append(grad)
+                gradient = gradient.contiguous()
+            gradients.append(gradient.detach() if gradient.requires_grad else gradient)  # create_graph=True
+            into.append(self._views[name])
+        self._backend.accumulate(gradients, into, POWERS[self._estimator], zero_grads)
+        if zero_grads:
+            for original in copied:  # copies were read above; these are the gradients themselves
+                original.zero_()
+
+    def streaming(
+        self, every: int = 1, scale: float | Callable[[], float] = 1.0, free: bool = True
+    ) -> AbstractContextManager[None]:
+        """Inside `with`, every `loss.backward()` is an update: each gradient is folded in as it arrives, and freed.
+
+        No gradient outlives its own moment, so memory stays that of the largest one. Works with autocast and with
+        gradient checkpointing (reentrant: where each parameter lies in one segment). Under DistributedDataParallel
+        gradients arrive before they are reduced: use `during` or `update` there.
+
+        Args:
+            every: backward passes that make one mini-batch (gradient accumulation); gradients add up in between.
+            scale: by which the loss is multiplied, or a callable that tells, as `GradScaler.get_scale`.
+            free: set `.grad` to None after it was used; False leaves it to an optimiser.
+
+        Raises:
+            ArgumentError: `every` is not a whole number above 0.
+
+        """
+
+        def stepped(count: int) -> None:
+            self.steps += count
+
+        fold = lambda name, gradient: self._fold({name: gradient})  # noqa: E731
+        return in_backward(self._parameters, every, scale, free, fold, stepped)
+
+    def during(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Inside `with`, every step of a training loop's optimiser is an update, before it changes the parameters.
+
+        The gradients are those the optimiser sees: accumulated over micro-batches, reduced over processes
+        (DistributedDataParallel), clipped if the loop clips, and unscaled under a GradScaler, whose skipped steps are
+        not counted. They are training-mode gradients of changing parameters: docs/fishers.md.
+
+        Raises:
+            ArgumentError: it is no optimiser.
+            EstimationError: at a step, no parameter has a gradient.
+
+        """
+
+        def collect(scale: float) -> None:
+            if scale == 1:
+                self.update()
+                return
+            self._fold({name: p.grad / scale for name, p in self._parameters.items() if p.grad is not None})
+            self.steps += 1
+
+        return at_steps(optimizer, collect)
+
+    def result(self, in_place: bool = False) -> Fisher:
         """The mean of the squares (`label_free`: sizes) so far, as a new Fisher; more updates may follow.
+
+        Args:
+            in_place: divide the sum itself and hand it over, without a second buffer; the accumulator starts anew then.
 
         Raises:
             EstimationError: there was no update.
@@ -106,4 +168,9 @@ class FisherAccumulator:
         """
         if self.steps == 0:
             raise EstimationError("no gradients were accumulated: call update() after each loss.backward()")
-        return Fisher(self._sum / self.steps, self.layout, Provenance(self._estimator, self.steps, self.samples))
+        provenance = Provenance(self._estimator, self.steps, self.samples)
+        if not in_place:
+            return Fisher(self._sum / self.steps, self.layout, provenance)
+        done = Fisher(self._sum.div_(self.steps), self.layout, provenance)
+        self._sum, self._views, self.steps, self.samples = torch.empty(0), {}, 0, 0  # update() begins anew
+        return done

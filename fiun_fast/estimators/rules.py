@@ -11,6 +11,7 @@ The first is what BackPACK (arXiv 1912.10985) calls sum_grad_squared. No per-sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch.nn import functional
 from .capture import Use
 from .sums import Sums
 
-UNFOLDED = 1 << 20  # elements of an unfolded input at a time: stays in the cache
+UNFOLDED = 1 << 21  # elements of an unfolded input at a time: stays in the cache
 Rule = Callable[[Sums, Use, Tensor, Tensor], None]
 
 
@@ -84,20 +85,31 @@ def _conv(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
         return
     groups = use.arguments.get("groups", 1)
     out_channels, in_channels, *kernel = use.arguments["weight_shape"]
-    unfolded = in_channels * groups * d.shape[-1] * s * int(torch.tensor(kernel).prod())
-    for part in chunks(b, unfolded):
-        windows = unfold(a[part].flatten(0, 1), kernel, use.arguments, groups)  # [b * s, G, K, T]
-        left = d[part].unflatten(2, (groups, out_channels // groups))  # [b, s, G, M, T]
-        if s > 1:
-            windows = windows.unflatten(0, (-1, s)).permute(0, 2, 3, 1, 4).flatten(3)
-            left = left.permute(0, 2, 3, 1, 4).flatten(3)
-        else:
-            left = left[:, 0]
-        sums.outer(weight, left, windows)
+    depth, positions = in_channels * math.prod(kernel), d.shape[-1]
+    channels_last = groups == 1  # rows of channels are copied faster than single elements; the sum is turned back
+    into = sums.buffer.new_zeros(out_channels, *kernel, in_channels if channels_last else 0)
+    memory: Tensor | None = None
+    for part in chunks(b, depth * groups * positions * s):
+        strided = unfold(sums.number(a[part]).flatten(0, 1), kernel, use.arguments, channels_last)
+        memory = strided.new_empty(strided.shape) if memory is None else memory  # taken once: new pages are dear
+        windows = memory[: len(strided)].copy_(strided)
+        if channels_last:  # [b * s, *T, *kernel, C]
+            right = windows.view(-1, 1, s * positions, depth).transpose(2, 3)
+            left = sums.number(d[part]).permute(0, 1, 3, 2).reshape(-1, 1, s * positions, out_channels).transpose(2, 3)
+            sums.kernels.outer_square_accumulate(left, right, into.view(-1))
+        else:  # [b * s, C, *kernel, *T]
+            right = windows.view(-1, s, groups, depth, positions).permute(0, 2, 3, 1, 4).flatten(3)
+            left = d[part].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+            sums.outer(weight, left, right)
+    if channels_last:
+        sums.rows(weight).add_(into.movedim(-1, 1))
 
 
-def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], groups: int) -> Tensor:
-    """Windows that a convolution's kernel sees: [B, C, ...] -> [B, G, C/G * kernel, T], in the weight's order."""
+def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], channels_last: bool) -> Tensor:
+    """Windows that a convolution sees, as a view of the padded input [B, C, ...].
+
+    Returns: [B, C, *kernel, *T], or [B, *T, *kernel, C] with channels next to one another in memory.
+    """
     n = len(kernel)
     stride, dilation = (_each(arguments.get(key, 1), n) for key in ("stride", "dilation"))
     padding = arguments.get("padding", 0)
@@ -106,20 +118,24 @@ def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], groups: int)
         pads = [(t // 2, t - t // 2) for t in total]
     else:
         pads = [(p, p) for p in _each(0 if padding == "valid" else padding, n)]
+    if channels_last:
+        a = a.movedim(1, -1).contiguous().movedim(-1, 1)
     if any(low or high for low, high in pads):
         a = functional.pad(a, [p for pair in reversed(pads) for p in pair])
+    if channels_last:
+        a = a.movedim(1, -1).contiguous().movedim(-1, 1)  # nothing to do where padding kept the order
     sizes = [
         (length - d * (k - 1) - 1) // s + 1
         for length, k, s, d in zip(a.shape[2:], kernel, stride, dilation, strict=True)
     ]
     batch, channel, *steps = a.stride()
-    windows = a.as_strided(
-        (*a.shape[:2], *kernel, *sizes),
-        (batch, channel, *(t * d for t, d in zip(steps, dilation, strict=True)),
-         *(t * s for t, s in zip(steps, stride, strict=True))),
-        a.storage_offset(),
-    )  # fmt: skip
-    return windows.reshape(a.shape[0], groups, -1, int(torch.tensor(sizes).prod()))
+    inside = tuple(t * d for t, d in zip(steps, dilation, strict=True))
+    across = tuple(t * s for t, s in zip(steps, stride, strict=True))
+    if channels_last:
+        shape, strides = (len(a), *sizes, *kernel, a.shape[1]), (batch, *across, *inside, channel)
+    else:
+        shape, strides = (*a.shape[:2], *kernel, *sizes), (batch, channel, *inside, *across)
+    return a.as_strided(shape, strides, a.storage_offset())
 
 
 def _embedding(sums: Sums, use: Use, index: Tensor, d: Tensor) -> None:

@@ -210,39 +210,87 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
         DTypeError: a dtype that the backend does not take.
 
     """
-    dense = [gradient.detach().contiguous() for gradient in gradients]
-    pairs = np.array(
-        [
-            (g.data_ptr(), total.data_ptr(), total.numel(), _kind(g.dtype, KINDS), _kind(total.dtype, FISHER_KINDS))
-            for g, total in zip(dense, into, strict=True)
-        ],
-        dtype=np.int64,
-    )
+    dense = [g if g.is_contiguous() else g.contiguous() for g in gradients]
+    pairs = np.empty((len(dense), 5), dtype=np.int64)
+    try:  # few calls a pair: with many small parameters they would take longer than the sums
+        pairs[:, 0] = [g.data_ptr() for g in dense]
+        pairs[:, 1] = [total.data_ptr() for total in into]
+        pairs[:, 2] = [total.numel() for total in into]
+        pairs[:, 3] = [KINDS[g.dtype] for g in dense]
+        pairs[:, 4] = [FISHER_KINDS[total.dtype] for total in into]
+    except KeyError as error:
+        raise _unknown(error.args[0], KINDS) from None
     extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
     if zero:
         for gradient, copy in zip(gradients, dense, strict=True):
-            if gradient.data_ptr() != copy.data_ptr():
+            if gradient is not copy:
                 gradient.detach().zero_()
 
 
+PRODUCTS = 1 << 18  # elements multiplied at a time by the library: still in the second-level cache when squared
+MOST_POSITIONS = 512  # with more of them squares are a trifle beside the products, and the library is faster
+
+
 def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
-    """into += sum_b (sum_t left_bgmt right_bgkt)^2; shapes as in `reference`."""
-    b, groups, m, t = left.shape
+    """into += sum_b (sum_t left_bgmt right_bgkt)^2.
+
+    Three ways, by what measured fastest (docs/fishers.md). One position and one group: a product of squares. Few
+    positions, float32, M and K contiguous in memory: csrc/cpu/squares.h, where squares are added from registers.
+    Else: torch's batched product, a few samples at a time, and squares added while it is in the cache.
+
+    Args:
+        left: [B, G, M, T], any strides; dtype of `into`.
+        right: [B, G, K, T], the same.
+        into: flat [G * M * K], contiguous, fp32 or fp64.
+
+    Raises:
+        DTypeError: dtypes that differ or that the backend does not take.
+
+    """
+    samples, groups, m, t = left.shape
     k = right.shape[2]
-    if t == 1 and groups == 1:
-        into.view(m, k).addmm_(left.view(b, m).square().t(), right.view(b, k).square())
+    kind = _kind(into.dtype, FISHER_KINDS)
+    if left.dtype != into.dtype or right.dtype != into.dtype:
+        raise DTypeError(f"outer_square_accumulate: {left.dtype} and {right.dtype}, expected {into.dtype}")
+    if into.numel() == 0 or samples == 0 or t == 0:
         return
-    target = into.view(groups, m, k)
-    step = max(1, (1 << 18) // (groups * m * k))
-    for at in range(0, b, step):
-        g = torch.matmul(left[at : at + step], right[at : at + step].transpose(2, 3))
-        target += g.square_().sum(0)
+    module, threads, instructions = extension(), torch.get_num_threads(), isa()
+    if t == 1 and groups == 1:
+        into.view(m, k).addmm_(left.reshape(samples, m).square().t(), right.reshape(samples, k).square())
+    elif kind == 0 and groups == 1 and t < MOST_POSITIONS and left.stride(2) == right.stride(2) == 1:
+        module.outer_square(
+            left.data_ptr(),
+            right.data_ptr(),
+            into.data_ptr(),
+            samples,
+            t,
+            m,
+            k,
+            left.stride(0),
+            left.stride(3),
+            right.stride(0),
+            right.stride(3),
+            threads,
+            instructions,
+        )
+    else:
+        step = min(samples, max(1, PRODUCTS // (groups * m * k)))
+        products = left.new_empty(step * groups, m, k)
+        for at in range(0, samples, step):
+            rows = min(step, samples - at)
+            a, b = (x[at : at + rows].flatten(0, 1) for x in (left, right))
+            torch.bmm(a, b.transpose(1, 2), out=products[: rows * groups])
+            module.add_squares(into.data_ptr(), products.data_ptr(), rows, groups * m * k, kind, threads, instructions)
 
 
 def _kind(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> int:
     if dtype not in kinds:
-        raise DTypeError(f"backend 'cpu' takes {', '.join(map(str, kinds))} here, found {dtype}")
+        raise _unknown(dtype, kinds)
     return kinds[dtype]
+
+
+def _unknown(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> DTypeError:
+    return DTypeError(f"backend 'cpu' takes {', '.join(map(str, kinds))} here, found {dtype}")
 
 
 def _packed(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:

@@ -7,8 +7,10 @@ to outlive the graph, because the graph refers to its tables. Work goes to torch
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -68,6 +70,21 @@ def architectures() -> list[str]:
     return _extension().architectures.split(",")
 
 
+def driver() -> str:
+    """Version of the NVIDIA driver, and the newest CUDA it is for; "none" where there is none.
+
+    Raises:
+        BackendError: the extension is missing, or a CUDA call failed.
+
+    """
+    newest = _call(_extension().driver_version)
+    if newest == 0:
+        return "none"
+    kernel_module = Path("/proc/driver/nvidia/version")
+    found = re.search(r"(\d+\.\d+(\.\d+)?)  ", kernel_module.read_text()) if kernel_module.exists() else None
+    return f"{found[1] if found else 'of unknown version'}, for CUDA up to {_dotted(newest)}"
+
+
 def toolkit() -> str:
     """Version of the CUDA toolkit that the extension was built with, and the driver it needs.
 
@@ -79,21 +96,15 @@ def toolkit() -> str:
     return f"CUDA {_dotted(version)}, which needs driver {DRIVERS.get(version // 1000, 'of that version')} or newer"
 
 
-def contents() -> str:
-    """What is inside the extension, to be appended to a sentence; empty where it is missing."""
-    if isinstance(_load(), str):
-        return ""
-    return f"; inside: code for {', '.join(architectures())}, built with {toolkit()}"
-
-
-def runs_on(capability: int, inside: Sequence[str]) -> bool:
+def runs_on(capability: int, inside: Sequence[str], ptx: bool = True) -> bool:
     """Whether a GPU of that compute capability (90 for 9.0) can run one of these architectures.
 
-    Machine code runs on its own capability and later minor ones, PTX on all that came after.
+    Machine code runs on its own capability and later minor ones, PTX on all that came after; without `ptx` it does not
+    count, because the driver is older than the toolkit.
     """
     for architecture in inside:
-        number = int(architecture.removesuffix("+PTX"))
-        if capability >= number and (architecture.endswith("+PTX") or capability // 10 == number // 10):
+        number, _, is_ptx = architecture.partition("+")
+        if capability >= int(number) and (ptx if is_ptx else capability // 10 == int(number) // 10):
             return True
     return False
 
@@ -118,9 +129,10 @@ def _why_not_here() -> str | None:
     except RuntimeError as error:
         return str(error)
     inside = architectures()
-    if not any(runs_on(capability, inside) for capability in found):
+    if not any(runs_on(capability, inside, driver >= needed) for capability in found):
         listed = ", ".join(f"{capability / 10:.1f}" for capability in found)
-        return f"it has code for {', '.join(inside)}, and none that runs on compute capability {listed}"
+        old = "" if driver >= needed else f" by a driver for CUDA {_dotted(driver)}, which takes no newer PTX"
+        return f"it has code for {', '.join(inside)}, and none that runs on compute capability {listed}{old}"
     return None
 
 
@@ -218,13 +230,14 @@ def dampen(table: DampenTable) -> Launch:
     # Blocking copies: whichever stream launches later finds the tables there.
     tables = [torch.from_numpy(np.ascontiguousarray(array)).to(table.device) for array in host]
     addresses = [uploaded.data_ptr() for uploaded in tables]
+    owned = [*tables, table.counts, *(forget for group in table.groups for forget in group.forgets)]
     uploaded_on = _stream(table.device)
 
     def launch(dry_run: bool) -> None:
         stream = _stream(table.device)
         if stream != uploaded_on:  # should the plan go away, this memory is not handed out before the stream is done
-            for uploaded in tables:
-                uploaded.record_stream(torch.cuda.current_stream(table.device))
+            for tensor in owned:
+                tensor.record_stream(torch.cuda.current_stream(table.device))
         _call(
             extension.dampen,
             device,
@@ -360,6 +373,45 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
         for gradient, copy in zip(gradients, dense, strict=True):
             if gradient.data_ptr() != copy.data_ptr():
                 gradient.detach().zero_()
+
+
+PRODUCTS_BYTES = 16 << 20  # multiplied at a time: still in the L2 cache when the squares are added
+
+
+def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    """into += sum_b (sum_t left_bgmt right_bgkt)^2: torch's batched product (cuBLAS), then the squares of what it left.
+
+    Products are exact fp32 unless torch.backends.cuda.matmul.allow_tf32 lets the tensor cores round their inputs.
+
+    Args:
+        left: [B, G, M, T], any strides; dtype of `into`.
+        right: [B, G, K, T], the same.
+        into: flat [G * M * K], contiguous, fp32 or fp64.
+
+    Raises:
+        DTypeError: dtypes that differ or that the backend does not take.
+        BackendError: a CUDA call failed.
+
+    """
+    samples, groups, m, t = left.shape
+    k = right.shape[2]
+    kind = _kind(into.dtype, FISHER_KINDS)
+    if left.dtype != into.dtype or right.dtype != into.dtype:
+        raise DTypeError(f"outer_square_accumulate: {left.dtype} and {right.dtype}, expected {into.dtype}")
+    if into.numel() == 0 or samples == 0 or t == 0:
+        return
+    if t == 1 and groups == 1:  # one position: a product of squares
+        into.view(m, k).addmm_(left.reshape(samples, m).square().t(), right.reshape(samples, k).square())
+        return
+    step = min(samples, max(1, PRODUCTS_BYTES // (into.numel() * into.element_size())))
+    products = left.new_empty(step * groups, m, k)
+    device, stream = _index(into.device), _stream(into.device)
+    for at in range(0, samples, step):
+        rows = min(step, samples - at)
+        a, b = (x[at : at + rows].flatten(0, 1) for x in (left, right))
+        torch.bmm(a, b.transpose(1, 2), out=products[: rows * groups])
+        arguments = (device, into.data_ptr(), products.data_ptr(), rows, into.numel(), kind, stream)
+        _call(_extension().add_squares, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

@@ -27,8 +27,9 @@ name = "triton"
 BLOCK = 2048  # elements of a tile: 16 a thread, so four 16-byte loads in flight for each stream of fp32
 INTERPRETED_BLOCK = 8192  # the interpreter pays by the program, hardly by the element
 NUM_WARPS = 4
-PROGRAMS_PER_SM = 6 * 4  # 6 programs fit on an SM at once (registers); 4 rounds of them even out the tail
-MAX_REGISTERS = 80  # what 6 programs leave each thread; holds the float32 kernels without spills, so said to ptxas
+PROGRAMS_PER_SM = 5 * 4  # 5 programs fit on an SM at once (registers); 4 rounds of them even out the tail
+MAX_REGISTERS = 96  # what 5 programs leave each thread; with 80, for 6, some versions of ptxas spill
+MAX_REGISTERS_WIDE = 168  # for 3 programs, where a tile is computed in float64
 OLDEST_CAPABILITY = (8, 0)
 TILE_FIELDS = ("start", "length", "first_source", "sources", "first_target", "targets", "aligned")
 
@@ -74,10 +75,28 @@ def why_not(device_type: str) -> str | None:
     except Exception as error:  # a broken or too old Triton fails in ways of its own; doctor shows which
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     if device_type == "cpu":
-        return None if interprets else "TRITON_INTERPRET was set after the kernels were imported; set it earlier"
+        if not interprets:
+            return "TRITON_INTERPRET was set after the kernels were imported; set it earlier"
+        return _why_no_interpreter()
     if interprets:
         return "TRITON_INTERPRET is set, and the interpreter cannot reach GPU memory"
     return _why_no_driver()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Major and minor, to be compared."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _why_no_interpreter() -> str | None:
+    import triton
+
+    if _version(triton.__version__) < (3, 7) and _version(np.__version__) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} does not work with NumPy {np.__version__}: "
+            "install numpy<2.4, or Triton 3.7 or newer"
+        )
+    return None
 
 
 @lru_cache
@@ -177,13 +196,18 @@ class DampenLaunch:
         )
         # a blocking copy: whichever stream launches later finds the tables there
         self._arguments = [torch.from_numpy(np.ascontiguousarray(a)).to(table.device) for a in host] + [table.counts]
+        self._uploaded_on = _stream(table.device)
         self._constants = dampen_constants(table.fisher_dtype, table.theta_dtype, table.merge, table.exponent != 1)
 
     def __call__(self, dry_run: bool = False) -> None:
         """Dampen every node of the table, or only count."""
+        device = self.table.device
+        if _stream(device) != self._uploaded_on:  # keeps their memory for this stream, should the plan go away first
+            for tensor in self._arguments:
+                tensor.record_stream(torch.cuda.current_stream(device))
         self.table.counts.zero_()
         if len(self.tiles):
-            _launch("dampen", self.table.device, len(self.tiles), *self._arguments, int(not dry_run), **self._constants)
+            _launch("dampen", device, len(self.tiles), *self._arguments, int(not dry_run), **self._constants)
 
     def refresh(self) -> None:
         """Upload table.alpha and table.lam again, after they were written to."""
@@ -191,11 +215,12 @@ class DampenLaunch:
         limits.copy_(torch.from_numpy(self.table.limits(torch.empty(0, dtype=limits.dtype).numpy().dtype)))
 
     def warmup(self) -> None:
-        """Compile the kernel that this table needs, without running it."""
+        """Compile the kernel that this table needs and load it, without running it: the first run may be captured."""
         if not interpreted():
             with torch.cuda.device(self.table.device):
                 flags = options(_backend(), self._constants)
-                device_code().dampen.warmup(*self._arguments, 1, grid=(1,), **self._constants, **flags)
+                kernel = device_code().dampen.warmup(*self._arguments, 1, grid=(1,), **self._constants, **flags)
+                kernel[(1, 1, 1)]  # asking for a launcher loads the machine code, which a capture would not allow
 
 
 def dampen(table: DampenTable) -> DampenLaunch:
@@ -253,14 +278,56 @@ def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], 
                 gradient.detach().zero_()
 
 
+OUTER_TILE = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_T": 32}  # the product and its squares: 64 registers a thread
+
+
+def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    """into += sum_b (sum_t left_bgmt right_bgkt)^2; products stay in registers. triton_squares.py says how.
+
+    With one position and one group it is torch's product of squares; float64, which Triton does not multiply on every
+    GPU, is torch's batched product.
+
+    Args:
+        left: [B, G, M, T], any strides; dtype of `into`.
+        right: [B, G, K, T], the same.
+        into: flat [G * M * K], contiguous, fp32 or fp64.
+
+    Raises:
+        DTypeError: dtypes that differ.
+
+    """
+    samples, groups, m, t = left.shape
+    k = right.shape[2]
+    if left.dtype != into.dtype or right.dtype != into.dtype:
+        raise DTypeError(f"outer_square_accumulate: {left.dtype} and {right.dtype}, expected {into.dtype}")
+    if into.numel() == 0 or samples == 0 or t == 0:
+        return
+    if t == 1 and groups == 1:
+        into.view(m, k).addmm_(left.reshape(samples, m).square().t(), right.reshape(samples, k).square())
+    elif into.dtype == torch.float64:
+        for a, b in zip(left, right, strict=True):
+            into.view(groups, m, k).add_(torch.bmm(a, b.transpose(1, 2)).square_())
+    else:
+        tiles = -(-m // OUTER_TILE["BLOCK_M"]) * -(-k // OUTER_TILE["BLOCK_K"])
+        share = max(1, samples * tiles * groups // _programs(into.device))
+        grid = (tiles, groups, -(-samples // share))
+        sizes = (samples, groups, m, k, t, *left.stride(), *right.stride(), share)
+        with _on(into.device):
+            device_code().outer_square[grid](left, right, into, *sizes, **outer_constants())
+
+
+def outer_constants() -> dict[str, Any]:
+    """Compile-time arguments of the kernel `outer_square`."""
+    return {"PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", **OUTER_TILE}
+
+
 _pair_cache: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 _PAIR_CACHE_SIZE = 32
 
 
 def _pair_tables(rows: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables of `accumulate` for these addresses. Allocators repeat themselves, so most steps upload nothing."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, rows)  # the upload is ordered with the stream that it was made on, and no other
+    key = (device, _stream(device), rows)  # the upload is ordered with the stream that it was made on, and no other
     if key not in _pair_cache:
         pairs = np.array(rows, dtype=np.int64)
         chunks = -(-pairs[:, 2] // block_size())
@@ -276,6 +343,11 @@ def _pair_tables(rows: tuple[tuple[int, int, int], ...], device: torch.device) -
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream, as CUDA calls it; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _programs(device: torch.device) -> int:
@@ -312,18 +384,27 @@ def _on(device: torch.device) -> Iterator[None]:
 
 # -------------------------------------------------------------------------------------------- compile-time constants
 def options(backend: str, constants: dict[str, Any]) -> dict[str, Any]:
-    """Compiler options. Products and sums are never contracted: the bits are part of the contract."""
+    """What depends on the target. Products and sums are never contracted: the bits are part of the contract."""
     flags: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-    if backend == "cuda" and _fits(constants):
-        flags["maxnreg"] = MAX_REGISTERS
+    if backend == "cuda":
+        flags["maxnreg"] = MAX_REGISTERS if _fits(constants) else MAX_REGISTERS_WIDE
+    if "MERGE" in constants:
+        flags["FLUSHES"] = backend == "cuda" and not interpreted() and _division_flushes()
     return flags
+
+
+@lru_cache
+def _division_flushes() -> bool:
+    """Whether this Triton's `tl.div_rn` becomes div.rn.ftz.f32, which takes subnormal numbers for zero."""
+    import triton
+
+    return _version(triton.__version__) < (3, 6)
 
 
 def _fits(constants: dict[str, Any]) -> bool:
     """Whether MAX_REGISTERS are enough: not where a tile is computed in float64."""
     names = ("FISHER", "THETA", "GRADIENT", "INTO")
-    wide = any(str(constants.get(name)) == "fp64" for name in names)
-    return not wide and not constants.get("POWER", False)
+    return not (any(str(constants.get(name)) == "fp64" for name in names) or constants.get("POWER", False))
 
 
 def _common(*dtypes: torch.dtype) -> dict[str, Any]:
@@ -348,7 +429,8 @@ def dampen_constants(fisher: torch.dtype, theta: torch.dtype, how: str, power: b
     """Compile-time arguments of the kernel `dampen`."""
     wide = torch.float32 if theta.itemsize == 2 else torch.promote_types(fisher, theta)
     types = {"FISHER": triton_type(fisher), "THETA": triton_type(theta), "COMPUTE": triton_type(wide)}
-    return types | {"MERGE": how, "POWER": power} | _common(fisher, theta)
+    step = block_size() // 2 if power or wide == torch.float64 else block_size()
+    return types | {"MERGE": how, "POWER": power, "STEP": step} | _common(fisher, theta)
 
 
 def merge_constants(dtype: torch.dtype, how: str) -> dict[str, Any]:

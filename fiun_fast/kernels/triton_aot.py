@@ -30,7 +30,9 @@ class Variant:
 
     def __str__(self) -> str:
         """Name and what sets this variant apart."""
-        shown = (f"{k}={v}" for k, v in self.constants.items() if k not in ("BLOCK", "VECTOR", "SOFT", "COMPUTE"))
+        shown = (
+            f"{k}={v}" for k, v in self.constants.items() if k not in ("BLOCK", "STEP", "VECTOR", "SOFT", "COMPUTE")
+        )
         return f"{self.kernel}({', '.join(shown)})"
 
 

@@ -6,13 +6,16 @@ and a mask that is constant along a row keeps it one access. Tiles whose address
 run the same code with VECTOR = 1: 4-byte accesses, still coalesced over the warp.
 
 Bits: `tl.div_rn` is IEEE division, and the launch sets enable_fp_fusion=False, so that no product is contracted into a
-sum. SOFT is set under the interpreter only, whose bfloat16 conversion rounds wrongly.
+sum. FLUSHES is set for the Tritons (3.2 to 3.5) whose `tl.div_rn` flushes subnormal numbers to zero: they get the PTX
+instruction itself. SOFT is set under the interpreter only, whose bfloat16 conversion rounds wrongly.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .triton_squares import outer_square as outer_square
 
 
 @triton.jit
@@ -44,7 +47,7 @@ def _widen(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
 @triton.jit
 def _narrow(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
     """Round to nearest even; x is float32 where DTYPE is a half."""
-    if SOFT and tl.bfloat16 == DTYPE:
+    if SOFT and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         narrow = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -54,9 +57,11 @@ def _narrow(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
 
 
 @triton.jit
-def _divide(x, y, DTYPE: tl.constexpr):
-    if tl.float64 == DTYPE:
+def _divide(x, y, DTYPE: tl.constexpr, FLUSHES: tl.constexpr):
+    if DTYPE == tl.float64:
         quotient = x / y  # div_rn is float32 only; the float64 division instruction is IEEE anyway
+    elif FLUSHES:
+        quotient = tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
     else:
         quotient = tl.div_rn(x, y)
     return quotient
@@ -65,7 +70,7 @@ def _divide(x, y, DTYPE: tl.constexpr):
 @triton.jit
 def _merge(
     sources, weights, start, count, scale, offsets, mask,
-    FISHER: tl.constexpr, MERGE: tl.constexpr, VECTOR: tl.constexpr,
+    FISHER: tl.constexpr, MERGE: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     """m = scale * reduce_k (w_k F_k) of one tile, padding 0. A factor of 1 changes no bits, so none is skipped."""
     merged = tl.load(_pointer(tl.load(sources), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
@@ -75,7 +80,7 @@ def _merge(
         term = term * tl.load(weights + k)
         merged = tl.maximum(merged, term, propagate_nan=tl.PropagateNan.ALL) if MERGE == "max" else merged + term
     if MERGE == "mean":
-        merged = _divide(merged, tl.zeros_like(merged) + count.to(FISHER), FISHER)
+        merged = _divide(merged, tl.zeros_like(merged) + count.to(FISHER), FISHER, FLUSHES)
     return merged * scale
 
 
@@ -94,15 +99,16 @@ def _tally(counter, amount):
 def _dampen_tile(
     tile, start, length, sources, weights, targets, limits, numbers, counts, write,
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     offsets, mask = _tile(length, BLOCK, VECTOR)
     first_source, source_count = tl.load(tile + 2), tl.load(tile + 3).to(tl.int32)
     first_target, target_count = tl.load(tile + 4), tl.load(tile + 5).to(tl.int32)
     scale, exponent, cap = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
     merged = _merge(
-        sources + first_source, weights + first_source, start, source_count, scale, offsets, mask, FISHER, MERGE, VECTOR
-    )
+        sources + first_source, weights + first_source, start, source_count, scale, offsets, mask,
+        FISHER, MERGE, VECTOR, FLUSHES,
+    )  # fmt: skip
     for n in range(0, target_count):
         target = targets + (first_target + n) * 3
         limit = limits + (first_target + n) * 2
@@ -123,13 +129,15 @@ def _dampen_tile(
             touched = tl.broadcast_to(touched, [BLOCK // VECTOR, VECTOR])
             theta = _pointer(theta_address, start, THETA, VECTOR) + offsets
             before = tl.load(theta, mask=touched)
-            factor = _divide(original * lam, merged, FISHER)
+            factor = _divide(original * lam, merged, FISHER, FLUSHES)
             if POWER:
                 # in float64 the logarithm's error, times a large exponent, stays far below a float32 ulp
                 powered = tl.exp2(exponent.to(tl.float64) * tl.log2(factor.to(tl.float64))).to(FISHER)
                 factor = tl.where(original == 0, 0.0, tl.where(exponent == 0, 1.0, powered))
-            factor = tl.where(merged == float("inf"), 0.0, tl.minimum(factor, cap)).to(COMPUTE)
-            after = _narrow(_widen(before, COMPUTE, SOFT) * factor, THETA, SOFT)
+                factor = tl.where(merged == float("inf"), 0.0, tl.minimum(factor, cap))
+            else:
+                factor = tl.where(factor == factor, tl.minimum(factor, cap), 0.0)  # infinity by infinity is 0
+            after = _narrow(_widen(before, COMPUTE, SOFT) * factor.to(COMPUTE), THETA, SOFT)
             if write != 0:
                 tl.store(theta, tl.where(selected, after, before), mask=touched)
             _tally(counter + 1, _count(selected & (_widen(after, COMPUTE, SOFT) == 0)))
@@ -146,31 +154,43 @@ def dampen(
     counts,  # [slots, 3] int64, added to
     write,  # 0: count only
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile: merge its forget Fishers once, then dampen its share of the group's nodes."""
+    """One program a tile: merge its forget Fishers once, then dampen its share of the group's nodes.
+
+    STEP elements at a time, where a whole tile of float64 would not fit the registers.
+    """
     tile = tiles + tl.program_id(0).to(tl.int64) * 7
     start, length = tl.load(tile), tl.load(tile + 1).to(tl.int32)
     if tl.load(tile + 6) != 0:
-        _dampen_tile(
-            tile, start, length, sources, weights, targets, limits, numbers, counts, write,
-            FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK, VECTOR, SOFT,
-        )  # fmt: skip
+        if STEP == BLOCK:
+            _dampen_tile(
+                tile, start, length, sources, weights, targets, limits, numbers, counts, write,
+                FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK, VECTOR, SOFT, FLUSHES,
+            )  # fmt: skip
+        else:
+            for done in range(0, length, STEP):
+                _dampen_tile(
+                    tile, start + done, tl.minimum(length - done, STEP), sources, weights, targets, limits, numbers,
+                    counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, STEP, VECTOR, SOFT, FLUSHES,
+                )  # fmt: skip
     else:
         for done in range(0, length, BLOCK // 2):  # in halves: an address for each element takes twice the registers
             _dampen_tile(
                 tile, start + done, tl.minimum(length - done, BLOCK // 2), sources, weights, targets, limits, numbers,
-                counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK // 2, 1, SOFT,
+                counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK // 2, 1, SOFT, FLUSHES,
             )  # fmt: skip
 
 
 @triton.jit
 def _merge_tile(
     sources, weights, out, start, count, source_count, numbers,
-    FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     offsets, mask = _tile(count, BLOCK, VECTOR)
-    merged = _merge(sources, weights, start, source_count, tl.load(numbers), offsets, mask, FISHER, MERGE, VECTOR)
+    merged = _merge(
+        sources, weights, start, source_count, tl.load(numbers), offsets, mask, FISHER, MERGE, VECTOR, FLUSHES
+    )
     tl.store(_pointer(out, start, FISHER, VECTOR) + offsets, merged, mask=mask)
 
 
@@ -183,16 +203,16 @@ def merge(
     numel,
     source_count,
     aligned,  # 1: all addresses divide by 16
-    FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BLOCK elements of `out`."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     count = tl.minimum(numel.to(tl.int64) - start, BLOCK).to(tl.int32)
     out = out.to(tl.int64)
     if (aligned != 0) & (count % VECTOR == 0):
-        _merge_tile(sources, weights, out, start, count, source_count, numbers, FISHER, MERGE, BLOCK, VECTOR)
+        _merge_tile(sources, weights, out, start, count, source_count, numbers, FISHER, MERGE, BLOCK, VECTOR, FLUSHES)
     else:
-        _merge_tile(sources, weights, out, start, count, source_count, numbers, FISHER, MERGE, BLOCK, 1)
+        _merge_tile(sources, weights, out, start, count, source_count, numbers, FISHER, MERGE, BLOCK, 1, FLUSHES)
 
 
 @triton.jit

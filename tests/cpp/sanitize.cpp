@@ -1,8 +1,10 @@
 // The C++ of the cpu backend against a scalar loop of the element rules, bit for bit, in blocks of memory that end where
 // the data end: made to run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (sanitize.sh).
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <random>
 #include <vector>
 
@@ -18,6 +20,12 @@ namespace {
 std::mt19937_64 generator(1);
 
 int64_t below(int64_t n) { return int64_t(generator() % uint64_t(n)); }
+
+// Around the cpu backend's lines (64 bytes), blocks and tiles (32768 elements).
+const int64_t lengths[] = {0,  1,  2,   7,   15,   16,   17,    31,    33,
+                           63, 64, 65,  255, 1009, 4097, 16385, 32769, 70001};
+
+int64_t some_length() { return lengths[below(int64_t(std::size(lengths)))]; }
 
 template <class F>
 F fisher_value() {
@@ -73,8 +81,6 @@ constexpr int kind_of<fp16>() {
     return fp16_kind;
 }
 
-const int64_t lengths[] = {0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 255, 1009, 16383, 16384, 16385, 40001};
-
 template <class F>
 F merged_element(std::vector<Block<F>>& forgets, const double* weights, int64_t i, common::Merge how, double scale) {
     F merged = forgets[0].data()[i] * F(weights[0]);
@@ -98,7 +104,7 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
     std::vector<std::vector<Block<F>>> forgets(static_cast<size_t>(row_count)), originals = forgets;
     std::vector<std::vector<Block<T>>> thetas(static_cast<size_t>(row_count));
     for (int64_t r = 0; r < row_count; ++r) {
-        const int64_t length = lengths[below(18)], k_count = 1 + below(3);
+        const int64_t length = some_length(), k_count = 1 + below(3);
         for (int64_t v : {length, int64_t(sources.size()), k_count, int64_t(targets.size() / 3), nodes}) rows.push_back(v);
         for (int64_t k = 0; k < k_count; ++k) {
             forgets[r].emplace_back(length, below(4));
@@ -156,7 +162,7 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
 
 template <class F>
 void check_merge(const Kernels& kernels, int threads) {
-    const int64_t length = below(3) ? lengths[below(18)] : 200000, count = 1 + below(5);
+    const int64_t length = below(3) ? some_length() : 200000, count = 1 + below(5);
     const double scale = below(2) ? 1.0 : 0.3;
     const auto how = common::Merge(below(3));
     std::vector<Block<F>> forgets;
@@ -185,7 +191,7 @@ void check_accumulate(const Kernels& kernels, int threads) {
     std::vector<Block<F>> into;
     std::vector<int64_t> pairs;
     for (int64_t p = 0; p < count; ++p) {
-        const int64_t length = below(8) ? below(70) : lengths[below(18)];
+        const int64_t length = below(8) ? below(70) : some_length();
         gradients.emplace_back(length, below(4));
         fill_bits(gradients.back());
         into.emplace_back(length, below(4));

@@ -82,16 +82,18 @@ void resume(int lane, unsigned first_thread) {
     switch_to(&warp.caller, &warp.fibers[lane], &warp.stacks[lane * stack_bytes], stack_bytes, false);
 }
 
+void prepare(int lane) {
+    getcontext(&warp.fibers[lane]);
+    warp.fibers[lane].uc_stack.ss_sp = &warp.stacks[lane * stack_bytes];
+    warp.fibers[lane].uc_stack.ss_size = stack_bytes;
+    warp.fibers[lane].uc_link = nullptr;
+    makecontext(&warp.fibers[lane], fiber, 0);
+    warp.done[lane] = false;
+    warp.operations[lane] = 0;
+}
+
 void run_warp(unsigned first_thread) {
-    for (int lane = 0; lane < lanes; ++lane) {
-        getcontext(&warp.fibers[lane]);
-        warp.fibers[lane].uc_stack.ss_sp = &warp.stacks[lane * stack_bytes];
-        warp.fibers[lane].uc_stack.ss_size = stack_bytes;
-        warp.fibers[lane].uc_link = nullptr;
-        makecontext(&warp.fibers[lane], fiber, 0);
-        warp.done[lane] = false;
-        warp.operations[lane] = 0;
-    }
+    for (int lane = 0; lane < lanes; ++lane) prepare(lane);
     for (int finished = 0; finished == 0;) {
         for (int lane = 0; lane < lanes; ++lane) resume(lane, first_thread);
         for (int lane = 0; lane < lanes; ++lane) finished += warp.done[lane];

@@ -1,0 +1,86 @@
+"""Dampening a model from dicts: one plan for whatever devices, dtypes and memory its parameters have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fiun_fast as ff
+
+from .importances import as_fisher
+
+
+@dataclass(frozen=True)
+class Rule:
+    """theta *= min((lam I / F)^exponent, cap) where F > alpha I."""
+
+    alpha: float
+    lam: float
+    exponent: float
+    cap: float
+
+
+def dampen(
+    model: nn.Module,
+    original: Mapping[str, Tensor],
+    forgets: Sequence[Mapping[str, Tensor]],
+    rule: Rule,
+    backend: str | None,
+    options: Mapping[str, bool],
+) -> ff.Report:
+    """Dampen the named parameters by the maximum of `forgets`; all is checked before anything is written.
+
+    Args:
+        model: its parameters may lie on several devices, and need not be contiguous.
+        original, forgets: name -> importance, on any device; the same names.
+        rule: the numbers.
+        backend, options: of `ff.plan` and `Plan.run_`.
+
+    Raises:
+        ArgumentError: undo, where a parameter is not contiguous; or as `ff.plan`.
+
+    """
+    parameters = dict(model.named_parameters())
+    strided = {name for name in original if not parameters[name].is_contiguous()}
+    if strided and options["undo"]:
+        raise ff.ArgumentError(f"undo: parameter {min(strided)!r} is not contiguous; call ff.flatten_(model) first")
+    dense = {name: parameters[name].detach().contiguous() for name in strided}  # dampened in a copy, copied back
+    parts: dict[tuple, list[str]] = {}
+    for name, value in original.items():
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        parts.setdefault((parameters[name].device, wide, name in strided), []).append(name)
+    dag, requests = ff.InheritanceDAG(), []
+    for (device, dtype, copied), names in parts.items():
+        node = "model" if len(parts) == 1 else f"model, {dtype} on {device}{', strided' if copied else ''}"
+        dag.add_model(node, dense if copied else model, _part(original, names, device))
+        requests += [ff.ForgetRequest(node, _part(forget, names, device)) for forget in forgets]
+    plan = ff.plan(dag, requests, rule.alpha, rule.lam, rule.exponent, rule.cap, backend=backend)
+    dag.graph.clear()  # a graph is a cycle; this frees copies of importances without the garbage collector
+    report = plan.run_(**options)
+    if not options["dry_run"]:
+        with torch.no_grad():
+            for name, copy in dense.items():
+                parameters[name].copy_(copy)
+    return report
+
+
+def _part(values: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> ff.Fisher:
+    return as_fisher({name: values[name] for name in names}).to(device)
+
+
+@torch.no_grad()
+def dampen_in_half_precision(
+    model: nn.Module,
+    original: Mapping[str, Tensor],
+    forget: Mapping[str, Tensor],
+    rule: Rule,
+) -> None:
+    """The published chain, every step rounded to the importances' dtype; what the kernels do not do on purpose."""
+    for name, p in model.named_parameters():
+        if name in original:
+            i, f = original[name].to(p.device), forget[name].to(p.device)
+            factor = i.mul(rule.lam).div(f).pow(rule.exponent).clamp(max=rule.cap)
+            p.copy_(torch.where(f > i.mul(rule.alpha), p * factor, p))

@@ -1,0 +1,65 @@
+"""The `parameters` of these classes: known keys, defaults, checks."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+import fiun_fast as ff
+
+DEFAULTS: dict[str, Any] = {
+    "lower_bound": 1,  # despite its name the upper bound of the factor
+    "exponent": 1,
+    "dampening_constant": 1,  # lambda
+    "selection_weighting": 10,  # alpha
+    "train_layer": None,
+    "adaptive_percentile": None,
+    "magnitude_diff": None,  # this and the rest are unused, here as in the published class
+    "min_layer": -1,
+    "max_layer": -1,
+    "forget_threshold": 1,
+}
+NUMBERS = ("lower_bound", "exponent", "dampening_constant", "selection_weighting")
+ADAPTIVE = ("adaptive", "auto")
+
+
+def given(parameters: Any) -> dict[str, Any]:
+    """The caller's parameters as a dict, from a dict or an object with attributes; misspelt keys are errors."""
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, Mapping):
+        given = {key: getattr(parameters, key) for key in DEFAULTS if hasattr(parameters, key)}
+        if not given:
+            raise ff.ArgumentError(f"parameters is a {type(parameters).__name__}, expected a dict")
+        return given
+    for key in parameters:
+        near = difflib.get_close_matches(str(key), DEFAULTS, n=1, cutoff=0.8)
+        if key not in DEFAULTS and near:
+            raise ff.ArgumentError(f"parameters has {key!r}; did you mean {near[0]!r}?")
+    return dict(parameters)
+
+
+def is_device(value: Any) -> bool:
+    """A torch.device, or what makes one."""
+    return isinstance(value, (str, torch.device)) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def check_finite(key: str, value: Any, most: float = math.inf) -> None:
+    """An ArgumentError where the value is no number in 0..most, or not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ff.ArgumentError(f"parameters[{key!r}] is {value!r}, expected a number") from None
+    if isinstance(value, bool) or not (0 <= number <= most and math.isfinite(number)):
+        wanted = "a finite number that is not negative" if most == math.inf else f"a number in 0..{most}"
+        raise ff.ArgumentError(f"parameters[{key!r}] is {value}, expected {wanted}")
+
+
+def check_one_of(key: str, value: Any, known: Sequence[str]) -> None:
+    """An ArgumentError that lists what is known."""
+    if value not in known:
+        raise ff.ArgumentError(f"{key} is {value!r}, expected one of {', '.join(known)}")

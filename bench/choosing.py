@@ -1,7 +1,7 @@
 """How robustly alpha and lambda can be chosen: Fisher estimators, grids and objectives on the demo's networks.
 
     python bench/choosing.py                       bench/results/choosing.json and the tables in docs/choosing.md
-    python bench/choosing.py --network transfer    another of the demo's networks; may be repeated
+    python bench/choosing.py --network federated   another of the demo's networks; may be repeated
     python bench/choosing.py --tables              only the tables, from the committed results
 
 Every class in turn is forgotten in the demo's network, last layer. For each Fisher estimator every point of a
@@ -32,7 +32,7 @@ from fiun_fast.tune import default_grids
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "choosing.json", ROOT / "docs" / "choosing.md"
-NETWORKS = ("incremental",)
+NETWORKS = ("incremental", "transfer")
 SEED = 0
 SMOOTHINGS = (0.1, 0.0)  # of the labels, in training: the demo's, and models that are very sure of what they know
 ESTIMATORS = {

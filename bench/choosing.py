@@ -1,9 +1,10 @@
 """How robustly alpha and lambda can be chosen: Fisher estimators, grids and objectives on the demo's networks.
 
-    python bench/choosing.py             all: bench/results/choosing.json and the tables in docs/choosing.md
-    python bench/choosing.py --tables    only the tables, from the committed results
+    python bench/choosing.py                       bench/results/choosing.json and the tables in docs/choosing.md
+    python bench/choosing.py --network federated   another of the demo's networks; may be repeated
+    python bench/choosing.py --tables              only the tables, from the committed results
 
-Every class in turn is forgotten in the demo's four networks, last layer. For each Fisher estimator every point of a
+Every class in turn is forgotten in the demo's network, last layer. For each Fisher estimator every point of a
 grid is applied once to all nodes, and what the node then does on validation and test data is written down; rules
 that choose one point from validation data are compared afterwards. Test data decides nothing.
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -31,7 +32,7 @@ from fiun_fast.tune import default_grids
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "choosing.json", ROOT / "docs" / "choosing.md"
-SCENARIOS_IN_TURN = ("incremental", "transfer", "data-parallel", "federated")
+NETWORKS = ("incremental", "transfer")
 SEED = 0
 SMOOTHINGS = (0.1, 0.0)  # of the labels, in training: the demo's, and models that are very sure of what they know
 ESTIMATORS = {
@@ -181,12 +182,12 @@ def chosen_by(rules: Mapping[str, tuple], points: list[Point], before: Point) ->
     return picked
 
 
-def study() -> Iterator[dict]:
+def study(networks: Sequence[str] = NETWORKS) -> Iterator[dict]:
     """Network after network: a row for each estimator and rule, over all networks so far."""
     torch.set_num_threads(1)  # these models are too small to share
     pairs: dict[tuple[float, str, str], list[tuple[float, float]]] = {}
     began, digits = time.perf_counter(), load_digits(SEED)
-    for count, scenario in enumerate(SCENARIOS_IN_TURN, start=1):
+    for count, scenario in enumerate(networks, start=1):
         for smoothing in SMOOTHINGS:
             recipe = replace(SCENARIOS[scenario](digits, SEED), smoothing=smoothing)
             models = grow(recipe)
@@ -199,7 +200,7 @@ def study() -> Iterator[dict]:
                             pairs.setdefault((smoothing, estimator, rule), []).append((point.test.forgotten, lost))
             print(f"{scenario}, smoothing {smoothing}: {time.perf_counter() - began:.0f} s", flush=True)
         yield {
-            "settings": {"seed": SEED, "scenarios": SCENARIOS_IN_TURN[:count], "points": POINTS, "copies": COPIES},
+            "settings": {"seed": SEED, "scenarios": networks[:count], "points": POINTS, "copies": COPIES},
             "environment": environment(),
             "seconds": time.perf_counter() - began,
             "rows": [*map(summary, pairs.items())],
@@ -223,7 +224,7 @@ def summary(item: tuple[tuple[float, str, str], list[tuple[float, float]]]) -> d
 
 
 def tables(result: dict) -> str:
-    """Two tables in Markdown: rules with the demo's estimator, estimators with the demo's rule."""
+    """Tables in Markdown: rules with the demo's estimator, estimators with the demo's rule and with a fixed one."""
     rows = {(r["smoothing"], r["estimator"], r["rule"]): r for r in result["rows"]}
     first = next(iter(ESTIMATORS))
     rules = list(dict.fromkeys(r["rule"] for r in result["rows"]))
@@ -248,8 +249,10 @@ def main() -> None:
     """Run the study, or only write its tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--tables", action="store_true")
-    if not parser.parse_args().tables:
-        for result in study():
+    parser.add_argument("--network", action="append", choices=SCENARIOS)
+    arguments = parser.parse_args()
+    if not arguments.tables:
+        for result in study(arguments.network or NETWORKS):
             write(RESULTS, result)
     text = tables(json.loads(RESULTS.read_text()))
     print(text)

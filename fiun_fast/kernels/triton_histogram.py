@@ -18,14 +18,14 @@ from .triton_kernels import _divide, _merge, _pointer, _tile
 def _count_tile(
     sources, weights, original, start, length, source_count, scale, low, base, nearest,
     FISHER: tl.constexpr, BITS: tl.constexpr, MERGE: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     """Counts [BINS] int32 of one tile: reference.ratio_bins has the rule."""
     offsets, mask = _tile(length, BLOCK, VECTOR)
-    merged = _merge(sources, weights, start, source_count, scale, offsets, mask, FISHER, MERGE, VECTOR)
+    merged = _merge(sources, weights, start, source_count, scale, offsets, mask, FISHER, MERGE, VECTOR, FLUSHES)
     # 0 in the padding: 0 / 0 has no bin
     original = tl.load(_pointer(original, start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
-    ratio = _divide(merged, original, FISHER)
+    ratio = _divide(merged, original, FISHER, FLUSHES)
     at = (tl.abs(ratio).to(BITS, bitcast=True) >> low.to(BITS)) - base.to(BITS)
     inside = tl.minimum(tl.maximum(at, 0), BINS - 1)
     counted = mask & (ratio >= 0) & ((at == inside) | (nearest != 0))
@@ -48,7 +48,7 @@ def histogram(
     low,
     nearest,
     FISHER: tl.constexpr, BITS: tl.constexpr, MERGE: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     """One program a run: its counts stay in registers until the run ends."""
     run = runs + tl.program_id(0)
@@ -64,12 +64,12 @@ def histogram(
         if tl.load(tile + 6) != 0:
             found += _count_tile(
                 sources + first_source, weights + first_source, original, start, length, source_count, scale,
-                low, base, nearest, FISHER, BITS, MERGE, BINS, BLOCK, VECTOR,
+                low, base, nearest, FISHER, BITS, MERGE, BINS, BLOCK, VECTOR, FLUSHES,
             )  # fmt: skip
         else:
             found += _count_tile(
                 sources + first_source, weights + first_source, original, start, length, source_count, scale,
-                low, base, nearest, FISHER, BITS, MERGE, BINS, BLOCK, 1,
+                low, base, nearest, FISHER, BITS, MERGE, BINS, BLOCK, 1, FLUSHES,
             )  # fmt: skip
     total = counts + slot * BINS + tl.arange(0, BINS)
     tl.atomic_add(total, found.to(tl.int64), mask=found > 0, sem="relaxed")

@@ -134,3 +134,17 @@ def test_many_models_bad_input():
         ff.estimate_fishers({"a": model, "b": model}, [])
     with pytest.raises(ff.EstimationError, match="the loader is empty"):
         ff.estimate_fishers({"a": model}, [], params="7.*", estimator="sample")
+
+
+@pytest.mark.parametrize("estimator", ["batch", "sample", "expected"])
+def test_autocast_in_the_forward_alone(estimator):
+    model, loader = made(RESNET), RESNET.batches((4, 3))
+
+    def forward(m, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(batch[0]), batch[1]
+
+    fisher = ff.estimate_fisher(model, loader, ff.last_layer(model), estimator, forward_fn=forward)
+    exact = ff.estimate_fisher(model, loader, ff.last_layer(model), estimator)
+    assert set(fisher.provenance.how.values()) == {HEAD}
+    assert (fisher.buffer - exact.buffer).abs().max() < 0.1 * exact.buffer.max()

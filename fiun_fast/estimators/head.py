@@ -74,6 +74,8 @@ class HeadEstimate(Estimate):
             self._outer(self._delta(logits, lambda z: per_sample(job, z, targets, self._steps).sum()), a)
             return
         d = self._delta(logits, lambda z: job.loss(z, targets))
+        if d.dtype != a.dtype:  # autocast in the forward alone
+            d, a = sums.number(d), sums.number(a)
         gradients, into = [], []
         for p, gradient in ((self._layer.weight, lambda: d.t() @ a), (self._layer.bias, lambda: d.sum(0))):
             if name := self._names.get(id(p)):

@@ -108,10 +108,9 @@ def is_cut(leaf: Any, samples: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples
 
 
-def count(outputs: Any) -> int:
-    """Samples in a batch: the first dimension of the outputs, 0 where they have none."""
-    first = next((leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
-    return first.shape[0] if first is not None and first.dim() else 0
+def count(tree: Any) -> int:
+    """Samples of a batch or of outputs: the first dimension of the first tensor that has one, 0 where none has."""
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
 def _forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:

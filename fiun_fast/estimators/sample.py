@@ -7,7 +7,7 @@ the per-sample way, and the record says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,8 @@ class SampleEstimate(Estimate):
         watch = Watch(job.selected)
         with step_by_step_attention(), watch:
             outputs, targets = job.forward(batch)
+            if count(outputs) != samples:
+                raise EstimationError(f"batch {self._steps}: {samples} samples give {count(outputs)} outputs")
             rounds = self._rounds(outputs)
             losses = weighted(job, outputs, targets, rounds[0], self._steps)
             fits = learned.fitting(watch.trace)
@@ -143,17 +145,18 @@ def _exact_at_head(uses: Sequence[Use], outputs: Tensor) -> None:
     """Where the outputs are a linear layer's own, its expectation over labels needs no draw: E[δ^2] = p (1 - p)."""
     for use in uses:
         if use.rule == "linear" and use.output is outputs and use.meet is not None:
-            spread = _spread(outputs)
-            first: Iterator[Any] = iter([use.meet])
-
-            def once(use: Use, given: Tensor, gradient: Tensor, first=first, spread=spread) -> None:
-                for meet in first:
-                    meet(use, given, spread)
-
-            use.meet, use.note = once, ", exact over classes"
+            p = outputs.detach().float().softmax(1)
+            use.meet, use.note = _Once(use.meet, (p * (1 - p)).sqrt()), ", exact over classes"
 
 
-def _spread(outputs: Tensor) -> Tensor:
-    """Standard deviation of δ = softmax(z) - onehot(y) over y ~ softmax(z): [B, C]."""
-    p = outputs.detach().float().softmax(1)
-    return (p * (1 - p)).sqrt()
+class _Once:
+    """In the first round, meets with a gradient of its own; in the others not at all."""
+
+    def __init__(self, meet: Callable[[Use, Tensor, Tensor], None], gradient: Tensor) -> None:
+        self._meet: Callable[[Use, Tensor, Tensor], None] | None = meet
+        self._gradient = gradient
+
+    def __call__(self, use: Use, given: Tensor, gradient: Tensor) -> None:
+        if self._meet is not None:
+            self._meet(use, given, self._gradient)
+            self._meet = None

@@ -222,7 +222,7 @@ void check_accumulate(const Kernels& kernels, int threads) {
 template <class F>
 void check_histogram(const Kernels& kernels, int threads) {
     using Int = typename common::BitsOf<F>::type;
-    const int64_t nodes = 1 + below(4), length = below(3) ? lengths[below(18)] : 200000, count = 1 + below(3);
+    const int64_t nodes = 1 + below(4), length = below(3) ? some_length() : 200000, count = 1 + below(3);
     const int low = sizeof(F) == 4 ? 20 : 52;
     const bool nearest = below(2);
     const double scale = below(2) ? 1.0 : 0.3;
@@ -258,12 +258,45 @@ void check_histogram(const Kernels& kernels, int threads) {
     expect(counts == expected, "histogram", kernels);
 }
 
+// Sums of squared products against a plain loop; they may differ by rounding.
+void check_outer_square(const Kernels& kernels, int threads) {
+    const int64_t samples = below(4), positions = 1 + below(20), m = 1 + below(40), k = 1 + below(120), gap = below(3);
+    Block<float> left(samples * positions * (m + gap), 0), right(samples * positions * (k + gap), 0), into(m * k, below(4));
+    for (Block<float>* block : {&left, &right, &into}) {
+        for (float& value : block->all) value = float(below(2001) - 1000) / 1000;
+    }
+    auto wanted = into;
+    std::vector<float> products;
+    for (int64_t b = 0; b < samples; ++b) {
+        for (int64_t i = 0; i < m * k; ++i) {
+            double sum = 0;
+            for (int64_t t = 0; t < positions; ++t) {
+                const int64_t row = b * positions + t;
+                sum += double(left.data()[row * (m + gap) + i / k]) * right.data()[row * (k + gap) + i % k];
+            }
+            products.push_back(float(sum));
+            wanted.data()[i] += float(sum * sum);
+        }
+    }
+    auto squares = into;
+    const OuterSquare work{left.data(), right.data(), into.data(), samples, positions, m, k, positions * (m + gap), m + gap,
+                           positions * (k + gap), k + gap};
+    run_outer_square(kernels, work, threads);
+    run_add_squares(kernels, f32, squares.address(), reinterpret_cast<int64_t>(products.data()), samples, m * k, threads);
+    for (int64_t i = 0; i < m * k; ++i) {
+        const float right_value = wanted.data()[i], bound = 1e-4f * (1 + fabsf(right_value));
+        expect(fabsf(into.data()[i] - right_value) <= bound, "outer_square", kernels);
+        expect(fabsf(squares.data()[i] - right_value) <= bound, "add_squares", kernels);
+    }
+}
+
 template <class T, class F>
 void check(const Kernels& kernels, int rounds) {
     for (int round = 0; round < rounds; ++round) {
         const int threads = int(1 + below(4));
         check_dampen<T, F>(kernels, threads, below(4) != 0);
         check_accumulate<T, F>(kernels, threads);
+        if (kind_of<T>() == f32 && kind_of<F>() == f32) check_outer_square(kernels, threads);
         if (kind_of<T>() == kind_of<F>()) check_merge<F>(kernels, threads);
         if (kind_of<T>() == kind_of<F>()) check_histogram<F>(kernels, threads);
     }

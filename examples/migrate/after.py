@@ -4,10 +4,9 @@ import hashlib
 
 import torch
 from sklearn.datasets import load_digits
+from fiun_fast.compat.ssd import ParameterPerturber
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from fiun_fast.compat.ssd import ParameterPerturber
 
 
 def train(model: nn.Module, loader: DataLoader, epochs: int) -> torch.optim.Optimizer:

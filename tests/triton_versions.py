@@ -2,6 +2,7 @@
 
     python tests/triton_versions.py               the versions below, and the table of docs/kernels.md
     python tests/triton_versions.py 3.4.0 3.6.0   only these; those of an earlier run stay in the file
+    python tests/triton_versions.py --figures …   registers and spills without the tests
 
 Each version is installed by pip into a temporary folder that comes first on PYTHONPATH; torch stays as it is.
 """
@@ -30,14 +31,16 @@ def run(folder: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=HERE.parent)
 
 
-def examine(version: str) -> dict:
+def examine(version: str, test: bool = True) -> dict:
     """Install, test, compile."""
     with tempfile.TemporaryDirectory() as folder:
         pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, f"triton=={version}")
         old = ("numpy<2.4",) if version < "3.7" else ()  # what their interpreters need
         subprocess.run([sys.executable, *pip, *old], check=True)
-        tests = run(folder, "-m", "pytest", "-q", "-k", "triton", *(str(HERE / name) for name in TESTS))
-        counts = re.findall(r"(\d+) (passed|failed|skipped|error)", tests.stdout.splitlines()[-1])
+        counts = []
+        if test:
+            tests = run(folder, "-m", "pytest", "-q", "-k", "triton", *(str(HERE / name) for name in TESTS))
+            counts = re.findall(r"(\d+) (passed|failed|skipped|error)", tests.stdout.splitlines()[-1])
         figures = run(folder, str(HERE / "sass.py"), "--json")
         if figures.returncode:
             raise SystemExit(f"triton {version}: {figures.stderr}")
@@ -66,8 +69,8 @@ def table(results: dict[str, dict]) -> str:
         cells = (
             version,
             f"torch {pinned}" if pinned else "",
-            tests["passed"],
-            tests.get("failed", 0) + tests.get("error", 0),
+            tests.get("passed", ""),
+            tests.get("failed", 0) + tests.get("error", 0) if tests else "",
             *registers,
             local,
             "compiles" if "hip:gfx942" in kernels else "needs ROCm's linker",
@@ -82,10 +85,12 @@ def _one_line_a_kernel(text: str) -> str:
 
 def main() -> None:
     """Examine the versions named, or all; keep the results, print the table."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for version in sys.argv[1:] or VERSIONS:
+    test = "--figures" not in sys.argv
+    for version in [word for word in sys.argv[1:] if not word.startswith("-")] or VERSIONS:
         print(f"Triton {version} …", file=sys.stderr)
-        results[version] = examine(version)
+        found = examine(version, test)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[version] = found
         ordered = dict(sorted(results.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
         RESULTS.write_text(_one_line_a_kernel(json.dumps(ordered, indent=1)) + "\n")
     print(table(json.loads(RESULTS.read_text())))

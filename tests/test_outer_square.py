@@ -131,7 +131,7 @@ for precision in (False, True):
             fp32 = torch.float32
             sizes = (64, 1, 256, 2304, 64, 1, 1, 64, 1, 1, 1, 64, 1, 16)
             constants = triton.outer_constants()
-            kernel = triton.device_code().outer_square.warmup(fp32, fp32, fp32, *sizes, grid=(1,), **constants)
+            kernel = triton.squares_code().outer_square.warmup(fp32, fp32, fp32, *sizes, grid=(1,), **constants)
         ptx = kernel.asm["ptx"]
         fma = ptx.count("fma.rn.f32")
         found[f"{precision} {arch}"] = {"tensor": "mma" in ptx, "fma": fma, "local": ".local" in ptx}

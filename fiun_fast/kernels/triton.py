@@ -47,6 +47,14 @@ def device_code() -> ModuleType:
     return triton_kernels
 
 
+@lru_cache
+def squares_code() -> ModuleType:
+    """The kernel of outer_square_accumulate; imports Triton."""
+    from . import triton_squares
+
+    return triton_squares
+
+
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU."""
     from triton.runtime.jit import JITFunction
@@ -313,7 +321,7 @@ def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch
         grid = (tiles, groups, -(-samples // share))
         sizes = (samples, groups, m, k, t, *left.stride(), *right.stride(), share)
         with _on(into.device):
-            device_code().outer_square[grid](left, right, into, *sizes, **outer_constants())
+            squares_code().outer_square[grid](left, right, into, *sizes, **outer_constants())
 
 
 def outer_constants() -> dict[str, Any]:

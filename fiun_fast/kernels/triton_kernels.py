@@ -15,8 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_squares import outer_square as outer_square
-
 
 @triton.jit
 def _pointer(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):

@@ -13,7 +13,7 @@ import torch
 
 from .audit import examine
 from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
-from .errors import ArgumentError
+from .errors import ArgumentError, BackendError
 from .fisher import Fisher, check_number
 from .kernels import select
 from .kernels.table import MERGES, DampenTable, pack_rows
@@ -127,8 +127,9 @@ class Plan:
     def run_(self, dry_run: bool = False, undo: bool = False, audit: bool = False) -> Report:
         """Dampen every node a request reaches, in place, all from the state before the call.
 
-        Without `undo` and `audit` this allocates nothing on the device and does not wait for it. Each of the two adds a
-        pass in plain torch that does wait, before the run (docs/audit.md has the cost).
+        Without `undo` and `audit` this does not wait for the device and allocates nothing there, unless the report of
+        the run before is still held and was not looked at: that gets a copy of its counts. Each of the two adds a pass
+        in plain torch that does wait, before the run (docs/audit.md has the cost).
 
         Args:
             dry_run: count only; nothing is written.
@@ -142,6 +143,7 @@ class Plan:
         Raises:
             ArgumentError: undo of a dry run.
             LayoutError, DTypeError, DeviceError: storage moved to something that does not fit any more; nothing ran.
+            BackendError: a CUDA graph is being captured while the report of the run before still has to be copied.
 
         """
         if dry_run and undo:
@@ -149,6 +151,11 @@ class Plan:
         if self._moved():
             self._build()
         if self._last is not None and (before := self._last()) is not None:
+            if before.pending and any(t.device.type == "cuda" for t in self.tables) and _capturing():
+                raise BackendError(
+                    "the report of the run before is still held and was not looked at; a CUDA graph would copy its "
+                    "counts at every replay: print that report, or let go of it, before capturing"
+                )
             before.keep()  # somebody still holds the last report, and this run overwrites its counts
         audited = self._audit() if audit else None
         recorder = Recorder(self.tables, self._batches, self.nodes, self._resolved) if undo else None
@@ -258,9 +265,7 @@ class Plan:
 
     def __str__(self) -> str:
         traffic, elements = self.traffic, sum(self._resolved.numels)
-        groups, rows = (
-            sum(len(part) for part in parts) for parts in zip(*((t.groups, t.rows) for t in self.tables), strict=True)
-        )
+        groups, rows = (sum(len(getattr(t, part)) for t in self.tables) for part in ("groups", "rows"))
         lines = [
             f"{_count(len(self._targets), 'node')} of {len(self._known):,}, {_count(elements, 'element')}, "
             f"{_count(len(self._requests), 'request')}, merged by {self._options['merge']}",
@@ -417,6 +422,10 @@ def _per_node(
         if name not in dag:
             raise ArgumentError(f"{what} has a value for {name!r}, which is no node of the DAG")
     return {name: check_number(f"{what}[{name!r}]", number, dtype) for name, number in value.items()}
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _count(n: int, noun: str) -> str:

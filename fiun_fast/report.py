@@ -136,6 +136,11 @@ class Report:
         self._facts, self._audit = facts, audit
         self._read: dict[str, NodeReport] | None = None
 
+    @property
+    def pending(self) -> bool:
+        """Whether the counts are still on the device only."""
+        return self._read is None
+
     def keep(self) -> None:
         """Take a copy of counts that the next run will overwrite; on a GPU without waiting for it."""
         if self._read is None:
@@ -240,15 +245,28 @@ class Report:
 
     def __str__(self) -> str:
         nodes = list(self)
-        head = ("node", "from", "alpha", "lambda", "elements", "selected", "share", "zeroed", "nonfinite")
+        head: tuple[str, ...] = (
+            "node",
+            "from",
+            "alpha",
+            "lambda",
+            "elements",
+            "selected",
+            "share",
+            "zeroed",
+            "nonfinite",
+        )
         rows = [_row(n) for n in nodes[:_SHOWN]]
         if len(nodes) > _SHOWN:
-            rows.append((f"… {len(nodes) - _SHOWN:,} more", *[""] * (len(rows[0]) - 1)))
+            rows.append((f"… {len(nodes) - _SHOWN:,} more", *[""] * (len(head) - 1)))
         if len(nodes) > 1:
             parameters = tuple(p for n in nodes for p in n.parameters)
             total = (self.numel, self.selected, self.zeroed, self.nonfinite, parameters)
             rows.append(_row(NodeReport("all", (), (), None, None, *total)))
-        lines = [_table(head if len(rows[0]) == len(head) else (*head, "‖Δθ‖"), rows, left=2)] if rows else []
+        if any(n.parameters for n in nodes):
+            head = (*head, "‖Δθ‖")
+            rows = [(*row, *[""] * (len(head) - len(row))) for row in rows]  # nothing fitted: nothing was measured
+        lines = [_table(head, rows, left=2)] if rows else []
         lines += [f"left out of {n.name}: {', '.join(n.skipped)}" for n in nodes[:_SHOWN] if n.skipped]
         if self.dry_run:
             lines.append("dry run: nothing was changed")

@@ -106,7 +106,8 @@ def search_alpha(
     """Choose alpha with no other data than what is to be forgotten, as PTN searches (Potion, arXiv 2406.09173).
 
     Alpha is a percentile of the node's finite ratios m / I. From `start` the percentile goes down by `step` until the
-    accuracy on the forget data has fallen below rho times what it was before dampening; each node stops by itself.
+    accuracy on the forget data has fallen below rho times what it was before dampening; each node stops by itself. A
+    node that is at 0 before it starts stops at the first percentile.
 
     Args:
         dag, requests: as in `plan`.
@@ -134,16 +135,20 @@ def search_alpha(
     goal = {name: rho * _score(name, evaluate(name, models[name])) for name in names}
     ratios, found = compiled._ratios(), dict[str, Choice]()
     levels = [start - k * step for k in range(math.floor(start / step) + 1)]
+
+    def there(name: str) -> bool:
+        return name in found and (found[name].score < goal[name] or goal[name] == 0)
+
     for q in levels:
         alphas = dict(zip(names, ratios.percentiles(np.full(len(names), q)).tolist(), strict=True))
-        alphas |= {name: choice.alpha for name, choice in found.items() if choice.score < goal[name]}
+        alphas |= {name: choice.alpha for name, choice in found.items() if there(name)}
         with _undoing(compiled, alphas) as undo:
             compiled.run_()
             for name in names:
-                if name not in found or found[name].score >= goal[name]:
+                if not there(name):
                     found[name] = Choice(alphas[name], float(lam), _score(name, evaluate(name, models[name])))
             undo()
-        if all(found[name].score < goal[name] for name in names):
+        if all(there(name) for name in names):
             break
     return found
 

@@ -266,7 +266,9 @@ def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, node
 
 
 def _tensors(model: Model) -> Mapping[str, Tensor]:
-    return dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else model
+    if isinstance(model, torch.nn.Module):  # tied parameters under each of their names: a log has one of them
+        return dict(model.named_parameters(remove_duplicate=False))
+    return model
 
 
 def _check(entry: Entry, parameter: Tensor) -> None:

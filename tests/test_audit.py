@@ -142,3 +142,28 @@ def test_a_change_that_is_no_number_is_null_in_json():
     report = ff.dampen_(model, original, forget, alpha=0.5, audit=True)
     assert math.isnan(report["model"].change)
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["nodes"][0]["change"] is None
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_nodes_that_nothing_fitted_are_shown_as_well(order):
+    dag = ff.InheritanceDAG()
+    fits, other = {"w": torch.rand(4)}, {"w": torch.rand(5)}
+    for name in order:
+        model = fits if name == "a" else other
+        dag.add_model(name, model, fisher=ff.Fisher.from_dict({"w": torch.rand(len(model["w"]))}))
+    dag.add_model("root", {"w": torch.rand(4)}, fisher=ff.Fisher.from_dict({"w": torch.rand(4)}))
+    for name in order:
+        dag.graph.add_edge("root", name)
+    request = ff.ForgetRequest("root", ff.Fisher.from_dict({"w": torch.rand(4)}))
+    text = str(ff.plan(dag, [request], alpha=0.1, on_mismatch="skip").run_(audit=True))
+    assert "left out of b: w" in text
+    assert "‖Δθ‖" in text
+
+
+def test_a_plan_that_nothing_fits_can_be_printed():
+    dag = ff.InheritanceDAG()
+    dag.add_model("a", {"w": torch.rand(4)}, fisher=ff.Fisher.from_dict({"w": torch.rand(4)}))
+    plan = ff.plan(dag, [ff.ForgetRequest("a", ff.Fisher.from_dict({"w": torch.rand(3)}))], on_mismatch="skip")
+    assert "0 groups" in str(plan)
+    assert "left out" in str(plan)
+    assert str(plan.run_())

@@ -113,7 +113,7 @@ def test_models_are_as_before_when_evaluate_raises(at):
         calls.append(name)
         if len(calls) == at:
             raise KeyError("mine")
-        return 0.0
+        return 1.0
 
     with pytest.raises(KeyError, match="mine"):
         ff.tune(dag, requests, score, alphas=[2.0, 1.0, 0.1])
@@ -245,6 +245,16 @@ def test_search_lowers_the_percentile_until_the_accuracy_has_fallen():
                 break
         assert choice.alpha == pytest.approx(alpha, rel=1e-9), name
         assert choice.score == pytest.approx(unchanged, abs=2 / len(ratio))
+
+
+def test_a_node_that_knows_nothing_is_left_at_the_first_percentile():
+    dag, requests, _ = family()
+    calls: list[str] = []
+    found = ff.search_alpha(dag, requests, lambda name, model: calls.append(name) or 0.0, start=99.0)
+    start = ff.search_alpha(dag, requests, lambda name, model: 1.0, start=99.0, step=99.0, rho=1.0)
+    assert len(calls) == 2 * len(found)
+    assert all(found[name].alpha >= choice.alpha for name, choice in start.items())
+    assert all(choice.alpha > 0 for choice in found.values())
 
 
 def test_search_that_never_gets_there_ends_at_the_lowest_percentile():

@@ -318,3 +318,16 @@ def test_memory_stays_within_the_log_and_a_few_tiles(small_tiles):
         report = plan.run_(undo=True, audit=True)
         report.undo_()
     assert Largest.size <= tiles.TILE
+
+
+def test_tied_parameters_are_found_under_either_name(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    before = model["a"].weight.detach().clone()
+    original, forget = (ff.Fisher.from_dict({"b.weight": torch.rand(3, 3)}) for _ in range(2))
+    report = ff.dampen_(model, original, forget, alpha=0.0, undo=True)
+    report.undo.save(tmp_path / "log.safetensors")
+    assert not torch.equal(model["a"].weight, before)
+    ff.UndoLog.load(tmp_path / "log.safetensors").undo_(model)
+    assert torch.equal(model["a"].weight, before)

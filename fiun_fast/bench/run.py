@@ -18,8 +18,8 @@ from .results import Record, Row
 
 EFFORTS = {"full": Effort(5, 30, 1.5), "quick": Effort(3, 15, 0.3), "tiny": Effort(1, 2, 0.0)}
 WEIGHED = {  # cases whose memory is measured
-    "full": ("a", "c", "d", "e", "g", "g-hooks", "h-8", "j-resnet"),
-    "quick": ("a", "c", "d", "g-hooks"),
+    "full": ("a", "c", "d", "e", "g", "g-hooks", "h-8", "j-resnet", "k-sample", "k-head"),
+    "quick": ("a", "d", "g-hooks"),
     "tiny": ("a", "g-hooks"),
 }
 

@@ -622,3 +622,37 @@ def test_the_compat_layer_knows_only_the_public_api():
     for path in Path(ssd.__file__).parent.glob("*.py"):
         for line in re.findall(r"^\s*(?:from|import) .*", path.read_text(encoding="utf-8"), re.MULTILINE):
             assert not re.search(r"from \.\.|fiun_fast\.(?!compat)", line), (path.name, line)
+
+
+@pytest.mark.parametrize("mode", ["strict", "corrected"])
+def test_samples_of_truncated_dicts_are_those_that_were_used(mode):
+    loader = [{"image": x, "labels": y} for x, y in data()[0]]  # 6, 6, 6 and 4 samples
+    rename = lambda b: {"x": b["image"], "labels": b["labels"]}
+    by = {
+        how: ParameterPerturber(net("object"), mode=mode, normalize=how, truncate=5, batch_fn=rename).calc_importance(
+            loader
+        )
+        for how in ("batches", "samples")
+    }
+    for name, value in by["batches"].items():
+        assert torch.allclose(by["samples"][name], value * 4 / 19, rtol=1e-5), name
+
+
+def test_a_batch_that_is_forwarded_twice_counts_once():
+    """The head's closed form meets a log-softmax behind the layer on the first batch, and gives it up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.LogSoftmax(1))
+    x, y = torch.randn(40, 3, 8, 8), torch.randint(5, (40,))
+    loader, squares = [(x[:32], y[:32]), (x[32:], y[32:])], []
+    for inputs, targets in loader:
+        (g,) = torch.autograd.grad(nn.functional.nll_loss(model(inputs), targets), [model[1].weight])
+        squares.append(g**2)
+    wanted = {
+        "batches": (squares[0] + squares[1]) / 2,
+        "samples": (squares[0] + squares[1]) / 40,
+        "weighted": (32 * squares[0] + 8 * squares[1]) / 40,
+    }
+    for how, value in wanted.items():
+        options = {"mode": "corrected", "normalize": how, "loss_fn": nn.functional.nll_loss}
+        pdr = ParameterPerturber(model, parameters=PARAMETERS | {"train_layer": "last"}, **options)
+        assert torch.allclose(pdr.calc_importance(loader)["1.weight"], value, rtol=1e-4), how

@@ -169,6 +169,7 @@ def test_strict_mode_with_channels_last_frozen_and_foreign_parameters():
             found.append([pdr.calc_importance(batches) for batches in (everything, forget)])
             report = pdr.modify_weight(*found[-1])
             assert report.selected == sum(int((found[0][1][n] > 1.3 * found[0][0][n]).sum()) for n in found[0][0])
+            assert {n.name for n in report} == {f"model, torch.float32 on cpu{kind}" for kind in ("", ", strided")}
             with pytest.raises(ff.ArgumentError, match="undo: parameter '.*' is not contiguous"):
                 pdr.modify_weight(*found[-1], undo=True)
     for mine_values, their_values in zip(*found):

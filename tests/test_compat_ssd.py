@@ -169,6 +169,7 @@ def test_strict_mode_with_channels_last_frozen_and_foreign_parameters():
             found.append([pdr.calc_importance(batches) for batches in (everything, forget)])
             report = pdr.modify_weight(*found[-1])
             assert report.selected == sum(int((found[0][1][n] > 1.3 * found[0][0][n]).sum()) for n in found[0][0])
+            assert {n.name for n in report} == {f"model, torch.float32 on cpu{kind}" for kind in ("", ", strided")}
             with pytest.raises(ff.ArgumentError, match="undo: parameter '.*' is not contiguous"):
                 pdr.modify_weight(*found[-1], undo=True)
     for mine_values, their_values in zip(*found):
@@ -622,3 +623,37 @@ def test_the_compat_layer_knows_only_the_public_api():
     for path in Path(ssd.__file__).parent.glob("*.py"):
         for line in re.findall(r"^\s*(?:from|import) .*", path.read_text(encoding="utf-8"), re.MULTILINE):
             assert not re.search(r"from \.\.|fiun_fast\.(?!compat)", line), (path.name, line)
+
+
+@pytest.mark.parametrize("mode", ["strict", "corrected"])
+def test_samples_of_truncated_dicts_are_those_that_were_used(mode):
+    loader = [{"image": x, "labels": y} for x, y in data()[0]]  # 6, 6, 6 and 4 samples
+    rename = lambda b: {"x": b["image"], "labels": b["labels"]}
+    by = {
+        how: ParameterPerturber(net("object"), mode=mode, normalize=how, truncate=5, batch_fn=rename).calc_importance(
+            loader
+        )
+        for how in ("batches", "samples")
+    }
+    for name, value in by["batches"].items():
+        assert torch.allclose(by["samples"][name], value * 4 / 19, rtol=1e-5), name
+
+
+def test_a_batch_that_is_forwarded_twice_counts_once():
+    """The head's closed form meets a log-softmax behind the layer on the first batch, and gives it up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.LogSoftmax(1))
+    x, y = torch.randn(40, 3, 8, 8), torch.randint(5, (40,))
+    loader, squares = [(x[:32], y[:32]), (x[32:], y[32:])], []
+    for inputs, targets in loader:
+        (g,) = torch.autograd.grad(nn.functional.nll_loss(model(inputs), targets), [model[1].weight])
+        squares.append(g**2)
+    wanted = {
+        "batches": (squares[0] + squares[1]) / 2,
+        "samples": (squares[0] + squares[1]) / 40,
+        "weighted": (32 * squares[0] + 8 * squares[1]) / 40,
+    }
+    for how, value in wanted.items():
+        options = {"mode": "corrected", "normalize": how, "loss_fn": nn.functional.nll_loss}
+        pdr = ParameterPerturber(model, parameters=PARAMETERS | {"train_layer": "last"}, **options)
+        assert torch.allclose(pdr.calc_importance(loader)["1.weight"], value, rtol=1e-4), how

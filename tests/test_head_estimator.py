@@ -9,6 +9,7 @@ from test_estimators import oracle as batch_oracle
 from test_sample_estimator import close, expected_oracle, made, one_thread, oracle  # noqa: F401
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 import fiun_fast as ff
 
@@ -148,3 +149,41 @@ def test_autocast_in_the_forward_alone(estimator):
     exact = ff.estimate_fisher(model, loader, ff.last_layer(model), estimator)
     assert set(fisher.provenance.how.values()) == {HEAD}
     assert (fisher.buffer - exact.buffer).abs().max() < 0.1 * exact.buffer.max()
+
+
+def reparametrised(how):
+    model = made(RESNET)
+    if how == "pruned":
+        prune.l1_unstructured(model[-1], "weight", 0.3)
+    elif how == "spectral_norm":
+        nn.utils.spectral_norm(model[-1])
+    elif how == "hook":
+        model[-1].register_forward_hook(lambda module, given, output: 10 * output)
+    else:
+        model[-1].register_forward_pre_hook(lambda module, given: (given[0] * 10,))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["pruned", "spectral_norm", "hook", "pre-hook"])
+def test_heads_whose_output_is_not_their_parameters_alone(how):
+    model, loader = reparametrised(how), RESNET.batches((4, 3))
+    model.eval()
+    fisher = ff.estimate_fisher(model, loader, params="7.*")
+    whole = ff.estimate_fisher(model, loader)
+    for name in fisher.layout.names:
+        assert fisher[name].any(), name
+        assert torch.allclose(fisher[name], whole[name], rtol=1e-5), name
+        assert HEAD not in fisher.provenance.how[name]
+
+
+class ByName(Scaled):
+    def forward(self, x):
+        return self.fc(input=torch.tanh(self.body(x)))
+
+
+def test_a_head_called_by_keyword():
+    torch.manual_seed(0)
+    model, loader = ByName(), LAYERS[0].batches((4, 3))
+    fisher = ff.estimate_fisher(model, loader, params="fc.*")
+    assert torch.allclose(fisher["fc.weight"], ff.estimate_fisher(model, loader)["fc.weight"], rtol=1e-5)

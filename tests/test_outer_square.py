@@ -149,3 +149,22 @@ def test_tensor_cores_round_only_where_torch_lets_them():
         assert figures["tensor"] == allowed, key
         assert allowed or figures["fma"] > 0, key
         assert not figures["local"], key
+
+
+NO_ROOM = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("fiun_fast._cpu", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+try:
+    module.outer_square(0, 0, 0, 0, 2**50, 64, 64, 0, 0, 0, 0, threads=2)  # scratch grows with the positions
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+def test_memory_that_is_not_there_is_an_error_and_no_crash():
+    from fiun_fast import _cpu
+
+    run = subprocess.run([sys.executable, "-c", NO_ROOM, _cpu.__file__], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "MemoryError"), run.stderr

@@ -11,6 +11,7 @@ from fisher_models import checkpointed
 from test_estimators import batches, close, net, oracle
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import fiun_fast as ff
 
@@ -119,6 +120,101 @@ def test_frozen_and_unused_parameters_and_errors():
             pass
     with pytest.raises(ff.ArgumentError, match="optimizer is a Linear"), accumulator.during(model["used"]):
         pass
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_backwards_are_counted_and_not_a_parameters_arrivals(every):
+    heads = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 5, 3)
+    accumulator, squares = ff.FisherAccumulator(heads), {}
+    with accumulator.streaming(every):
+        for i, x in enumerate(inputs):
+            heads["ab"[i % 2]](x).sum().backward()
+    assert accumulator.steps == 4 // every
+    for i, x in enumerate(inputs):  # a head's gradient is that of its only backward in each step
+        squares["ab"[i % 2]] = squares.get("ab"[i % 2], 0) + x.sum(0).square().expand(2, 3) / (4 // every)
+    for head, wanted in squares.items():
+        assert torch.allclose(accumulator.result()[f"{head}.weight"], wanted, rtol=1e-5)
+    assert all(p.grad is None for p in heads.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_backward_inside_a_backward_is_no_step(every, depth):
+    torch.manual_seed(0)
+    layers, x = nn.ModuleList(nn.Linear(3, 3) for _ in range(3)), torch.randn(4, 5, 3, requires_grad=True)
+
+    def nested(layer, x, depth):
+        return checkpoint(nested, layer, x, depth - 1, use_reentrant=True) if depth else layer(x).tanh()
+
+    accumulator = ff.FisherAccumulator(layers)
+    with accumulator.streaming(every):
+        for part in x:  # every parameter lies in a checkpoint; the first gradient of all comes from inside one
+            for layer in layers:
+                part = nested(layer, part, depth)
+            part.sum().backward()
+    assert accumulator.steps == 4 // every
+    by_hand = ff.FisherAccumulator(layers)
+    for i, part in enumerate(x):
+        for layer in layers:
+            part = nested(layer, part, 0)
+        part.sum().backward()
+        if i % every == every - 1:
+            by_hand.update()
+            layers.zero_grad()
+    assert torch.allclose(accumulator.result().buffer, by_hand.result().buffer, rtol=1e-6)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_an_incomplete_window_is_an_error(free):
+    model = nn.Linear(2, 2)
+    accumulator = ff.FisherAccumulator(model)
+    with (  # noqa: PT012
+        pytest.raises(ff.EstimationError, match="1 of 2 backward passes of the last"),
+        accumulator.streaming(2, 1, free),
+    ):
+        for _ in range(3):
+            model(torch.ones(1, 2)).sum().backward()
+    assert accumulator.steps == 1
+    assert (model.weight.grad is None) == free
+
+
+def test_a_gradient_from_before_is_refused():
+    model = nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    before = model.weight.grad.clone()
+    accumulator = ff.FisherAccumulator(model)
+    with (
+        pytest.raises(ff.EstimationError, match="parameter 'weight' holds a gradient already"),
+        accumulator.streaming(),
+    ):
+        pass
+    assert torch.equal(model.weight.grad, before)
+    assert not model.weight._post_accumulate_grad_hooks
+
+
+def test_a_scale_is_read_once_a_backward_and_an_overflow_is_an_error():
+    model, read = nn.Linear(2, 2), []
+    accumulator = ff.FisherAccumulator(model)
+    with (  # noqa: PT012
+        pytest.raises(ff.EstimationError, match="a scaled gradient was not finite"),
+        accumulator.streaming(scale=lambda: read.append(1) or 8.0),
+    ):
+        for size in (1.0, float("inf"), 1.0):
+            (8 * model(torch.full((1, 2), size)).sum()).backward()
+    assert len(read) == accumulator.steps == 3
+
+
+def test_frozen_parameters_leave_no_hook_behind():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    accumulator = ff.FisherAccumulator(model, ["weight", "bias"], allow_frozen=True)
+    with accumulator.streaming():
+        model(torch.ones(1, 2)).sum().backward()
+    assert not model.weight._post_accumulate_grad_hooks
+    assert accumulator.result()["weight"].eq(1).all()
 
 
 # ---- training loops --------------------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ def dampen(
         rule: the numbers.
         backend, options: of `ff.plan` and `Plan.run_`.
 
+    Returns:
+        The report, of one node "model"; of a node for each part where devices, dtypes or contiguity of the parameters
+        differ (channels_last), named as in "model, torch.float32 on cpu, strided".
+
     Raises:
         ArgumentError: undo, where a parameter is not contiguous; or as `ff.plan`.
 

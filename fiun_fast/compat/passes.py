@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,15 +23,27 @@ class Pass:
     def __init__(self, reading: Reading, device: torch.device, how: str, label_free: bool) -> None:
         self._reading, self._device, self.how, self._label_free = reading, device, how, label_free
         self.batches = self.samples = self._first = self._now = 0
+        self._counted = False
+
+    def over(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches; each counts once, however often it is forwarded."""
+        for batch in loader:
+            self._counted = False
+            yield batch
 
     def forward(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
-        """Outputs and targets of the next batch."""
-        outputs, targets = self._reading.forward(model, batch, self._device)
+        """Outputs and targets of a batch."""
+        reading = self._reading
+        batch = batch if reading.batch_fn is None else reading.batch_fn(batch)
+        outputs, targets = replace(reading, batch_fn=None).forward(model, batch, self._device)
         self._now = samples_of(outputs, targets, batch)
+        if reading.truncate is not None and reading.forward_fn is None:
+            self._now = min(self._now, reading.truncate)
         if self.how != "batches" and self._now == 0:
             raise ff.EstimationError(f'batch {self.batches}: cannot tell its samples, as normalize="{self.how}" needs')
         self._first = self._first or self._now
-        self.batches, self.samples = self.batches + 1, self.samples + self._now
+        if not self._counted:
+            self.batches, self.samples, self._counted = self.batches + 1, self.samples + self._now, True
         if self._label_free and self.how == "weighted":
             outputs = outputs * math.sqrt(self._now / self._first)
         return outputs, targets

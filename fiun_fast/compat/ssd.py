@@ -230,7 +230,7 @@ class ParameterPerturber(Helpers):
                 self.model, list(parameters), dtypes.pop(), self.backend, estimator, allow_frozen=True
             )
         with self._only_scope():
-            for batch in dataloader:
+            for batch in pass_over.over(dataloader):
                 self.opt.zero_grad() if self.opt is not None else self.model.zero_grad()
                 outputs, targets = pass_over.forward(self.model, batch)
                 loss = pass_over.strict_loss(outputs, targets)
@@ -257,8 +257,9 @@ class ParameterPerturber(Helpers):
         """`ff.estimate_fisher`, which leaves the model as it was."""
         loss_fn = None if self.label_free else pass_over.loss
         estimator = "label_free" if self.label_free else "batch"
+        batches = pass_over.over(dataloader)
         fisher = ff.estimate_fisher(
-            self.model, dataloader, self.train_layer, estimator, loss_fn, pass_over.forward, backend=self.backend
+            self.model, batches, self.train_layer, estimator, loss_fn, pass_over.forward, backend=self.backend
         )
         if pass_over.how != "batches":
             fisher.buffer.mul_(pass_over.batches / pass_over.divisor())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -109,9 +109,8 @@ class FisherAccumulator:
             for original in copied:  # copies were read above; these are the gradients themselves
                 original.zero_()
 
-    def streaming(
-        self, every: int = 1, scale: float | Callable[[], float] = 1.0, free: bool = True
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def streaming(self, every: int = 1, scale: float | Callable[[], float] = 1.0, free: bool = True) -> Iterator[None]:
         """Inside `with`, every `loss.backward()` is an update: each gradient is folded in as it arrives, and freed.
 
         No gradient outlives its own moment, so memory stays that of the largest one. Works with autocast and with
@@ -120,19 +119,25 @@ class FisherAccumulator:
 
         Args:
             every: backward passes that make one mini-batch (gradient accumulation); gradients add up in between.
-            scale: by which the loss is multiplied, or a callable that tells, as `GradScaler.get_scale`.
+            scale: by which the loss is multiplied, or a callable that tells, as `GradScaler.get_scale`; asked once a
+                backward. Every step counts, one that overflows too: use `during` where a GradScaler may skip steps.
             free: set `.grad` to None after it was used; False leaves it to an optimiser.
 
         Raises:
             ArgumentError: `every` is not a whole number above 0.
+            EstimationError: a parameter holds a gradient on entry; on exit, the last mini-batch lacks backward passes
+                (it is left out), or a scaled gradient was not finite.
 
         """
 
-        def stepped(count: int) -> None:
-            self.steps += count
+        def stepped() -> None:
+            self.steps += 1
 
         fold = lambda name, gradient: self._fold({name: gradient})  # noqa: E731
-        return in_backward(self._parameters, every, scale, free, fold, stepped)
+        with in_backward(self._parameters, every, scale, free, fold, stepped):
+            yield
+        if (callable(scale) or scale != 1) and not bool(self._sum.sum(dtype=torch.float64).isfinite()):
+            raise EstimationError("a scaled gradient was not finite: start anew with a smaller scale, or use during()")
 
     def during(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Inside `with`, every step of a training loop's optimiser is an update, before it changes the parameters.

@@ -46,7 +46,11 @@ class HeadEstimate(Estimate):
     def step(self, batch: Any) -> None:
         """One forward, and δ at the logits."""
         job, met = self._job, []
-        hook = self._layer.register_forward_hook(lambda _, given, output: met.append((given[0], output)))
+        if self._layer._forward_hooks or self._layer._forward_pre_hooks:
+            raise NotAHead("the layer has hooks, which may change its input or output")
+        hook = self._layer.register_forward_hook(
+            lambda _, given, named, output: met.append((*given, *named.values(), output)), with_kwargs=True
+        )
         try:
             with torch.no_grad():
                 outputs, targets = job.forward(batch)
@@ -123,5 +127,8 @@ def _owner(job: Job) -> nn.Linear:
             if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
                 raise NotAHead(f"{type(module).__name__} is no nn.Linear")
             assert isinstance(module, nn.Linear)
+            own = {role: module._parameters.get(role) for role in ("weight", "bias")}
+            if own["weight"] is None or not chosen <= {id(p) for p in own.values()}:
+                raise NotAHead("its weight is computed from other parameters")  # pruning, weight_norm, spectral_norm
             return module
     raise NotAHead("the parameters are not those of one layer")

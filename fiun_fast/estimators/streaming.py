@@ -2,16 +2,99 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, EstimationError
 
 Fold = Callable[[str, Tensor], None]  # a parameter's name and its gradient, unscaled
+
+
+class _Stream:
+    """What the hooks of one `in_backward` share: which backward runs, and what is to be done when it ends."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        every: int,
+        scale: float | Callable[[], float],
+        free: bool,
+        fold: Fold,
+        stepped: Callable[[], None],
+    ) -> None:
+        self.parameters, self.every, self._scale, self.free = parameters, every, scale, free
+        self._fold, self._stepped = fold, stepped
+        self.backwards = 0  # that have ended
+        self._running = False
+        self._factor = 1.0
+        self._late: dict[str, None] = {}  # parameters that hold a gradient of this window's earlier backwards
+
+    def hook(self, name: str) -> Callable[[Tensor], None]:
+        """For a parameter's post-accumulate-grad hook."""
+        return lambda parameter: self._arrived(name, parameter)
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        if not self._running:
+            self._running = True
+            self._factor = float(self._scale() if callable(self._scale) else self._scale)
+            self._await_end()
+        if (self.backwards + 1) % self.every:
+            self._late[name] = None
+        else:
+            self._late.pop(name, None)
+            self._take(name, parameter)
+
+    def _await_end(self) -> None:
+        """Have `_ended` called when the outermost backward has run; one inside it (checkpointing) is no step."""
+        node = _enclosing()
+        if node is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+            return
+        following = next(n for n, _ in node.next_functions if n is not None)  # runs later, in the backward around this
+
+        def reached(_: Any) -> None:
+            handle.remove()
+            self._await_end()
+
+        handle = following.register_prehook(reached)
+
+    def _ended(self) -> None:
+        self._running = False
+        self.backwards += 1
+        if self.backwards % self.every == 0:
+            for name in self._late:
+                self._take(name, self.parameters[name])
+            self._late.clear()
+            self._stepped()
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        self._fold(name, parameter.grad if self._factor == 1 else parameter.grad / self._factor)
+        if self.free:
+            parameter.grad = None
+
+    def drop(self) -> None:
+        """Clear the gradients of a window that did not end."""
+        if self.free:
+            for name in self._late:
+                self.parameters[name].grad = None
+
+
+def _enclosing() -> Any:
+    """The node of the graph whose own backward, written in Python, has begun the present one; None: there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 @contextmanager
@@ -21,42 +104,35 @@ def in_backward(
     scale: float | Callable[[], float],
     free: bool,
     fold: Fold,
-    stepped: Callable[[int], None],
+    stepped: Callable[[], None],
 ) -> Iterator[None]:
-    """Call `fold` from post-accumulate-grad hooks, at every `every`-th backward; `stepped` hears how many there were.
+    """Call `fold` from post-accumulate-grad hooks, at every `every`-th backward; `stepped` hears of each time.
+
+    A backward counts where one of the parameters takes part in it.
 
     Raises:
         ArgumentError: `every` is not a whole number above 0.
+        EstimationError: a parameter holds a gradient on entry; on exit, the last backwards are fewer than `every`.
 
     """
     if not isinstance(every, int) or every < 1:
         raise ArgumentError(f"every is {every!r}, expected a whole number above 0")
-    arrivals = dict.fromkeys(parameters, 0)
-    done = 0
-
-    def arrived(name: str, parameter: Tensor) -> None:
-        nonlocal done
-        arrivals[name] += 1
-        if arrivals[name] % every or parameter.grad is None:
-            return
-        factor = float(scale() if callable(scale) else scale)
-        fold(name, parameter.grad if factor == 1 else parameter.grad / factor)
-        if free:
-            parameter.grad = None
-        steps = arrivals[name] // every
-        if steps > done:
-            stepped(steps - done)
-            done = steps
-
-    def hook(name: str) -> Callable[[Tensor], None]:
-        return lambda parameter: arrived(name, parameter)
-
-    handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in parameters.items()]
+    for name, p in parameters.items():
+        if p.grad is not None:
+            raise EstimationError(f"parameter {name!r} holds a gradient already: set .grad to None before streaming")
+    stream = _Stream(parameters, every, scale, free, fold, stepped)
+    handles: list[Any] = []
     try:
+        for name, p in parameters.items():
+            if p.requires_grad:
+                handles.append(p.register_post_accumulate_grad_hook(stream.hook(name)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+    if rest := stream.backwards % every:
+        stream.drop()
+        raise EstimationError(f"{rest} of {every} backward passes of the last mini-batch came: it was left out")
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def chosen(paths: list[Path]) -> dict[str, Record]:
     """Device -> its record."""
     found: dict[str, Record] = {}
     for path in paths or sorted(RESULTS.glob("*.json")):
-        if not paths and (path.stem.endswith(("-quick", "-tiny")) or "rows" not in json.loads(path.read_text())):
+        if not paths and json.loads(path.read_text()).get("mode") != "full":
             continue  # other sizes, or another kind of results
         record = Record.load(path)
         device = record.environment["device"]

@@ -34,7 +34,7 @@ def compile_plan(name: str, title: str, nodes: int, device: torch.device) -> Cas
     plan = ff.plan(dag, requests)
     variants = [
         Variant("plan", "ours", lambda: ff.plan(dag, requests), lambda: None, None),
-        Variant("run_", "ours", lambda: plan.run_(dry_run=True), lambda: None, None, len(plan.tables)),
+        Variant("run_", "floor", lambda: plan.run_(dry_run=True), lambda: None, None, len(plan.tables)),
     ]
     return Case(name, title, None, nodes, variants, None)
 

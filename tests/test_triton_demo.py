@@ -17,8 +17,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
     """The parameters after each `run_` of any plan, as integers: equal only where the bits are."""
     recorded, run = [], ff.Plan.run_
 
-    def recording(plan: ff.Plan, dry_run: bool = False) -> ff.Report:
-        report = run(plan, dry_run)
+    def recording(plan: ff.Plan, **options: bool) -> ff.Report:
+        report = run(plan, **options)
         recorded.append([p.detach().view(torch.int32).clone() for p in plan._resolved.parameters])
         return report
 
@@ -46,4 +46,6 @@ def test_the_demo_gives_the_same_bits_on_triton_and_cpu(runs, tmp_path):
     for ours, theirs in zip(after["triton"], after["cpu"], strict=True):
         assert len(ours) == len(theirs) > 0
         assert all(map(torch.equal, ours, theirs))
-    assert any(not torch.equal(a, b) for a, b in zip(after["cpu"][0], after["cpu"][1], strict=True)), "nothing changes"
+    first = after["cpu"][0]
+    changed = [state for state in after["cpu"] if not all(map(torch.equal, first, state))]
+    assert len(changed) > 10, "the runs that are compared change nothing"

@@ -17,6 +17,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .undo import UndoLog
 
+_HEAD = ["node", "from", "alpha", "lambda", "elements", "selected", "share", "zeroed", "nonfinite"]
 _SHOWN = 40  # rows that print(report) shows
 
 
@@ -245,17 +246,7 @@ class Report:
 
     def __str__(self) -> str:
         nodes = list(self)
-        head: tuple[str, ...] = (
-            "node",
-            "from",
-            "alpha",
-            "lambda",
-            "elements",
-            "selected",
-            "share",
-            "zeroed",
-            "nonfinite",
-        )
+        head = _HEAD
         rows = [_row(n) for n in nodes[:_SHOWN]]
         if len(nodes) > _SHOWN:
             rows.append((f"… {len(nodes) - _SHOWN:,} more", *[""] * (len(head) - 1)))
@@ -264,7 +255,7 @@ class Report:
             total = (self.numel, self.selected, self.zeroed, self.nonfinite, parameters)
             rows.append(_row(NodeReport("all", (), (), None, None, *total)))
         if any(n.parameters for n in nodes):
-            head = (*head, "‖Δθ‖")
+            head = [*_HEAD, "‖Δθ‖"]
             rows = [(*row, *[""] * (len(head) - len(row))) for row in rows]  # nothing fitted: nothing was measured
         lines = [_table(head, rows, left=2)] if rows else []
         lines += [f"left out of {n.name}: {', '.join(n.skipped)}" for n in nodes[:_SHOWN] if n.skipped]

@@ -69,9 +69,9 @@ FIUN_HD void narrow(float x, fp16& out) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // normal halves: rebias the exponent and round the 13 bits that go; a carry moves into the exponent as it should
+    // normal halves: rebias the exponent and round off 13 bits; a carry moves into the exponent as it should
     const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-    // subnormal halves: beside 0.5 one unit in the last place is 2^-24, so that the addition does the rounding
+    // subnormal halves: next to 0.5 one unit in the last place is 2^-24, so that the addition does the rounding
     const float shifted = bit_cast<float>(magnitude) + 0.5f;
     const uint32_t subnormal = bit_cast<uint32_t>(shifted) - 0x3f000000u;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
@@ -100,7 +100,7 @@ FIUN_HD double absolute(double x) { return fabs(x); }
 FIUN_HD float power(float x, float e) { return powf(x, e); }
 FIUN_HD double power(double x, double e) { return pow(x, e); }
 
-// The dtype in which a parameter meets its factor: the wider of both, and float for the half kinds.
+// The dtype in which a parameter meets its factor: the wider of the two, or float for half precision.
 template <class T, class F>
 struct Product {
     using type = float;
@@ -121,7 +121,7 @@ FIUN_HD F accumulated(F into, F gradient, bool square) {
     return into + (square ? gradient * gradient : absolute(gradient));
 }
 
-// ---- merge: m = scale * reduce_k (w_k F_k). Multiplying by 1 changes nothing, so w = 1 and scale = 1 need no case. ---
+// ---- merge: m = scale * reduce_k (w_k F_k). Multiplying by 1 changes nothing, so w = 1 and scale = 1 need no code.
 
 enum class Merge : int { max = 0, mean = 1, sum = 2 };
 
@@ -153,7 +153,7 @@ FIUN_HD bool is_selected(F original, F merged, const Rule<F>& rule) {  // false 
     return merged > rule.alpha * original;
 }
 
-// For selected elements, which means: merged is above 0 and no NaN, original is finite.
+// For selected elements only: merged is above 0 and not NaN, original is finite.
 template <bool with_exponent, class F>
 FIUN_HD F dampening(F original, F merged, const Rule<F>& rule) {
     F factor = rule.lam * original / merged;
@@ -183,7 +183,7 @@ struct BitsOf<double> {
     using type = int64_t;
 };
 
-// The ratio's bits above the lowest `low`, less `base`; with `nearest`, a bin beyond either end is the one at that end.
+// The ratio's bits above the lowest `low`, less `base`; with `nearest`, a bin beyond either end becomes the one there.
 // histogram_bins where there is no bin: a ratio that is NaN (0 / 0) or negative, or, without `nearest`, beyond the ends.
 template <class F>
 FIUN_HD typename BitsOf<F>::type ratio_bin(F original, F merged, int low, typename BitsOf<F>::type base, bool nearest) {

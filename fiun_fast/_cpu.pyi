@@ -1,29 +1,32 @@
-# csrc/cpu/module.cpp: addresses and sizes in, nothing out; kinds are 0 fp32, 1 fp64, 2 bf16, 3 fp16.
+# csrc/cpu/module.cpp: addresses and sizes in; kinds are those of csrc/kinds.h.
+from typing import Any
 
 def isa(isa: str = "") -> str: ...
 def usable_isas() -> list[str]: ...
 def compiled_isas() -> list[str]: ...
 def use_openmp(address: int) -> None: ...
-def dampen(
-    rows: int,
-    row_count: int,
-    sources: int,
-    weights: int,
-    targets: int,
-    alpha: int,
-    lam: int,
-    counts: int,
-    slots: int,
-    theta_kind: int,
-    fisher_kind: int,
-    merge: int,
-    scale: float,
-    exponent: float,
-    cap: float,
-    dry_run: bool,
-    threads: int,
-    isa: str = "",
-) -> None: ...
+
+class DampenLaunch:
+    threads: int
+    def __init__(
+        self,
+        rows: int,
+        row_count: int,
+        sources: int,
+        weights: int,
+        targets: int,
+        fisher_kind: int,
+        merge: int,
+        scale: float,
+        theta_kind: int,
+        alpha: int,
+        lam: int,
+        exponent: float,
+        cap: float,
+        threads: int,
+    ) -> None: ...
+    def run(self, counts: int, dry_run: bool, isa: str = "") -> None: ...
+
 def merge(
     sources: int,
     weights: int,
@@ -43,7 +46,6 @@ def histogram(
     sources: int,
     weights: int,
     targets: int,
-    slots: int,
     fisher_kind: int,
     merge: int,
     scale: float,
@@ -70,3 +72,10 @@ def outer_square(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def all_held(mappings: list[Any], keys: list[str], objects: list[Any]) -> bool: ...
+
+class Places:
+    def __init__(self, functions: list[int]) -> None: ...
+    def take(self, tensors: list[Any]) -> None: ...
+    def unchanged(self, tensors: list[Any]) -> bool: ...
+    def of(self, tensor: Any) -> list[int]: ...

@@ -1,4 +1,4 @@
-# csrc/cuda/module.cpp: addresses, sizes and a stream in; kinds are 0 fp32, 1 fp64, 2 bf16, 3 fp16.
+# csrc/cuda/module.cpp: addresses, sizes and a stream in; kinds are those of csrc/kinds.h.
 
 architectures: str
 toolkit_version: int
@@ -18,7 +18,6 @@ def dampen(
     targets: int,
     limits: int,
     counts: int,
-    slots: int,
     theta_kind: int,
     fisher_kind: int,
     merge: int,
@@ -39,7 +38,6 @@ def histogram(
     targets: int,
     bases: int,
     counts: int,
-    slots: int,
     fisher_kind: int,
     merge: int,
     scale: float,

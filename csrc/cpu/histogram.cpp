@@ -1,5 +1,5 @@
 // Histograms of m / I for every node of a work table, in one pass. The bins of a block are computed by the loops of the
-// instruction set, without branches; adding up is scalar, into counts of the thread's own.
+// instruction set, without branches; adding up is scalar, into the thread's own counts.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -20,7 +20,7 @@ struct Item {  // elements [from, to) of a row, for targets [first, last) of the
     int64_t row, from, to, first, last;
 };
 
-std::vector<Item> cut(const DampenTable& table, int threads) {
+std::vector<Item> cut(const Table& table, int threads) {
     int64_t total = 0;
     for (int64_t r = 0; r < table.row_count; ++r) total += table.rows[5 * r] * table.rows[5 * r + 4];
     const int64_t unit = std::clamp(total / (int64_t(threads) * 8), unit_least, unit_most) / tile * tile;
@@ -37,20 +37,20 @@ std::vector<Item> cut(const DampenTable& table, int threads) {
     return items;
 }
 
-// The counts of one slot; passed on when another slot's turn comes. Two sets, and neighbours go to different ones: many
+// The counts of one node; passed on when another node's turn comes. Two sets, and neighbours go to different ones: many
 // elements in a row may have the same bin (0 above all), and each addition would wait for the one before.
 class Bins {
   public:
     static constexpr int64_t own_size = 2 * (bins + 1);
 
-    Bins(int64_t* counts, uint32_t* own) : counts_(counts), own_(own) {}  // own [2, bins + 1]: zeros, then and afterwards
+    Bins(int64_t* counts, uint32_t* own) : counts_(counts), own_(own) {}  // own [2, bins + 1]: zeros before and after
     ~Bins() { flush(); }
     Bins(const Bins&) = delete;
     Bins& operator=(const Bins&) = delete;
 
-    void add(int64_t slot, const int32_t* where, int64_t n) {  // `bins` is counted, and thrown away
-        if (slot != slot_ || room_ < n) flush();
-        slot_ = slot;
+    void add(int64_t node, const int32_t* where, int64_t n) {  // what has no bin is counted too, as `bins`, and dropped
+        if (node != node_ || room_ < n) flush();
+        node_ = node;
         room_ -= n;
         uint32_t* const even = own_;
         uint32_t* const odd = even + bins + 1;
@@ -67,7 +67,7 @@ class Bins {
         for (int64_t b = 0; b < bins; ++b) {
             const int64_t sum = int64_t(own_[b]) + own_[b + bins + 1];
             static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t), "counts are shared as plain integers");
-            auto& count = reinterpret_cast<std::atomic<int64_t>*>(counts_)[slot_ * bins + b];
+            auto& count = reinterpret_cast<std::atomic<int64_t>*>(counts_)[node_ * bins + b];
             if (sum != 0) count.fetch_add(sum, std::memory_order_relaxed);
         }
         std::fill(own_, own_ + own_size, 0u);
@@ -75,13 +75,14 @@ class Bins {
     }
 
     int64_t* counts_;
-    int64_t slot_ = 0, room_ = int64_t(1) << 31;  // elements until a count may overflow
+    int64_t node_ = 0, room_ = int64_t(1) << 31;  // elements until a count may overflow
     uint32_t* own_;
 };
 
 struct Work {
     const Kernels& kernels;
-    const DampenTable& table;
+    const Table& table;
+    const Merging& merging;
     const int64_t* bases;
     int low;
     bool nearest;
@@ -92,7 +93,7 @@ struct Work {
     std::atomic<int64_t> next{0};
 
     void take_part(int thread) {
-        const int64_t bytes = table.fisher_kind == f32 ? 4 : 8;
+        const int64_t bytes = kind_bytes[table.fisher_kind];
         const MergeLoop merge = kernels.merge[table.fisher_kind];
         const HistogramLoop find = kernels.histogram[table.fisher_kind];
         char* const tile_of_mine = reinterpret_cast<char*>(scratch.data() + thread * tile);
@@ -103,12 +104,12 @@ struct Work {
             const int64_t* row = table.rows + 5 * item.row;
             const int64_t* sources = table.sources + row[1];
             const double* weights = table.weights + row[1];
-            const bool merges = row[2] > 1 || weights[0] != 1 || table.scale != 1;
+            const bool merges = row[2] > 1 || weights[0] != 1 || merging.scale != 1;
             for (int64_t at = item.from; at < item.to;) {
                 const int64_t n = merges ? std::min(tile, item.to - at) : item.to - at;
                 const char* merged = reinterpret_cast<const char*>(sources[0]) + at * bytes;
                 if (merges) {
-                    merge(tile_of_mine, sources, weights, row[2], at, n, table.merge, table.scale);
+                    merge(tile_of_mine, sources, weights, row[2], at, n, merging.how, merging.scale);
                     merged = tile_of_mine;
                 }
                 for (int64_t t = item.first; t < item.last; ++t) {
@@ -128,10 +129,9 @@ struct Work {
 
 }  // namespace
 
-void run_histogram(const Kernels& kernels, const DampenTable& table, const int64_t* bases, int low, bool nearest,
-                   int64_t* counts, int threads) {
-    std::fill(counts, counts + table.slots * bins, int64_t(0));
-    Work work{kernels, table, bases, low, nearest, counts, cut(table, threads), {}, {}};
+void run_histogram(const Kernels& kernels, const Table& table, const Merging& merging, const int64_t* bases, int low,
+                   bool nearest, int64_t* counts, int threads) {
+    Work work{kernels, table, merging, bases, low, nearest, counts, cut(table, threads), {}, {}};
     threads = int(std::min<int64_t>(threads, int64_t(work.items.size())));
     if (threads == 0) return;
     work.scratch.resize(size_t(threads * tile));

@@ -1,13 +1,11 @@
-// What one instruction set offers: the innermost loops over contiguous memory, one function a dtype combination.
+// What one instruction set offers: the innermost loops over contiguous memory, one function per combination of dtypes.
 #pragma once
 
 #include <stdint.h>
 
-namespace fiun {
+#include "../kinds.h"
 
-enum Kind : int { f32 = 0, f64 = 1, bf16_kind = 2, fp16_kind = 3 };
-constexpr int theta_kinds = 4;   // also the dtypes of gradients
-constexpr int fisher_kinds = 2;  // f32, f64
+namespace fiun {
 
 struct Counts {
     int64_t selected = 0, zeroed = 0, nonfinite = 0;

@@ -27,7 +27,7 @@ struct Lane<double> {
 };
 
 #if defined(__GNUC__)
-#define FIUN_KEEP_LOOP _Pragma("GCC unroll 1")  // GCC else unrolls loops over a few lanes before it can vectorise them
+#define FIUN_KEEP_LOOP _Pragma("GCC unroll 1")  // else GCC unrolls loops over a few lanes before it can vectorise them
 #define FIUN_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #else
 #define FIUN_KEEP_LOOP
@@ -61,7 +61,7 @@ inline void dampen_line(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original,
     for (int j = 0; j < n; ++j) {
         const bool chosen = is_selected(original[j], merged[j], rule);
         const T now = theta[j];
-        if (with_exponent && !chosen) {  // the power is a call and much dearer than a branch
+        if (with_exponent && !chosen) {  // the power is a call, which costs much more than a branch
             next[j] = now;
             continue;
         }
@@ -85,7 +85,7 @@ inline void dampen_few(T* theta, const F* original, const F* merged, int64_t n, 
 
 // Theta is neither read nor written on lines where nothing is selected. A block of lines is looked through first, without
 // branches. Where few are selected, blocks are long, so that scattered lines of theta are all on their way from memory
-// before the first is needed; where many are, the hardware sees them coming and what was looked at should stay near.
+// before the first is needed; where many are, the hardware sees them coming and what was looked at should stay cached.
 template <bool with_exponent, class T, class F>
 inline Counts dampen_all(T* theta, const F* original, const F* merged, int64_t n, const Rule<F>& rule, bool write) {
     constexpr int lanes = int(line_bytes / sizeof(T)), long_block = 128, short_block = 16;

@@ -1,10 +1,13 @@
-// fiun_fast._cpu: addresses and sizes in, nothing out. No torch headers, so that one build serves every torch.
+// fiun_fast._cpu: addresses and sizes in. No torch headers, so that one build serves every torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "homes.h"
 #include "pool.h"
 #include "run.h"
 
@@ -35,14 +38,18 @@ T* at(int64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-void dampen(int64_t rows, int64_t row_count, int64_t sources, int64_t weights, int64_t targets, int64_t alpha,
-            int64_t lam, int64_t counts, int64_t slots, int theta_kind, int fisher_kind, int merge, double scale,
-            double exponent, double cap, bool dry_run, int threads, const std::string& isa) {
-    const DampenTable table{at<int64_t>(rows),    row_count,          at<int64_t>(sources), at<double>(weights),
-                            at<int64_t>(targets), at<double>(alpha),  at<double>(lam),      at<int64_t>(counts),
-                            slots,                theta_kind,         fisher_kind,          merge,
-                            scale,                exponent,           cap};
-    run_dampen(choose(isa), table, !dry_run, threads);
+std::unique_ptr<DampenLaunch> prepare_dampen(int64_t rows, int64_t row_count, int64_t sources, int64_t weights,
+                                             int64_t targets, int fisher_kind, int merge, double scale, int theta_kind,
+                                             int64_t alpha, int64_t lam, double exponent, double cap, int threads) {
+    const Table table{at<int64_t>(rows),   row_count,            at<int64_t>(sources),
+                      at<double>(weights), at<int64_t>(targets), fisher_kind};
+    const Limits limits{theta_kind, at<double>(alpha), at<double>(lam), exponent, cap};
+    const py::gil_scoped_release free_gil;  // not around py::init, which writes to tables of pybind11
+    return std::make_unique<DampenLaunch>(table, Merging{merge, scale}, limits, threads);
+}
+
+void run_prepared(const DampenLaunch& launch, int64_t counts, bool dry_run, const std::string& isa) {
+    launch.run(choose(isa), at<int64_t>(counts), !dry_run);
 }
 
 void merge(int64_t sources, int64_t weights, int64_t count, int64_t out, int64_t n, int fisher_kind, int how,
@@ -54,12 +61,13 @@ void accumulate(int64_t pairs, int64_t pair_count, bool square, bool zero, int t
     run_accumulate(choose(isa), at<int64_t>(pairs), pair_count, square, zero, threads);
 }
 
-void histogram(int64_t rows, int64_t row_count, int64_t sources, int64_t weights, int64_t targets, int64_t slots,
-               int fisher_kind, int merge, double scale, int64_t bases, int low, bool nearest, int64_t counts,
-               int threads, const std::string& isa) {
-    const DampenTable table{at<int64_t>(rows), row_count, at<int64_t>(sources), at<double>(weights),
-                            at<int64_t>(targets), nullptr, nullptr, nullptr, slots, 0, fisher_kind, merge, scale, 1, 1};
-    run_histogram(choose(isa), table, at<int64_t>(bases), low, nearest, at<int64_t>(counts), threads);
+void histogram(int64_t rows, int64_t row_count, int64_t sources, int64_t weights, int64_t targets, int fisher_kind,
+               int merge, double scale, int64_t bases, int low, bool nearest, int64_t counts, int threads,
+               const std::string& isa) {
+    const Table table{at<int64_t>(rows),   row_count,            at<int64_t>(sources),
+                      at<double>(weights), at<int64_t>(targets), fisher_kind};
+    run_histogram(choose(isa), table, Merging{merge, scale}, at<int64_t>(bases), low, nearest, at<int64_t>(counts),
+                  threads);
 }
 
 void outer_square(int64_t left, int64_t right, int64_t into, int64_t samples, int64_t positions, int64_t m, int64_t k,
@@ -84,15 +92,17 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("usable_isas", [] { return names(usable_kernels()); });
     module.def("compiled_isas", [] { return names(compiled_kernels()); });
     module.def("use_openmp", &use_openmp, arg("address"));
-    module.def("dampen", &dampen, free_gil, arg("rows"), arg("row_count"), arg("sources"), arg("weights"),
-               arg("targets"), arg("alpha"), arg("lam"), arg("counts"), arg("slots"), arg("theta_kind"),
-               arg("fisher_kind"), arg("merge"), arg("scale"), arg("exponent"), arg("cap"), arg("dry_run"),
-               arg("threads"), arg("isa") = "");
+    py::class_<DampenLaunch>(module, "DampenLaunch")
+        .def(py::init(&prepare_dampen), arg("rows"), arg("row_count"), arg("sources"), arg("weights"), arg("targets"),
+             arg("fisher_kind"), arg("merge"), arg("scale"), arg("theta_kind"), arg("alpha"), arg("lam"),
+             arg("exponent"), arg("cap"), arg("threads"))
+        .def("run", &run_prepared, free_gil, arg("counts"), arg("dry_run"), arg("isa") = "")
+        .def_property_readonly("threads", &DampenLaunch::threads);
     module.def("merge", &merge, free_gil, arg("sources"), arg("weights"), arg("count"), arg("out"), arg("n"),
                arg("fisher_kind"), arg("how"), arg("scale"), arg("threads"), arg("isa") = "");
     module.def("histogram", &histogram, free_gil, arg("rows"), arg("row_count"), arg("sources"), arg("weights"),
-               arg("targets"), arg("slots"), arg("fisher_kind"), arg("merge"), arg("scale"), arg("bases"), arg("low"),
-               arg("nearest"), arg("counts"), arg("threads"), arg("isa") = "");
+               arg("targets"), arg("fisher_kind"), arg("merge"), arg("scale"), arg("bases"), arg("low"), arg("nearest"),
+               arg("counts"), arg("threads"), arg("isa") = "");
     module.def("accumulate", &accumulate, free_gil, arg("pairs"), arg("pair_count"), arg("square"), arg("zero"),
                arg("threads"), arg("isa") = "");
     module.def("outer_square", &outer_square, free_gil, arg("left"), arg("right"), arg("into"), arg("samples"),
@@ -100,4 +110,10 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
                arg("right_step"), arg("threads"), arg("isa") = "");
     module.def("add_squares", &add_squares, free_gil, arg("into"), arg("products"), arg("rows"), arg("n"),
                arg("fisher_kind"), arg("threads"), arg("isa") = "");
+    module.def("all_held", &all_held, arg("mappings"), arg("keys"), arg("objects"));
+    py::class_<Places>(module, "Places")
+        .def(py::init<const std::vector<int64_t>&>(), arg("functions"))
+        .def("take", &Places::take, arg("tensors"))
+        .def("unchanged", &Places::unchanged, arg("tensors"))
+        .def("of", &Places::of, arg("tensor"));
 }

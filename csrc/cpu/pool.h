@@ -12,7 +12,7 @@
 namespace fiun {
 
 // Calls work(context, thread), thread < threads, on `threads` threads at most, the caller among them; returns when all
-// have. Fewer may take part, so work must be shared out as it is asked for. It must not throw, nor come back here.
+// have. Fewer may take part, so work must be shared out as it is asked for. It must not throw, nor call this.
 void on_threads(int threads, void (*work)(void* context, int thread), void* context);
 
 // The address of GOMP_parallel, or 0 for the pool.

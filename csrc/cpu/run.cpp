@@ -14,13 +14,11 @@
 namespace fiun {
 namespace {
 
-constexpr int64_t kind_bytes[theta_kinds] = {4, 8, 2, 2};
-
 // Elements of a merged Fisher that are applied to all nodes before the next ones are merged. Long enough for the
 // hardware to follow each stream, short enough to stay in the second-level cache.
 constexpr int64_t tile = 32768;
 
-// Bytes of memory traffic worth handing to a thread at once, and those below which waking a second one costs more.
+// Bytes of memory traffic to hand to a thread at once: at most, and at least (waking another for less costs more).
 constexpr int64_t unit_most = int64_t(4) << 20, unit_least = int64_t(128) << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,54 +62,11 @@ struct Item {  // elements [from, to) of a row, for targets [first, last) of the
     int64_t row, from, to, first, last;
 };
 
-// Items of about one unit each, grouped where they are smaller. units: where each group of items starts, and the end.
-struct Schedule {
-    std::vector<Item> items;
-    std::vector<int64_t> units;
-    bool merges = false;
-};
-
-bool needs_merge(const DampenTable& table, const int64_t* row) {
-    return row[2] > 1 || table.weights[row[1]] != 1 || table.scale != 1;
+bool needs_merge(const Table& table, const Merging& merging, const int64_t* row) {
+    return row[2] > 1 || table.weights[row[1]] != 1 || merging.scale != 1;
 }
 
-Schedule plan_schedule(const DampenTable& table, int threads) {
-    const int64_t fisher = kind_bytes[table.fisher_kind];
-    const int64_t node = 2 * kind_bytes[table.theta_kind] + fisher;  // bytes an element and node; K * fisher once a tile
-    int64_t total = 0;
-    for (int64_t r = 0; r < table.row_count; ++r) {
-        const int64_t* row = table.rows + 5 * r;
-        total += row[0] * (row[4] * node + row[2] * fisher);
-    }
-    const int64_t unit = unit_bytes(total, threads);
-
-    Schedule schedule;
-    int64_t in_unit = unit;  // so that the first item opens a unit
-    for (int64_t r = 0; r < table.row_count; ++r) {
-        const int64_t* row = table.rows + 5 * r;
-        const int64_t numel = row[0], nodes = row[4], bytes = nodes * node + row[2] * fisher;
-        schedule.merges |= needs_merge(table, row);
-        const int64_t step = tile * std::max<int64_t>(1, unit / (bytes * tile));
-        for (int64_t from = 0; from < numel; from += step) {
-            const int64_t to = std::min(from + step, numel);
-            const int64_t parts = std::clamp<int64_t>((to - from) * nodes * node / unit, 1, nodes);
-            const int64_t share = divide_up(nodes, parts);
-            for (int64_t first = 0; first < nodes; first += share) {
-                if (in_unit >= unit) {
-                    schedule.units.push_back(int64_t(schedule.items.size()));
-                    in_unit = 0;
-                }
-                const int64_t last = std::min(first + share, nodes);
-                schedule.items.push_back({r, from, to, first, last});
-                in_unit += (to - from) * ((last - first) * node + row[2] * fisher);
-            }
-        }
-    }
-    schedule.units.push_back(int64_t(schedule.items.size()));
-    return schedule;
-}
-
-// Adds up the counts of one slot and passes them on when another slot's turn comes.
+// Adds up the counts of one node and passes them on when another node's turn comes.
 class Tally {
   public:
     explicit Tally(int64_t* counts) : counts_(counts) {}
@@ -119,10 +74,10 @@ class Tally {
     Tally(const Tally&) = delete;
     Tally& operator=(const Tally&) = delete;
 
-    void add(int64_t slot, const Counts& counts) {
-        if (slot != slot_) {
+    void add(int64_t node, const Counts& counts) {
+        if (node != node_) {
             flush();
-            slot_ = slot;
+            node_ = node;
         }
         sum_.selected += counts.selected;
         sum_.zeroed += counts.zeroed;
@@ -134,51 +89,101 @@ class Tally {
         const int64_t sums[3] = {sum_.selected, sum_.zeroed, sum_.nonfinite};
         for (int i = 0; i < 3; ++i) {
             static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t), "counts are shared as plain integers");
-            auto& count = reinterpret_cast<std::atomic<int64_t>*>(counts_)[3 * slot_ + i];
+            auto& count = reinterpret_cast<std::atomic<int64_t>*>(counts_)[3 * node_ + i];
             if (sums[i] != 0) count.fetch_add(sums[i], std::memory_order_relaxed);
         }
         sum_ = Counts();
     }
 
     int64_t* counts_;
-    int64_t slot_ = 0;
+    int64_t node_ = 0;
     Counts sum_;
 };
 
 }  // namespace
 
-void run_dampen(const Kernels& kernels, const DampenTable& table, bool write, int threads) {
-    std::fill_n(table.counts, 3 * table.slots, int64_t(0));
-    const Schedule schedule = plan_schedule(table, threads);
-    const int64_t unit_count = int64_t(schedule.units.size()) - 1;
-    threads = int(std::min<int64_t>(threads, unit_count));
+// Items of about one unit each, grouped where they are smaller. units: where each group of items starts, and the end.
+struct DampenLaunch::Schedule {
+    std::vector<Item> items;
+    std::vector<int64_t> units;
+    bool merges = false;
 
-    const int64_t theta_bytes = kind_bytes[table.theta_kind], fisher_bytes = kind_bytes[table.fisher_kind];
-    const DampenLoop dampen = kernels.dampen[table.theta_kind][table.fisher_kind];
-    const MergeLoop merge = kernels.merge[table.fisher_kind];
+    Schedule(const Table& table, const Merging& merging, int theta_kind, int threads) {
+        const int64_t fisher = kind_bytes[table.fisher_kind];
+        const int64_t node = 2 * kind_bytes[theta_kind] + fisher;  // bytes per element, and K * fisher once per tile
+        int64_t total = 0;
+        for (int64_t r = 0; r < table.row_count; ++r) {
+            const int64_t* row = table.rows + 5 * r;
+            total += row[0] * (row[4] * node + row[2] * fisher);
+        }
+        const int64_t unit = unit_bytes(total, threads);
+
+        int64_t in_unit = unit;  // so that the first item opens a unit
+        for (int64_t r = 0; r < table.row_count; ++r) {
+            const int64_t* row = table.rows + 5 * r;
+            const int64_t numel = row[0], nodes = row[4], bytes = nodes * node + row[2] * fisher;
+            merges |= needs_merge(table, merging, row);
+            const int64_t step = tile * std::max<int64_t>(1, unit / (bytes * tile));
+            for (int64_t from = 0; from < numel; from += step) {
+                const int64_t to = std::min(from + step, numel);
+                const int64_t parts = std::clamp<int64_t>((to - from) * nodes * node / unit, 1, nodes);
+                const int64_t share = divide_up(nodes, parts);
+                for (int64_t first = 0; first < nodes; first += share) {
+                    if (in_unit >= unit) {
+                        units.push_back(int64_t(items.size()));
+                        in_unit = 0;
+                    }
+                    const int64_t last = std::min(first + share, nodes);
+                    items.push_back({r, from, to, first, last});
+                    in_unit += (to - from) * ((last - first) * node + row[2] * fisher);
+                }
+            }
+        }
+        units.push_back(int64_t(items.size()));
+    }
+};
+
+DampenLaunch::DampenLaunch(const Table& table, const Merging& merging, const Limits& limits, int threads)
+    : table_(table),
+      merging_(merging),
+      limits_(limits),
+      threads_(threads),
+      schedule_(new Schedule(table, merging, limits.theta_kind, threads)) {}
+
+DampenLaunch::~DampenLaunch() = default;
+
+void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) const {
+    const Schedule& schedule = *schedule_;
+    const int64_t unit_count = int64_t(schedule.units.size()) - 1;
+    const int threads = int(std::min<int64_t>(threads_, unit_count));
+
+    const int64_t theta_bytes = kind_bytes[limits_.theta_kind], fisher_bytes = kind_bytes[table_.fisher_kind];
+    const DampenLoop dampen = kernels.dampen[limits_.theta_kind][table_.fisher_kind];
+    const MergeLoop merge = kernels.merge[table_.fisher_kind];
     const int64_t scratch_bytes = schedule.merges ? tile * fisher_bytes : 0;
-    std::vector<double> scratch(size_t(threads * scratch_bytes / int64_t(sizeof(double))));
+    // of this run alone; nothing is allocated on the threads, where nothing may throw
+    const std::unique_ptr<double[]> scratch(new double[size_t(threads * scratch_bytes / int64_t(sizeof(double)))]);
 
     auto do_unit = [&](int64_t u, int thread) {
-        char* const mine = reinterpret_cast<char*>(scratch.data()) + thread * scratch_bytes;
-        Tally tally(table.counts);
+        char* const mine = reinterpret_cast<char*>(scratch.get()) + thread * scratch_bytes;
+        Tally tally(counts);
         for (int64_t i = schedule.units[u]; i < schedule.units[u + 1]; ++i) {
             const Item& item = schedule.items[i];
-            const int64_t* row = table.rows + 5 * item.row;
-            const int64_t* sources = table.sources + row[1];
-            const bool merged_first = needs_merge(table, row);
+            const int64_t* row = table_.rows + 5 * item.row;
+            const int64_t* sources = table_.sources + row[1];
+            const bool merged_first = needs_merge(table_, merging_, row);
             for (int64_t at = item.from; at < item.to;) {
                 const int64_t n = merged_first ? std::min(tile, item.to - at) : item.to - at;
                 const void* merged = reinterpret_cast<const char*>(sources[0]) + at * fisher_bytes;
                 if (merged_first) {
-                    merge(mine, sources, table.weights + row[1], row[2], at, n, table.merge, table.scale);
+                    merge(mine, sources, table_.weights + row[1], row[2], at, n, merging_.how, merging_.scale);
                     merged = mine;
                 }
                 for (int64_t t = item.first; t < item.last; ++t) {
-                    const int64_t* target = table.targets + 3 * (row[3] + t);
-                    const int64_t slot = target[2];
-                    const Dampening how{table.alpha[slot], table.lam[slot], table.exponent, table.cap, write};
-                    tally.add(slot, dampen(reinterpret_cast<char*>(target[0]) + at * theta_bytes,
+                    const int64_t* target = table_.targets + 3 * (row[3] + t);
+                    const int64_t node = target[2];
+                    const Dampening how{limits_.alpha[node], limits_.lam[node], limits_.exponent, limits_.cap, write};
+                    tally.add(node, dampen(reinterpret_cast<char*>(target[0]) + at * theta_bytes,
                                            reinterpret_cast<const char*>(target[1]) + at * fisher_bytes, merged, n, how));
                 }
                 at += n;

@@ -7,12 +7,12 @@
 
 namespace fiun {
 
-// A work item is a strip of columns, for some of the rows where there are few strips; nobody else writes to it.
+// A work item is a strip of columns, or some rows of it where there are few strips; no other item writes there.
 void run_outer_square(const Kernels& kernels, const OuterSquare& work, int threads) {
     struct Job {
         const Kernels& kernels;
         const OuterSquare& work;
-        int64_t strips, parts, rows;  // parts of `rows` rows each strip is cut into
+        int64_t strips, parts, rows;  // each strip is cut into parts of `rows` rows
         int64_t panel;                // floats of scratch that a thread needs
         std::vector<float> panels{};  // [threads, panel]; nothing is allocated on the threads, where nothing may throw
         std::atomic<int64_t> next{0};
@@ -46,7 +46,7 @@ void run_add_squares(const Kernels& kernels, int fisher_kind, int64_t into, int6
     } job{kernels, fisher_kind, into, products, rows, n, std::max<int64_t>(4096, n / (4 * std::max(threads, 1)) + 1)};
     const auto work = [](void* context, int) {
         Job& j = *static_cast<Job*>(context);
-        const int64_t bytes = j.kind == f64 ? 8 : 4;
+        const int64_t bytes = kind_bytes[j.kind];
         for (int64_t at; (at = j.next.fetch_add(j.step, std::memory_order_relaxed)) < j.n;) {
             j.kernels.add_squares[j.kind](reinterpret_cast<void*>(j.into + at * bytes),
                                           reinterpret_cast<const void*>(j.products + at * bytes), j.rows, j.n,

@@ -8,7 +8,7 @@
 namespace fiun {
 namespace FIUN_ISA {
 
-// One node's parameters where `chosen` has a bit, one bit an element; returns how many became 0.
+// One node's parameters where `chosen` has a bit, one bit per element; returns how many became 0.
 template <bool with_exponent, int unit, int units, class T, class F>
 FIUN_DEVICE int dampen_units(T* theta, const F (&original)[units][unit], const F (&merged)[units][unit],
                              const Rule<F>& rule, unsigned chosen, bool write) {
@@ -26,7 +26,7 @@ FIUN_DEVICE int dampen_units(T* theta, const F (&original)[units][unit], const F
 #pragma unroll
         for (int i = 0; i < unit; ++i) {
             const bool here = chosen >> (u * unit + i) & 1;
-            if (with_exponent && !here) continue;  // the power is dearer than a branch
+            if (with_exponent && !here) continue;  // the power costs more than a branch
             // where nothing is selected, 1 spares the division its slow path for zeros and subnormals
             const F factor = dampening<with_exponent>(original[u][i], here ? merged[u][i] : F(1), rule);
             const T damped = dampened(values[u][i], factor);
@@ -68,7 +68,7 @@ FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
         for (int n = 0; n < tile.targets; ++n) {
             F original[units][unit];
             memcpy(original, next, sizeof(original));
-            if (n + 1 < tile.targets) load_original(targets + n + 1, at, left, next);  // under way during the rest
+            if (n + 1 < tile.targets) load_original(targets + n + 1, at, left, next);  // on its way during the rest
             const Rule<F> rule{__ldg(limits + 2 * n), __ldg(limits + 2 * n + 1), F(args.exponent), F(args.cap)};
             unsigned chosen = 0, nonfinite = 0;
 #pragma unroll
@@ -79,7 +79,7 @@ FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
                     nonfinite += !(is_finite(original[u][i]) && is_finite(merged[u][i]));
                 }
             }
-            // at most 256 of either, so that one reduction serves both
+            // at most 256 of each, so that one reduction serves both
             const unsigned both = __reduce_add_sync(0xffffffffu, unsigned(__popc(chosen)) | nonfinite << 16);
             unsigned zeroed = 0;
             if (both & 0xffff) {
@@ -95,7 +95,7 @@ FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
         }
     }
     if (lane >= tile.targets) return;
-    auto* counts = reinterpret_cast<unsigned long long*>(args.counts + 3 * targets[lane].slot);
+    auto* counts = reinterpret_cast<unsigned long long*>(args.counts + 3 * targets[lane].node);
     if (selected_here) atomicAdd(counts, selected_here);
     if (zeroed_here) atomicAdd(counts + 1, zeroed_here);
     if (nonfinite_here) atomicAdd(counts + 2, nonfinite_here);

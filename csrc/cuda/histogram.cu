@@ -1,5 +1,5 @@
 // Histograms of m / I for every node of a work table. A warp counts a run of tiles in shared memory, where additions to
-// one bin cost little, and adds what it has found to the node's counts once a run.
+// one bin cost little, and adds what it has found to the node's counts once per run.
 #include "lanes.h"
 #include "run.h"
 
@@ -10,7 +10,7 @@ template <int unit, int units, class F>
 FIUN_DEVICE void count_tile(const HistogramArgs& args, const Tile& tile, unsigned* counted) {
     constexpr int stride = warp_threads * unit;
     const Target& target = args.targets[tile.first_target];
-    const auto base = typename BitsOf<F>::type(args.bases[target.slot]);
+    const auto base = typename BitsOf<F>::type(args.bases[target.node]);
     const F* const from = reinterpret_cast<const F*>(target.original);
 #pragma unroll 1
     for (int done = 0; done < tile.length; done += step_elements<unit, units>) {
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(block_threads) histogram(const __grid_constant
             }
         }
         __syncwarp();
-        const int64_t slot = args.targets[args.tiles[args.runs[run]].first_target].slot;
-        auto* counts = reinterpret_cast<unsigned long long*>(args.counts + slot * histogram_bins);
+        const int64_t node = args.targets[args.tiles[args.runs[run]].first_target].node;
+        auto* counts = reinterpret_cast<unsigned long long*>(args.counts + node * histogram_bins);
         for (int b = lane_index(); b < histogram_bins; b += warp_threads) {
             if (counted[b] == 0) continue;
             atomicAdd(counts + b, static_cast<unsigned long long>(counted[b]));

@@ -1,6 +1,6 @@
 // How a warp walks through contiguous memory. In a step each lane holds some elements of every stream in registers, as
-// units of consecutive elements: a unit is one or more 16-byte accesses, or a single element where addresses do not
-// divide by 16. Neighbouring lanes have neighbouring units. All loads of a step are issued before the first is used.
+// units of consecutive elements: a unit is one or more 16-byte accesses, or a single element where addresses are
+// not multiples of 16. Neighbouring lanes have neighbouring units. All loads of a step are issued before any is used.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -52,7 +52,7 @@ struct Access {
 };
 
 // shared: nothing writes the data during the launch, and neighbouring tiles may read it again. Other data is used once
-// and passes through the caches marked as first to go.
+// and passes through the caches marked to be evicted first.
 template <bool shared, class T, int n>
 FIUN_DEVICE void load(const T* from, T (&to)[n]) {
     using A = Access<T, n>;
@@ -80,7 +80,7 @@ FIUN_DEVICE void clear(T (&values)[n]) {
 
 FIUN_DEVICE int lane_index() { return int(threadIdx.x) % warp_threads; }
 
-// Warps of the grid. Those of one number in all blocks come first, so that few tiles are spread over all processors.
+// Warps of the grid: warp 0 of every block, then warp 1 and so on, so that few tiles are spread over all processors.
 FIUN_DEVICE int64_t warp_index() { return int64_t(threadIdx.x / warp_threads) * gridDim.x + blockIdx.x; }
 FIUN_DEVICE int64_t warp_total() { return int64_t(gridDim.x) * block_warps; }
 

@@ -25,21 +25,21 @@ T* at(int64_t address) {
 }
 
 void dampen(int device, int64_t tiles, int64_t tile_count, int64_t sources, int64_t weights, int64_t targets,
-            int64_t limits, int64_t counts, int64_t slots, int theta_kind, int fisher_kind, int merge, double scale,
+            int64_t limits, int64_t counts, int theta_kind, int fisher_kind, int merge, double scale,
             double exponent, double cap, bool dry_run, int64_t stream) {
     const DampenArgs args{at<Tile>(tiles), tile_count,          at<int64_t>(sources), at<void>(weights),
                           at<Target>(targets), at<void>(limits), at<int64_t>(counts),  scale,
                           exponent,        cap,                 merge,                !dry_run};
-    run_dampen(device, theta_kind, fisher_kind, args, slots, stream);
+    run_dampen(device, theta_kind, fisher_kind, args, stream);
 }
 
 void histogram(int device, int64_t tiles, int64_t runs, int64_t run_count, int64_t sources, int64_t weights,
-               int64_t targets, int64_t bases, int64_t counts, int64_t slots, int fisher_kind, int merge, double scale,
+               int64_t targets, int64_t bases, int64_t counts, int fisher_kind, int merge, double scale,
                int low, bool nearest, int64_t stream) {
     const HistogramArgs args{at<Tile>(tiles),     at<int64_t>(runs),  run_count,           at<int64_t>(sources),
                              at<void>(weights),   at<Target>(targets), at<int64_t>(bases), at<int64_t>(counts),
                              scale,               merge,              low,                 nearest};
-    run_histogram(device, fisher_kind, args, slots, stream);
+    run_histogram(device, fisher_kind, args, stream);
 }
 
 void merge(int device, int64_t sources, int64_t weights, int64_t count, int64_t out, int64_t n, int fisher_kind, int how,
@@ -60,7 +60,7 @@ void add_squares(int device, int64_t into, int64_t products, int64_t rows, int64
 PYBIND11_MODULE(FIUN_CUDA_MODULE, module, py::mod_gil_not_used()) {
     using py::arg;
     const auto free_gil = py::call_guard<py::gil_scoped_release>();
-    module.attr("architectures") = FIUN_CUDA_ARCHS;  // as "80 90 90+PTX"
+    module.attr("architectures") = FIUN_CUDA_ARCHS;  // as "80,90,90+PTX"
     module.attr("toolkit_version") = toolkit_version();
     module.attr("tile_bytes") = sizeof(Tile);
     module.attr("tile_targets") = warp_threads;
@@ -73,12 +73,12 @@ PYBIND11_MODULE(FIUN_CUDA_MODULE, module, py::mod_gil_not_used()) {
     module.def("resident_warps", &resident_warps, free_gil, arg("device"), arg("theta_kind"), arg("fisher_kind"),
                arg("with_exponent"));
     module.def("dampen", &dampen, free_gil, arg("device"), arg("tiles"), arg("tile_count"), arg("sources"),
-               arg("weights"), arg("targets"), arg("limits"), arg("counts"), arg("slots"), arg("theta_kind"),
+               arg("weights"), arg("targets"), arg("limits"), arg("counts"), arg("theta_kind"),
                arg("fisher_kind"), arg("merge"), arg("scale"), arg("exponent"), arg("cap"), arg("dry_run"),
                arg("stream"));
     module.def("histogram_warps", &histogram_warps, free_gil, arg("device"), arg("fisher_kind"));
     module.def("histogram", &histogram, free_gil, arg("device"), arg("tiles"), arg("runs"), arg("run_count"),
-               arg("sources"), arg("weights"), arg("targets"), arg("bases"), arg("counts"), arg("slots"),
+               arg("sources"), arg("weights"), arg("targets"), arg("bases"), arg("counts"),
                arg("fisher_kind"), arg("merge"), arg("scale"), arg("low"), arg("nearest"), arg("stream"));
     module.def("merge", &merge, free_gil, arg("device"), arg("sources"), arg("weights"), arg("count"), arg("out"),
                arg("n"), arg("fisher_kind"), arg("how"), arg("scale"), arg("stream"));

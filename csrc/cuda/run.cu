@@ -10,12 +10,9 @@
 #include <string>
 #include <utility>
 
-#include "../element.h"
-
 namespace fiun {
 namespace {
 
-constexpr int64_t kind_bytes[theta_kinds] = {4, 8, 2, 2};
 constexpr int most_tile_steps = 8;  // long enough that finding the tile costs nothing, short enough to share out evenly
 
 void check(cudaError_t error, const char* call) {
@@ -46,7 +43,7 @@ class OnDevice {
 
 cudaStream_t stream_of(int64_t address) { return reinterpret_cast<cudaStream_t>(address); }
 
-// Blocks of a kernel that run at once on the current device; asked once.
+// Blocks of a kernel that run at once on the current device; found out once.
 template <class Args>
 int resident_blocks(int device, void (*kernel)(Args)) {
     static std::mutex guard;
@@ -81,7 +78,7 @@ bool aligned_at(const std::vector<Stream>& streams, int64_t element, int unit) {
 }
 
 // Appends the spans of `length` elements: what lies before the first element where all addresses suit 16-byte accesses,
-// whole units from there, the rest; or one scalar span if there is no such element, or too little behind it.
+// whole units from there, and the rest; or one scalar span if there is no such element, or too little after it.
 void append_spans(std::vector<Span>& spans, const std::vector<Stream>& streams, int64_t length, TileShape shape) {
     int64_t head = 0;
     while (head < shape.unit && !aligned_at(streams, head, shape.unit)) ++head;
@@ -95,7 +92,7 @@ void append_spans(std::vector<Span>& spans, const std::vector<Stream>& streams, 
     if (head + body < length) spans.push_back({head + body, length - head - body, 0, false});
 }
 
-// Numbers the tiles of these spans; they are as long as still gives each of `warps` something to do.
+// Numbers the tiles of these spans; they are as long as they can be while each of `warps` has something to do.
 template <int most>
 void number_tiles(Walk<most>& walk, const Span* spans, int count, int step, int64_t warps) {
     int64_t steps = 0;
@@ -149,10 +146,9 @@ int resident_warps(int device, int theta_kind, int fisher_kind, bool with_expone
     return resident_blocks(device, dampen_kernel(theta_kind, fisher_kind, with_exponent)) * block_warps;
 }
 
-void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& args, int64_t slots, int64_t stream) {
-    const OnDevice on(device);
-    check(cudaMemsetAsync(args.counts, 0, size_t(slots) * 3 * sizeof(int64_t), stream_of(stream)), "cudaMemsetAsync");
+void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& args, int64_t stream) {
     if (args.tile_count == 0) return;
+    const OnDevice on(device);
     const DampenKernel kernel = dampen_kernel(theta_kind, fisher_kind, args.exponent != 1);
     launch("launch of dampen", kernel, device, args.tile_count, args, stream);
 }
@@ -162,11 +158,9 @@ int histogram_warps(int device, int fisher_kind) {
     return resident_blocks(device, histogram_kernel(fisher_kind)) * block_warps;
 }
 
-void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t slots, int64_t stream) {
-    const OnDevice on(device);
-    const size_t bytes = size_t(slots) * common::histogram_bins * sizeof(int64_t);
-    check(cudaMemsetAsync(args.counts, 0, bytes, stream_of(stream)), "cudaMemsetAsync");
+void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t stream) {
     if (args.run_count == 0) return;
+    const OnDevice on(device);
     launch("launch of histogram", histogram_kernel(fisher_kind), device, args.run_count, args, stream);
 }
 
@@ -190,7 +184,7 @@ void run_merge(int device, int fisher_kind, const int64_t* sources, const double
                  int64_t(resident_blocks(device, kernel)) * block_warps);
     for (int64_t done = 0; done < count;) {
         args.count = 0;
-        if (done > 0) {  // what the launch before has written is the first source of this one
+        if (done > 0) {  // what the previous launch has written is the first source of this one
             args.sources[0] = out;
             args.weights[args.count++] = 1;
         }
@@ -239,7 +233,7 @@ void run_add_squares(int device, int fisher_kind, int64_t into, int64_t products
     const TileShape shape = tile_shape(fisher_kind, fisher_kind);
     const int64_t bytes = kind_bytes[fisher_kind];
     std::vector<Stream> streams{{into, bytes}, {products, bytes}};
-    if (rows > 1) streams.push_back({products + n * bytes, bytes});  // if the second row lies well, so do all
+    if (rows > 1) streams.push_back({products + n * bytes, bytes});  // if the second row is aligned, all are
     std::vector<Span> spans;
     append_spans(spans, streams, n, shape);
     SquaresArgs args{into, products, rows, n, {}};

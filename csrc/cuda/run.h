@@ -1,5 +1,5 @@
 // Launches of the kernels. Nothing here allocates on the device or waits for it. Errors are std::runtime_error and name
-// the call that failed. fiun_fast/kernels/cuda.py has the meaning of the arguments.
+// the call that failed. tables.h says what the arguments are.
 #pragma once
 
 #include <stdint.h>
@@ -36,18 +36,18 @@ TileShape tile_shape(int theta_kind, int fisher_kind);
 // Warps of `dampen` that fit on the device at once. Loads the kernel, so that a launch may be captured in a graph.
 int resident_warps(int device, int theta_kind, int fisher_kind, bool with_exponent);
 
-void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& args, int64_t slots, int64_t stream);
+void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& args, int64_t stream);
 
 // Warps of `histogram` that fit on the device at once.
 int histogram_warps(int device, int fisher_kind);
 
-void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t slots, int64_t stream);
+void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t stream);
 
 // sources [count], weights [count]: in host memory, as `pairs` below
 void run_merge(int device, int fisher_kind, const int64_t* sources, const double* weights, int64_t count, int merge,
                double scale, int64_t out, int64_t n, int64_t stream);
 
-// pairs [pair_count, 5]: address of a gradient, address of its accumulator, length, kind of either
+// pairs [pair_count, 5]: address of a gradient, address of its accumulator, length, kinds of the two
 void run_accumulate(int device, const int64_t* pairs, int64_t pair_count, bool square, bool zero, int64_t stream);
 
 // into [n] += sum of the squares of products [rows, n]

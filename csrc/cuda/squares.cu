@@ -44,7 +44,7 @@ struct SquaresStep {
     }
 };
 
-// Eight blocks on a multiprocessor, 64 registers a thread: left to itself, ptxas takes 40 on sm_120, and spills.
+// Eight blocks on a multiprocessor, 64 registers per thread: left to itself, ptxas takes 40 on sm_120, and spills.
 template <class F>
 __global__ void __launch_bounds__(block_threads, 8) add_squares(const __grid_constant__ SquaresArgs args) {
     SquaresStep<F> body{args};

@@ -1,26 +1,25 @@
-// What host and device share: the tables of a launch. fiun_fast/kernels/cuda.py writes the arrays of `dampen`, run.cu the
-// arguments of the other two. All addresses and offsets are int64; nothing is checked here, Python has done so.
+// What host and device share: the arguments of each kernel. The arrays of `dampen` and `histogram` are uploaded by
+// fiun_fast/kernels/cuda.py, their tiles cut by schedule.py; the spans of `merge`, `accumulate` and `add_squares` are
+// cut by run.cu. All addresses and offsets are int64. Dtypes and sizes are checked in Python, not here.
 #pragma once
 
 #include <stdint.h>
 
-namespace fiun {
+#include "../kinds.h"
 
-enum Kind : int { f32 = 0, f64 = 1, bf16_kind = 2, fp16_kind = 3 };
-constexpr int theta_kinds = 4;   // also the dtypes of gradients
-constexpr int fisher_kinds = 2;  // f32, f64
+namespace fiun {
 
 constexpr int warp_threads = 32;
 constexpr int block_threads = 128;
 constexpr int block_warps = block_threads / warp_threads;
 
 // In a step a lane holds two 16-byte accesses of the wider dtype of a launch; more would cost the registers of other
-// warps. They form units of consecutive elements, 16 bytes of the narrower dtype (8 where a half meets a double).
+// warps. They form units of consecutive elements, 16 bytes of the narrower dtype (8 where half precision meets double).
 constexpr int lane_elements(int wider_bytes) { return 32 / wider_bytes; }
 constexpr int unit_elements(int wider_bytes, int narrower_bytes) {
     return lane_elements(wider_bytes) < 16 / narrower_bytes ? lane_elements(wider_bytes) : 16 / narrower_bytes;
 }
-constexpr int scalar_lane_elements = 4;  // where addresses do not divide by 16, and a unit is one element
+constexpr int scalar_lane_elements = 4;  // where addresses are not multiples of 16, and a unit is one element
 
 // ---- dampen --------------------------------------------------------------------------------------------------------
 
@@ -31,21 +30,21 @@ struct Tile {
     int64_t first_source;  // the row's forget Fishers
     int64_t first_target;  // the nodes of this tile
     int32_t length, sources, targets;
-    int32_t vector;  // 1: at `start` all addresses divide by 16, and so does the length in bytes
+    int32_t vector;  // 1: at `start` all addresses are multiples of 16, and so is the length in bytes
 };
 
 struct Target {
-    int64_t theta, original, slot;  // addresses at the start of the row; the node's line in `counts`
+    int64_t theta, original, node;  // addresses at the start of the row (theta: 0 where there is none); row of `counts`
 };
 
 struct DampenArgs {
     const Tile* tiles;
     int64_t tile_count;
     const int64_t* sources;  // addresses of forget Fishers at the start of their row
-    const void* weights;     // one a source, in the Fishers' dtype, as all numbers below
+    const void* weights;     // one per source, in the Fishers' dtype, as all numbers below
     const Target* targets;
     const void* limits;  // alpha and lambda of each target
-    int64_t* counts;     // [slots, 3]: selected, zeroed, nonfinite
+    int64_t* counts;     // [nodes, 3]: selected, zeroed, nonfinite; added to
     double scale, exponent, cap;
     int merge;
     bool write;  // false: only count
@@ -53,16 +52,16 @@ struct DampenArgs {
 
 // ---- histogram -----------------------------------------------------------------------------------------------------
 
-// A run is tiles of one node each, all of one slot: the work of a warp between two additions to `counts`.
+// A run is several tiles, all of one and the same node: the work of a warp between two additions to `counts`.
 struct HistogramArgs {
-    const Tile* tiles;    // in the order of the slots
+    const Tile* tiles;    // in the order of the nodes
     const int64_t* runs;  // [run_count + 1]: the first tile of each, and the end
     int64_t run_count;
     const int64_t* sources;  // as in DampenArgs, the next two as well
     const void* weights;
     const Target* targets;
-    const int64_t* bases;  // [slots]
-    int64_t* counts;       // [slots, histogram_bins]
+    const int64_t* bases;  // [nodes]
+    int64_t* counts;       // [nodes, histogram_bins]; added to
     double scale;
     int merge, low;
     bool nearest;

@@ -1,70 +1,79 @@
-"""Backends behind one small interface, and the choice between them.
+"""Backends behind one small interface (interface.py), and the choice between them.
 
-A backend is a module with
-    name                                                 as users write it
-    why_not(device_type) -> str | None                   None: usable for tensors of that device; else why not
-    dampen(table: DampenTable) -> launch(dry_run: bool)  prepare once, launch as often as wanted; launch.refresh(), if
-                                                         it has one, after table.alpha or .lam was written to
-    histogram(table) -> launch(bases, low, nearest, counts)   counts of m / I, in bins of the ratio's bits, per node
-    merge(sources, weights, how, scale, out)             out = scale * reduce_k (w_k F_k), flat tensors
-    accumulate(gradients, into, power, zero)             into += |g|^power for each pair; with zero, g = 0 afterwards
-    outer_square_accumulate(left, right, into)           into += sum_b (left_b right_b^T)^2
-`reference` states what each must compute. Nothing here falls back silently: a backend asked for by name is used or
-is an error.
+`reference` states what each must compute. Nothing here falls back silently: a backend asked for by name is either
+used or an error.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import Protocol, cast
+from contextvars import ContextVar
 
 import torch
 
+from ..arguments import BACKENDS
 from ..errors import BackendError
+from .interface import Backend
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+# Modules, imported when first asked for; BACKEND is the one instance in each.
+MODULES = {name: "triton_backend" if name == "triton" else name for name in BACKENDS}
 DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}  # device type -> in order of preference
 ENVIRONMENT = "FIUN_FAST_BACKEND"
 
-_chosen: str | None = None
+_chosen: ContextVar[str | None] = ContextVar("fiun_fast_backend", default=None)
+_registered: dict[str, Backend] = {}  # beyond MODULES
 
 
-class Backend(Protocol):
-    """What the modules of this package look like to the plan; signatures as in `reference`."""
+def register(backend: Backend) -> None:
+    """Make a further backend known under its name, in place of any other of that name."""
+    _registered[backend.name] = backend
 
-    name: str
 
-    def why_not(self, device_type: str) -> str | None: ...
-    def dampen(self, table): ...
-    def histogram(self, table): ...
-    def merge(self, sources, weights, how, scale, out) -> None: ...
-    def accumulate(self, gradients, into, power, zero) -> None: ...
-    def outer_square_accumulate(self, left, right, into) -> None: ...
+def unregister(name: str) -> None:
+    """Forget a backend that `register` made known."""
+    del _registered[name]
+
+
+def known() -> list[str]:
+    """Names of all backends, usable here or not."""
+    return [*MODULES, *(name for name in _registered if name not in MODULES)]
 
 
 def load(name: str) -> Backend:
-    """The backend module of that name; an unknown one is an error that lists the known."""
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
-    return cast(Backend, importlib.import_module(f".{name}", __name__))
+    """The backend of that name.
+
+    Raises:
+        BackendError: no backend has that name; the message lists the known ones.
+
+    """
+    if not isinstance(name, str):
+        raise BackendError(f"backend is {name!r}, expected a name; known are {', '.join(known())}")
+    if name in _registered:
+        return _registered[name]
+    if name not in MODULES:
+        raise BackendError(f"unknown backend {name!r}; known are {', '.join(known())}")
+    return importlib.import_module(f".{MODULES[name]}", __name__).BACKEND
 
 
 def status(device_type: str) -> dict[str, str | None]:
     """Each known backend: None where it works for tensors on that kind of device, else the reason why not."""
-    return {name: load(name).why_not(device_type) for name in BACKENDS}
+    return {name: load(name).why_not(device_type) for name in known()}
 
 
 def available_backends(device_type: str | None = None) -> list[str]:
     """Names of the backends that work here, for tensors on that kind of device ("cpu", "cuda"), or on any."""
     if device_type is None:
         kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-        return [name for name in BACKENDS if any(load(name).why_not(kind) is None for kind in kinds)]
+        return [name for name in known() if any(load(name).why_not(kind) is None for kind in kinds)]
     return [name for name, reason in status(device_type).items() if reason is None]
 
 
 class use_backend:  # noqa: N801  (read as a verb, like torch.no_grad)
     """Use this backend from now on, or inside a `with` block; None returns to the default choice.
+
+    The choice belongs to the current context: another thread, or another asyncio task that was started before, does not
+    see it. FIUN_FAST_BACKEND is for the whole process.
 
     Raises:
         BackendError: for a name that is not known.
@@ -72,18 +81,18 @@ class use_backend:  # noqa: N801  (read as a verb, like torch.no_grad)
     """
 
     def __init__(self, name: str | None) -> None:
-        global _chosen
         if name is not None:
             load(name)
-        self._before, _chosen = _chosen, name
+        self._name, self._before = name, _chosen.get()
+        _chosen.set(name)
 
     def __enter__(self) -> None:
-        """The choice is made already, when the object is built."""
+        """Make the choice again, should the object be used for a second block."""
+        _chosen.set(self._name)
 
     def __exit__(self, *exc: object) -> None:
         """Return to what was chosen before."""
-        global _chosen
-        _chosen = self._before
+        _chosen.set(self._before)
 
 
 def select(name: str | None, device_type: str) -> Backend:
@@ -93,7 +102,7 @@ def select(name: str | None, device_type: str) -> Backend:
         BackendError: it is unknown or cannot be used here; the message says why, and lists those that can.
 
     """
-    asked = name or _chosen or os.environ.get(ENVIRONMENT)
+    asked = name or _chosen.get() or os.environ.get(ENVIRONMENT)
     if asked:
         backend = load(asked)
         reason = backend.why_not(device_type)

@@ -1,4 +1,4 @@
-"""The `cpu` backend: the C++ loops of csrc/cpu over the plan's work table, for tensors in main memory.
+"""The `cpu` backend: the C++ loops of csrc/cpu over a work table, for tensors in main memory.
 
 It uses `torch.get_num_threads()` threads. The newest instruction set that the CPU has is chosen when it runs;
 FIUN_FAST_ISA names another ("avx512", "avx2", "baseline"). Neither changes a bit of the result.
@@ -9,47 +9,46 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import BackendError, DTypeError
-from .table import BINS, MERGES, DampenTable
+from ..arguments import MERGE_RULES
+from ..errors import BackendError
+from . import extension as extensions
+from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel, unknown
+from .interface import Backend, Histogram, Launch
+from .table import BINS, Dampening, Merging, Table
 
-name = "cpu"
-
+NAME = "cpu"
 ISA_ENVIRONMENT = "FIUN_FAST_ISA"
-KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/cpu/kernels.h
-FISHER_KINDS = {torch.float32: 0, torch.float64: 1}
 IMPORTED_BY = os.getpid()
+
+PRODUCTS = 1 << 18  # elements multiplied at a time by the library: still in the second-level cache when squared
+MOST_POSITIONS = 512  # with more of them the squares cost little beside the products, and the library is faster
 
 
 @functools.cache
 def load() -> ModuleType | str:
     """The extension module, or the reason why there is none."""
-    try:
-        from .. import _cpu
-    except ImportError as error:
-        if getattr(error, "name", None) == "fiun_fast._cpu" or "cannot import name" in str(error):
-            return (
-                "its C++ extension was not built; install a C++17 compiler (g++ or clang++), then run "
-                "`FIUN_FAST_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir` on fiun_fast's source again "
-                "(FIUN_FAST_CPU=1 shows the compiler's errors)"
-            )
-        return f"its C++ extension does not load: {error}"
-    if os.getpid() == IMPORTED_BY:  # in a child of fork, torch's threads are gone
-        _cpu.use_openmp(openmp_of_torch())
-    return _cpu
+    module = extensions.load(
+        "_cpu",
+        "its C++ extension",
+        "its C++ extension was not built; install a C++17 compiler (g++ or clang++), then run "
+        "`FIUN_FAST_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir` on fiun_fast's source again "
+        "(FIUN_FAST_CPU=1 shows the compiler's errors)",
+    )
+    if not isinstance(module, str) and os.getpid() == IMPORTED_BY:  # in a child of fork torch's threads are gone
+        module.use_openmp(openmp_of_torch())
+    return module
 
 
 def extension() -> ModuleType:
     """The extension module; a BackendError where there is none."""
-    module = load()
-    if isinstance(module, str):
-        raise BackendError(f"backend 'cpu' cannot be used: {module}")
-    return module
+    return extensions.require(NAME, load())
 
 
 def openmp_of_torch() -> int:
@@ -58,14 +57,6 @@ def openmp_of_torch() -> int:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
     except (AttributeError, OSError, TypeError):
         return 0
-
-
-def why_not(device_type: str) -> str | None:
-    """None for "cpu" where the extension loads; else the reason why this backend cannot be used."""
-    if device_type != "cpu":
-        return "it works on tensors in main memory only"
-    module = load()
-    return module if isinstance(module, str) else None
 
 
 def isas() -> dict[str, bool]:
@@ -93,206 +84,158 @@ def isa() -> str:
         raise BackendError(f"{ISA_ENVIRONMENT}: {error}") from None
 
 
-def dampen(table: DampenTable) -> Callable[[bool], None]:
-    """Prepare a launch over the table; the returned function dampens every node, or with dry_run only counts.
+class _Geometry:
+    """A table and how it is merged, as C++ takes them; keeps the arrays whose addresses it passes on."""
 
-    Raises:
-        DTypeError: parameters or Fishers of a dtype that the backend does not take.
-
-    """
-    module = extension()
-    theta, fisher = _kind(table.theta_dtype, KINDS), _kind(table.fisher_dtype, FISHER_KINDS)
-    how = MERGES.index(table.merge)
-    rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
-    weights, alpha, lam = (_packed(array, np.float64) for array in (table.weights, table.alpha, table.lam))
-    assert alpha is table.alpha, "a launch reads what was written to the table since"
-    assert lam is table.lam
-
-    def launch(dry_run: bool) -> None:
-        module.dampen(
-            rows.ctypes.data,
-            len(rows),
-            sources.ctypes.data,
-            weights.ctypes.data,
-            targets.ctypes.data,
-            alpha.ctypes.data,
-            lam.ctypes.data,
-            table.counts.data_ptr(),
-            len(alpha),
-            theta,
-            fisher,
-            how,
-            table.scale,
-            table.exponent,
-            table.cap,
-            dry_run,
-            torch.get_num_threads(),
-            isa(),
-        )
-
-    return launch
+    def __init__(self, table: Table, merging: Merging) -> None:
+        fisher = kind(NAME, table.fisher_dtype, FISHER_KINDS)
+        rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
+        weights = _packed(table.weights, np.float64)
+        self._kept = table.groups, rows, sources, weights, targets
+        addresses = (rows.ctypes.data, len(rows), *(array.ctypes.data for array in (sources, weights, targets)))
+        self.arguments = (*addresses, fisher, MERGE_RULES.index(merging.how), merging.scale)
 
 
-def histogram(table: DampenTable) -> Callable[[np.ndarray, int, bool, torch.Tensor], None]:
-    """Prepare a count of the ratios m / I of every node, as `reference.histogram`.
+class CpuLaunch(Launch):
+    """Cut into work for the threads there are; cut again only if torch.set_num_threads changed their number."""
 
-    Raises:
-        DTypeError: Fishers of a dtype that the backend does not take.
+    def __init__(self, table: Table, merging: Merging, dampening: Dampening) -> None:
+        theta = kind(NAME, table.theta_dtype, KINDS)
+        alpha, lam = (_packed(array, np.float64) for array in (dampening.alpha, dampening.lam))
+        assert alpha is dampening.alpha, "a launch reads alpha in place, which must be contiguous float64"
+        assert lam is dampening.lam, "a launch reads lam in place, which must be contiguous float64"
+        self._geometry, self._dampening = _Geometry(table, merging), dampening
+        numbers = (theta, alpha.ctypes.data, lam.ctypes.data, dampening.exponent, dampening.cap)
+        self._arguments = (*self._geometry.arguments, *numbers)
+        self.prepared = self._prepare(torch.get_num_threads())
 
-    """
-    module = extension()
-    fisher, how = _kind(table.fisher_dtype, FISHER_KINDS), MERGES.index(table.merge)
-    rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
-    weights, slots = _packed(table.weights, np.float64), len(table.alpha)
+    def _prepare(self, threads: int) -> Any:
+        return extension().DampenLaunch(*self._arguments, threads)
 
-    def launch(bases: np.ndarray, low: int, nearest: bool, counts: torch.Tensor) -> None:
-        assert counts.shape == (slots, BINS)
+    def run(self, counts: torch.Tensor, dry_run: bool = False) -> None:
+        """Dampen every node, or only count. Several threads may do so at once."""
+        prepared, threads = self.prepared, torch.get_num_threads()
+        if prepared.threads != threads:
+            self.prepared = prepared = self._prepare(threads)
+        prepared.run(counts.data_ptr(), dry_run, isa())
+
+
+class CpuHistogram(Histogram):
+    """Each thread keeps its own counts until it turns to another node."""
+
+    def __init__(self, table: Table, merging: Merging) -> None:
+        self._geometry = _Geometry(table, merging)
+
+    def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:
+        """Add to the counts of every node."""
+        assert counts.shape == (len(bases), BINS)
         bases = _packed(bases, np.int64)
-        module.histogram(
-            rows.ctypes.data,
-            len(rows),
-            sources.ctypes.data,
-            weights.ctypes.data,
-            targets.ctypes.data,
-            slots,
-            fisher,
-            how,
-            table.scale,
-            bases.ctypes.data,
-            low,
-            nearest,
-            counts.data_ptr(),
+        numbers = (bases.ctypes.data, low, nearest, counts.data_ptr(), torch.get_num_threads(), isa())
+        extension().histogram(*self._geometry.arguments, *numbers)
+
+
+class CpuBackend(Backend):
+    """Fused C++ loops, vectorised and shared out over threads."""
+
+    name = NAME
+
+    def why_not(self, device_type: str) -> str | None:
+        """None for "cpu" where the extension loads; else the reason why this backend cannot be used."""
+        if device_type != "cpu":
+            return "it works on tensors in main memory only"
+        module = load()
+        return module if isinstance(module, str) else None
+
+    def dampen(self, table: Table, merging: Merging, dampening: Dampening) -> CpuLaunch:
+        """Prepare a dampening; each run reads alpha and lam in place."""
+        return CpuLaunch(table, merging, dampening)
+
+    def histogram(self, table: Table, merging: Merging) -> CpuHistogram:
+        """Prepare a histogram."""
+        return CpuHistogram(table, merging)
+
+    def merge(
+        self, sources: Sequence[torch.Tensor], weights: Sequence[float], merging: Merging, out: torch.Tensor
+    ) -> None:
+        """All sources are read side by side."""
+        number = merge_kind(NAME, sources, out)
+        addresses = np.array([source.data_ptr() for source in sources], dtype=np.int64)
+        factors = np.array(weights, dtype=np.float64)
+        extension().merge(
+            addresses.ctypes.data,
+            factors.ctypes.data,
+            len(addresses),
+            out.data_ptr(),
+            out.numel(),
+            number,
+            MERGE_RULES.index(merging.how),
+            merging.scale,
             torch.get_num_threads(),
             isa(),
         )
 
-    return launch
+    def accumulate(
+        self, gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], power: int, zero: bool
+    ) -> None:
+        """One call for all pairs, whatever their dtypes."""
+        dense = [g if g.is_contiguous() else g.contiguous() for g in gradients]
+        pairs = np.empty((len(dense), 5), dtype=np.int64)
+        try:  # few calls per pair: with many small parameters they would take longer than the sums
+            pairs[:, 0] = [g.data_ptr() for g in dense]
+            pairs[:, 1] = [total.data_ptr() for total in into]
+            pairs[:, 2] = [total.numel() for total in into]
+            pairs[:, 3] = [KINDS[g.dtype] for g in dense]
+            pairs[:, 4] = [FISHER_KINDS[total.dtype] for total in into]
+        except KeyError as error:
+            raise unknown(NAME, error.args[0], KINDS) from None
+        extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
+        if zero:
+            for gradient, copy in zip(gradients, dense, strict=True):
+                if gradient is not copy:
+                    gradient.detach().zero_()
 
+    def outer_square_accumulate(self, left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+        """In the fastest of three ways, as measured (docs/fishers.md).
 
-def merge(sources: Sequence[torch.Tensor], weights: Sequence[float], how: str, scale: float, out: torch.Tensor) -> None:
-    """Write m = scale * reduce_k (w_k F_k) to `out`; all are flat [n], contiguous, fp32 or all fp64.
-
-    Raises:
-        DTypeError: a dtype that the backend does not take, or not the same everywhere.
-
-    """
-    kind = _kind(out.dtype, FISHER_KINDS)
-    if any(source.dtype != out.dtype for source in sources):
-        raise DTypeError(
-            f"merge: sources of {[str(s.dtype) for s in sources]}, output of {out.dtype}; expected one dtype"
-        )
-    addresses = np.array([source.data_ptr() for source in sources], dtype=np.int64)
-    factors = np.array(weights, dtype=np.float64)
-    extension().merge(
-        addresses.ctypes.data,
-        factors.ctypes.data,
-        len(addresses),
-        out.data_ptr(),
-        out.numel(),
-        kind,
-        MERGES.index(how),
-        scale,
-        torch.get_num_threads(),
-        isa(),
-    )
-
-
-def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], power: int, zero: bool) -> None:
-    """For each pair: into += |g| (power 1) or g^2 (power 2); with `zero`, g becomes 0 in the same pass.
-
-    Args:
-        gradients: of any shape and strides, in fp32, fp64, bf16 or fp16.
-        into: flat accumulators, contiguous, fp32 or fp64, of as many elements as their gradient.
-        power: 1 or 2.
-        zero: set the gradients to zero.
-
-    Raises:
-        DTypeError: a dtype that the backend does not take.
-
-    """
-    dense = [g if g.is_contiguous() else g.contiguous() for g in gradients]
-    pairs = np.empty((len(dense), 5), dtype=np.int64)
-    try:  # few calls a pair: with many small parameters they would take longer than the sums
-        pairs[:, 0] = [g.data_ptr() for g in dense]
-        pairs[:, 1] = [total.data_ptr() for total in into]
-        pairs[:, 2] = [total.numel() for total in into]
-        pairs[:, 3] = [KINDS[g.dtype] for g in dense]
-        pairs[:, 4] = [FISHER_KINDS[total.dtype] for total in into]
-    except KeyError as error:
-        raise _unknown(error.args[0], KINDS) from None
-    extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
-    if zero:
-        for gradient, copy in zip(gradients, dense, strict=True):
-            if gradient is not copy:
-                gradient.detach().zero_()
-
-
-PRODUCTS = 1 << 18  # elements multiplied at a time by the library: still in the second-level cache when squared
-MOST_POSITIONS = 512  # with more of them squares are a trifle beside the products, and the library is faster
-
-
-def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
-    """into += sum_b (sum_t left_bgmt right_bgkt)^2.
-
-    Three ways, by what measured fastest (docs/fishers.md). One position and one group: a product of squares. Few
-    positions, float32, K contiguous in memory: csrc/cpu/squares.h, where squares are added from registers.
-    Else: torch's batched product, a few samples at a time, and squares added while it is in the cache.
-
-    Args:
-        left: [B, G, M, T], any strides; dtype of `into`.
-        right: [B, G, K, T], the same.
-        into: flat [G * M * K], contiguous, fp32 or fp64.
-
-    Raises:
-        DTypeError: dtypes that differ or that the backend does not take.
-
-    """
-    samples, groups, m, t = left.shape
-    k = right.shape[2]
-    kind = _kind(into.dtype, FISHER_KINDS)
-    if left.dtype != into.dtype or right.dtype != into.dtype:
-        raise DTypeError(f"outer_square_accumulate: {left.dtype} and {right.dtype}, expected {into.dtype}")
-    if into.numel() == 0 or samples == 0 or t == 0:
-        return
-    module, threads, instructions = extension(), torch.get_num_threads(), isa()
-    if t == 1 and groups == 1:
-        into.view(m, k).addmm_(left.reshape(samples, m).square().t(), right.reshape(samples, k).square())
-    elif kind == 0 and groups == 1 and t < MOST_POSITIONS and right.stride(2) == 1:
-        left = left.transpose(2, 3).contiguous().transpose(2, 3)  # of a convolution the smaller one by far
-        module.outer_square(
-            left.data_ptr(),
-            right.data_ptr(),
-            into.data_ptr(),
-            samples,
-            t,
-            m,
-            k,
-            left.stride(0),
-            left.stride(3),
-            right.stride(0),
-            right.stride(3),
-            threads,
-            instructions,
-        )
-    else:
-        step = min(samples, max(1, PRODUCTS // (groups * m * k)))
+        One position and one group: a product of squares. Few positions, float32, K contiguous in memory:
+        csrc/cpu/squares.h, where squares are added from registers. Else: torch's batched product, a few samples at a
+        time, and squares added while it is in the cache.
+        """
+        if outer_square_without_kernel(NAME, left, right, into):
+            return
+        samples, groups, m, t = left.shape
+        k = right.shape[2]
+        module, threads, instructions = extension(), torch.get_num_threads(), isa()
+        if into.dtype == torch.float32 and groups == 1 and t < MOST_POSITIONS and right.stride(2) == 1:
+            left = left.transpose(2, 3).contiguous().transpose(2, 3)  # for a convolution by far the smaller one
+            module.outer_square(
+                left.data_ptr(),
+                right.data_ptr(),
+                into.data_ptr(),
+                samples,
+                t,
+                m,
+                k,
+                left.stride(0),
+                left.stride(3),
+                right.stride(0),
+                right.stride(3),
+                threads,
+                instructions,
+            )
+            return
+        number, step = FISHER_KINDS[into.dtype], min(samples, max(1, PRODUCTS // (groups * m * k)))
         products = left.new_empty(step * groups, m, k)
         for at in range(0, samples, step):
             rows = min(step, samples - at)
             a, b = (x[at : at + rows].flatten(0, 1) for x in (left, right))
             torch.bmm(a, b.transpose(1, 2), out=products[: rows * groups])
-            module.add_squares(into.data_ptr(), products.data_ptr(), rows, groups * m * k, kind, threads, instructions)
-
-
-def _kind(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> int:
-    if dtype not in kinds:
-        raise _unknown(dtype, kinds)
-    return kinds[dtype]
-
-
-def _unknown(dtype: torch.dtype, kinds: dict[torch.dtype, int]) -> DTypeError:
-    return DTypeError(f"backend 'cpu' takes {', '.join(map(str, kinds))} here, found {dtype}")
+            arguments = (into.data_ptr(), products.data_ptr(), rows, groups * m * k, number, threads, instructions)
+            module.add_squares(*arguments)
 
 
 def _packed(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=dtype)
+
+
+BACKEND = CpuBackend()

@@ -6,30 +6,24 @@ the contract says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from .table import BINS, DampenTable
-
-name = "reference"
-
-
-def why_not(device_type: str) -> str | None:
-    """Nothing stands in the way of plain torch."""
-    return None
+from .interface import Backend, Histogram, Launch
+from .table import BINS, Dampening, Merging, Table
 
 
-def merge_elements(sources: Sequence[torch.Tensor], weights: Sequence[float], how: str, scale: float) -> torch.Tensor:
+def merge_elements(sources: Sequence[torch.Tensor], weights: Sequence[float], merging: Merging) -> torch.Tensor:
     """m = scale * reduce_k (w_k F_k), element by element; a NaN in any F_k makes m NaN. Inputs: [n] each, one dtype."""
     terms = [f if w == 1 else f * w for f, w in zip(sources, weights, strict=True)]
     merged = terms[0]
     for term in terms[1:]:
-        merged = torch.maximum(merged, term) if how == "max" else merged + term
-    if how == "mean" and len(terms) > 1:
+        merged = torch.maximum(merged, term) if merging.how == "max" else merged + term
+    if merging.how == "mean" and len(terms) > 1:
         merged = merged / len(terms)
-    return merged if scale == 1 else merged * scale
+    return merged if merging.scale == 1 else merged * merging.scale
 
 
 def dampen_elements(
@@ -55,43 +49,6 @@ def dampen_elements(
     return (theta * factor).to(theta.dtype), selected
 
 
-def dampen(table: DampenTable) -> Callable[[bool], None]:
-    """Prepare a launch: the returned function dampens every node of the table, or with dry_run only counts."""
-
-    def launch(dry_run: bool) -> None:
-        table.counts.zero_()
-        for group in table.groups:
-            for s, numel in enumerate(group.numels.tolist()):
-                forgets = [f[o : o + numel] for f, o in zip(group.forgets, group.forget_offsets[:, s], strict=True)]
-                merged = merge_elements(forgets, group.weights, table.merge, table.scale)
-                at = int(group.original_offsets[s])
-                for parameters, fisher, slot in zip(group.thetas, group.originals, group.slots.tolist(), strict=True):
-                    theta, original = parameters[s].detach().view(-1), fisher[at : at + numel]
-                    new, selected = dampen_elements(
-                        theta, original, merged, table.alpha[slot], table.lam[slot], table.exponent, table.cap
-                    )
-                    finite = merged.isfinite() & original.isfinite()
-                    table.counts[slot] += torch.stack([selected.sum(), (selected & (new == 0)).sum(), (~finite).sum()])
-                    if not dry_run:
-                        theta.copy_(torch.where(selected, new, theta))
-
-    return launch
-
-
-def merge(sources: Sequence[torch.Tensor], weights: Sequence[float], how: str, scale: float, out: torch.Tensor) -> None:
-    """Write m = scale * reduce_k (w_k F_k) to `out`; all are flat [n], contiguous, of one dtype and device."""
-    out.copy_(merge_elements(sources, weights, how, scale))
-
-
-def accumulate(gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], power: int, zero: bool) -> None:
-    """For each pair: into += |g| (power 1) or g^2 (power 2), in the accumulator's dtype; with `zero`, g becomes 0."""
-    for gradient, total in zip(gradients, into, strict=True):
-        g = gradient.reshape(-1).to(total.dtype)
-        total += g.abs() if power == 1 else g * g
-        if zero:
-            gradient.zero_()
-
-
 def ratio_bins(original: torch.Tensor, merged: torch.Tensor, base: int, low: int, nearest: bool) -> torch.Tensor:
     """Bins of those ratios m / I that have one: int64, [n] or shorter; both inputs [n], fp32 or fp64.
 
@@ -104,35 +61,76 @@ def ratio_bins(original: torch.Tensor, merged: torch.Tensor, base: int, low: int
     return bins.clamp(0, BINS - 1) if nearest else bins[(bins >= 0) & (bins < BINS)]
 
 
-def histogram(table: DampenTable) -> Callable[[np.ndarray, int, bool, torch.Tensor], None]:
-    """Prepare a count of the ratios m / I of every node: launch(bases, low, nearest, counts).
+class _Dampening(Launch):
+    def __init__(self, table: Table, merging: Merging, dampening: Dampening) -> None:
+        self._table, self._merging, self._dampening = table, merging, dampening
 
-    bases: [slots] int64, `base` of each slot; counts: [slots, BINS] int64, contiguous, on the table's device,
-    overwritten. Parameters are not touched.
-    """
-
-    def launch(bases: np.ndarray, low: int, nearest: bool, counts: torch.Tensor) -> None:
-        counts.zero_()
-        for group in table.groups:
-            for s, numel in enumerate(group.numels.tolist()):
-                forgets = [f[o : o + numel] for f, o in zip(group.forgets, group.forget_offsets[:, s], strict=True)]
-                merged = merge_elements(forgets, group.weights, table.merge, table.scale)
-                at = int(group.original_offsets[s])
-                for fisher, slot in zip(group.originals, group.slots.tolist(), strict=True):
-                    bins = ratio_bins(fisher[at : at + numel], merged, int(bases[slot]), low, nearest)
-                    counts[slot] += torch.bincount(bins, minlength=BINS)
-
-    return launch
+    def run(self, counts: torch.Tensor, dry_run: bool = False) -> None:
+        how = self._dampening
+        for group in self._table.groups:
+            for s in range(len(group.numels)):
+                merged = merge_elements(group.forget(s), group.weights, self._merging)
+                for n, node in enumerate(group.nodes.tolist()):
+                    theta, original = group.theta(n, s), group.original(n, s)
+                    new, selected = dampen_elements(
+                        theta, original, merged, how.alpha[node], how.lam[node], how.exponent, how.cap
+                    )
+                    finite = merged.isfinite() & original.isfinite()
+                    counts[node] += torch.stack([selected.sum(), (selected & (new == 0)).sum(), (~finite).sum()])
+                    if not dry_run:
+                        theta.copy_(torch.where(selected, new, theta))
 
 
-def outer_square_accumulate(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
-    """into += sum_b (sum_t left_bgmt right_bgkt)^2: the squared per-sample gradients of a linear layer, summed.
+class _Histogram(Histogram):
+    def __init__(self, table: Table, merging: Merging) -> None:
+        self._table, self._merging = table, merging
 
-    Args:
-        left: [B, G, M, T], any strides; dtype and device of `into`.
-        right: [B, G, K, T], the same.
-        into: flat [G * M * K], contiguous, fp32 or fp64.
+    def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:
+        for group in self._table.groups:
+            for s in range(len(group.numels)):
+                merged = merge_elements(group.forget(s), group.weights, self._merging)
+                for n, node in enumerate(group.nodes.tolist()):
+                    bins = ratio_bins(group.original(n, s), merged, int(bases[node]), low, nearest)
+                    counts[node] += torch.bincount(bins, minlength=BINS)
 
-    """
-    for one, other in zip(left, right, strict=True):
-        into += torch.einsum("gmt,gkt->gmk", one, other).square().reshape(-1)
+
+class ReferenceBackend(Backend):
+    """Plain torch."""
+
+    name = "reference"
+
+    def why_not(self, device_type: str) -> str | None:
+        """Nothing stands in the way of plain torch."""
+        return None
+
+    def dampen(self, table: Table, merging: Merging, dampening: Dampening) -> Launch:
+        """Parameter by parameter."""
+        return _Dampening(table, merging, dampening)
+
+    def histogram(self, table: Table, merging: Merging) -> Histogram:
+        """Parameter by parameter, by bincount."""
+        return _Histogram(table, merging)
+
+    def merge(
+        self, sources: Sequence[torch.Tensor], weights: Sequence[float], merging: Merging, out: torch.Tensor
+    ) -> None:
+        """One operation per source."""
+        out.copy_(merge_elements(sources, weights, merging))
+
+    def accumulate(
+        self, gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], power: int, zero: bool
+    ) -> None:
+        """One gradient after another."""
+        for gradient, total in zip(gradients, into, strict=True):
+            g = gradient.reshape(-1).to(total.dtype)
+            total += g.abs() if power == 1 else g * g
+            if zero:
+                gradient.zero_()
+
+    def outer_square_accumulate(self, left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+        """One sample after another."""
+        for one, other in zip(left, right, strict=True):
+            into += torch.einsum("gmt,gkt->gmk", one, other).square().reshape(-1)
+
+
+BACKEND = ReferenceBackend()

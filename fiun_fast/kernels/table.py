@@ -1,23 +1,23 @@
-"""The work table: what a plan hands to a backend. Tensors and addresses only; no modules, no DAG.
+"""What a launch works on, and what it does there: two objects. Tensors and addresses only; no modules, no DAG.
 
 A *group* is a set of nodes that share their forget Fishers and their layout. The parameters of a group are its
 segments; neighbours that lie next to each other in the memory of every tensor concerned coalesce into *rows*. The
 rows are what a kernel walks: it merges the K forget Fishers of a row once and applies the result to N targets.
+
+`Table` says what meets what. `Merging` and `Dampening` say what is done to it; a histogram of ratios needs the first
+two only, and no parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from ..arguments import MergeRule
 
-MERGES = ("max", "mean", "sum")
-BINS = 2048  # of a histogram; csrc/element.h says the same
+BINS = 2048  # of a histogram; csrc/element.h has the same number
 
 
 @dataclass(frozen=True)
@@ -27,76 +27,109 @@ class Group:
     The reference backend works on this, parameter by parameter; the others on the rows packed from it.
     """
 
+    names: tuple[str, ...]  # [S] parameters
     numels: np.ndarray  # [S] int64, elements of each segment
     forgets: list[torch.Tensor]  # [K] flat forget Fishers
     forget_offsets: np.ndarray  # [K, S] int64, where a segment starts in each of them, in elements
     weights: tuple[float, ...]  # [K]
     originals: list[torch.Tensor]  # [N] flat original Fishers
     original_offsets: np.ndarray  # [S] int64
-    thetas: list[list[torch.Tensor]]  # [N][S] parameters, contiguous
-    theta_addresses: np.ndarray  # [N, S] int64
-    slots: np.ndarray  # [N] int64, index of each node in alpha, lam and counts
+    nodes: np.ndarray  # [N] int64, index of each node in alpha, lam and counts
+    thetas: list[list[torch.Tensor]] | None = None  # [N][S] parameters, contiguous; None: Fishers only
+    addresses: np.ndarray | None = None  # [N, S] int64, of the parameters
+
+    def forget(self, s: int, start: int = 0, stop: int | None = None) -> list[torch.Tensor]:
+        """Elements start..stop of segment s in every forget Fisher: K views, [stop - start]."""
+        stop = int(self.numels[s]) if stop is None else stop
+        return [f[o + start : o + stop] for f, o in zip(self.forgets, self.forget_offsets[:, s].tolist(), strict=True)]
+
+    def original(self, n: int, s: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements start..stop of segment s in the original Fisher of the group's n-th node: a view."""
+        stop = int(self.numels[s]) if stop is None else stop
+        at = int(self.original_offsets[s])
+        return self.originals[n][at + start : at + stop]
+
+    def theta(self, n: int, s: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements start..stop of segment s of the parameters of the group's n-th node: a flat view."""
+        assert self.thetas is not None, "a table of Fishers only has no parameters"
+        return self.thetas[n][s].detach().view(-1)[start:stop]
 
 
 @dataclass(frozen=True)
-class DampenTable:
-    """All that one dampening launch needs: one device, one parameter dtype, one Fisher dtype.
+class Table:
+    """What meets what in one launch: one device, one parameter dtype, one Fisher dtype.
 
     Addresses are int64 and stay valid while `groups` keeps their tensors alive.
     """
 
     device: torch.device
-    theta_dtype: torch.dtype  # float32, float64, bfloat16 or float16
-    fisher_dtype: torch.dtype  # float32 or float64
-    merge: str  # one of MERGES
-    scale: float
-    exponent: float
-    cap: float
+    theta_dtype: torch.dtype | None  # one of THETA_DTYPES; None: Fishers only, addresses of theta are 0
+    fisher_dtype: torch.dtype  # one of FISHER_DTYPES
     groups: list[Group]
     rows: np.ndarray  # [R, 5] int64: length in elements, first source, K, first target, N
     sources: np.ndarray  # [sum K] int64: address of each forget Fisher at the start of the row
     weights: np.ndarray  # [sum K] float64: w_k of each source
-    targets: np.ndarray  # [sum N, 3] int64: address of theta, address of I, slot
-    alpha: np.ndarray  # [slots] float64; it and the next may be written to between launches
-    lam: np.ndarray  # [slots] float64
-    counts: torch.Tensor  # [slots, 3] int64 on `device`: selected, zeroed, nonfinite; overwritten by each launch
+    targets: np.ndarray  # [sum N, 3] int64: address of theta, address of I, node
 
-    def limits(self, number: np.dtype | type[np.generic]) -> np.ndarray:
-        """Alpha and lambda of each target, [sum N, 2], in the Fishers' dtype."""
-        slots = self.targets[:, 2]
-        return np.stack([self.alpha[slots], self.lam[slots]], axis=1).astype(number)
+    @classmethod
+    def pack(
+        cls, device: torch.device, theta_dtype: torch.dtype | None, fisher_dtype: torch.dtype, groups: list[Group]
+    ) -> Table:
+        """The table of these groups; all their tensors are on `device` and of these dtypes."""
+        return cls(device, theta_dtype, fisher_dtype, groups, *pack_rows(groups))
 
 
-class Launch:
-    """A prepared dampening whose device keeps a copy of alpha and lambda."""
+@dataclass(frozen=True)
+class Merging:
+    """m = scale * reduce_k (w_k F_k); the weights are the table's, because each source has its own."""
 
-    def __init__(self, run: Callable[[bool], None], refresh: Callable[[], None]) -> None:
-        self._run = run
-        self.refresh = refresh  # to be called after table.alpha or table.lam was written to
+    how: MergeRule = "max"
+    scale: float = 1.0
 
-    def __call__(self, dry_run: bool = False) -> None:
-        """Dampen every node of the table, or only count."""
-        self._run(dry_run)
+
+@dataclass(frozen=True)
+class Dampening:
+    """theta *= min((lam I / m)^exponent, cap) where m > alpha I.
+
+    `alpha` and `lam` may be written to between launches; `Launch.refresh` tells a backend that keeps copies.
+    """
+
+    alpha: np.ndarray  # [nodes] float64
+    lam: np.ndarray  # [nodes] float64
+    exponent: float = 1.0
+    cap: float = 1.0
+
+    def limits(self, table: Table) -> np.ndarray:
+        """Alpha and lambda of each target of the table, [sum N, 2], in the Fishers' dtype."""
+        nodes = table.targets[:, 2]
+        return np.stack([self.alpha[nodes], self.lam[nodes]], axis=1).astype(number_type(table.fisher_dtype))
+
+
+def number_type(fisher_dtype: torch.dtype) -> type[np.floating]:
+    """NumPy's type for the numbers that meet Fishers of this dtype."""
+    return np.float32 if fisher_dtype == torch.float32 else np.float64
 
 
 def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Coalesce each group's segments into rows and write the address tables.
 
     Returns:
-        rows [R, 5], sources [sum K], weights [sum K], targets [sum N, 3] as in `DampenTable`.
+        rows [R, 5], sources [sum K], weights [sum K], targets [sum N, 3] as in `Table`.
 
     """
     rows, sources, weights, targets = [], [], [], []
     first_source = first_target = 0
     for group in groups:
-        fisher_size, theta_size = group.forgets[0].element_size(), group.thetas[0][0].element_size()
-        forget = np.array([[f.data_ptr()] for f in group.forgets]) + group.forget_offsets * fisher_size  # [K, S]
-        original = np.array([[f.data_ptr()] for f in group.originals]) + group.original_offsets * fisher_size  # [N, S]
-        theta = group.theta_addresses  # [N, S]
+        size = group.forgets[0].element_size()
+        forget = np.array([[f.data_ptr()] for f in group.forgets]) + group.forget_offsets * size  # [K, S]
+        original = np.array([[f.data_ptr()] for f in group.originals]) + group.original_offsets * size  # [N, S]
+        streams = [(forget, size), (original, size)]
+        if group.thetas is not None and group.addresses is not None:
+            streams.append((group.addresses, group.thetas[0][0].element_size()))
 
         joined = np.ones(len(group.numels) - 1, dtype=bool)  # does segment j + 1 follow segment j everywhere?
-        for address, size in ((forget, fisher_size), (original, fisher_size), (theta, theta_size)):
-            joined &= (address[:, 1:] == address[:, :-1] + group.numels[:-1] * size).all(axis=0)
+        for address, itemsize in streams:
+            joined &= (address[:, 1:] == address[:, :-1] + group.numels[:-1] * itemsize).all(axis=0)
         starts = np.flatnonzero(np.concatenate(([True], ~joined)))  # [R_g] first segment of each row
         k, n, r = len(group.forgets), len(group.originals), len(starts)
 
@@ -109,28 +142,12 @@ def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
         rows.append(row)
         sources.append(forget[:, starts].T.reshape(-1))
         weights.append(np.tile(np.asarray(group.weights, dtype=np.float64), r))
-        target = np.empty((r, n, 3), dtype=np.int64)
-        target[:, :, 0] = theta[:, starts].T
+        target = np.zeros((r, n, 3), dtype=np.int64)
+        if group.addresses is not None:
+            target[:, :, 0] = group.addresses[:, starts].T
         target[:, :, 1] = original[:, starts].T
-        target[:, :, 2] = group.slots
+        target[:, :, 2] = group.nodes
         targets.append(target.reshape(-1, 3))
         first_source += k * r
         first_target += n * r
     return np.concatenate(rows), np.concatenate(sources), np.concatenate(weights), np.concatenate(targets)
-
-
-def cut_runs(slots: np.ndarray, workers: int) -> np.ndarray:
-    """Cut tiles that are in the order of their slots [T] into runs, each of one slot, about as many as workers.
-
-    Returns:
-        [runs + 1] int64: the first tile of each run, and the end.
-
-    """
-    if not len(slots):
-        return np.zeros(1, dtype=np.int64)
-    firsts = np.flatnonzero(np.diff(slots, prepend=slots[0] - 1))  # of each slot
-    counts = np.diff(firsts, append=len(slots))
-    parts = -(-counts // max(1, -(-len(slots) // workers)))
-    part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-    starts = np.repeat(firsts, parts) + part * np.repeat(counts, parts) // np.repeat(parts, parts)
-    return np.append(starts, len(slots)).astype(np.int64)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from ..arguments import MERGE_RULES
 from ..errors import ArgumentError, BackendError
-from .table import MERGES
-from .triton import accumulate_constants, dampen_constants, device_code, interpreted, merge_constants, options
+from . import triton_host as host
 
 HALVES_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,21 +40,21 @@ _ADDRESS = 1 << 40  # any number that needs 64 bits
 
 
 def dampen_variant(fisher: torch.dtype, theta: torch.dtype, how: str = "max", power: bool = False) -> Variant:
-    """The dampening kernel for these dtypes; `power` where the exponent is not 1."""
+    """The dampening kernel for these dtypes; `power`: the exponent is not 1."""
     arguments = (torch.int64, torch.int64, fisher, torch.int64, fisher, fisher, torch.int64, 1)
-    return Variant("dampen", arguments, dampen_constants(fisher, theta, how, power))
+    return Variant("dampen", arguments, host.dampen_constants(fisher, theta, how, power))
 
 
 def merge_variant(dtype: torch.dtype, how: str = "max") -> Variant:
     """The merge kernel."""
-    return Variant("merge", (torch.int64, dtype, dtype, _ADDRESS, 1, 1, 1), merge_constants(dtype, how))
+    return Variant("merge", (torch.int64, dtype, dtype, _ADDRESS, 1, 1, 1), host.merge_constants(dtype, how))
 
 
 def accumulate_variant(
     gradient: torch.dtype, into: torch.dtype, power: int = 2, zero: bool = False, one: bool = False
 ) -> Variant:
     """The accumulation kernel for many pairs, or for `one`."""
-    constants = accumulate_constants(gradient, into, power, zero)
+    constants = host.accumulate_constants(gradient, into, power, zero)
     if one:
         return Variant("accumulate_one", (_ADDRESS, _ADDRESS, 1), constants)
     return Variant("accumulate", (torch.int64, torch.int64), constants)
@@ -63,8 +63,8 @@ def accumulate_variant(
 def standard_variants() -> list[Variant]:
     """What float32 Fishers need: parameters and gradients in fp32, bf16 and fp16, exponent 1."""
     fp32 = torch.float32
-    found = [dampen_variant(fp32, theta, how) for theta in HALVES_AND_FULL for how in MERGES]
-    found += [merge_variant(fp32, how) for how in MERGES]
+    found = [dampen_variant(fp32, theta, how) for theta in HALVES_AND_FULL for how in MERGE_RULES]
+    found += [merge_variant(fp32, how) for how in MERGE_RULES]
     for gradient in HALVES_AND_FULL:
         for zero in (False, True):
             found += [accumulate_variant(gradient, fp32, 2, zero, one) for one in (False, True)]
@@ -88,10 +88,11 @@ class _StandIn:
 
 
 @contextmanager
-def _standing_in(target: Any) -> Iterator[None]:
+def standing_in(target: Any) -> Iterator[None]:
+    """Inside, Triton's driver is a stand-in that only knows the target."""
     from triton.runtime import driver
 
-    state = vars(driver)  # looked at from outside: reading driver.active would start the real driver
+    state = vars(driver)  # not by attribute: reading driver.active would start the real driver
     previous = state["_active"] if "_active" in state else state["active"]
     driver.set_active(_StandIn(target))
     try:
@@ -119,28 +120,26 @@ def parse_target(target: str) -> Any:
 
 def compile_variant(variant: Variant, target: str) -> Any:
     """Triton's compiled kernel, with its stages in `.asm`; from Triton's cache directory if it is there."""
-    if interpreted():
+    if host.interpreted():
         raise BackendError("nothing is compiled under TRITON_INTERPRET")
     wanted = parse_target(target)
-    with _standing_in(wanted):
-        kernel = getattr(device_code(), variant.kernel)
-        flags = options(wanted.backend, variant.constants)
+    with standing_in(wanted):
+        kernel = getattr(host.device_code(), variant.kernel)
+        flags = host.options(wanted.backend, variant.constants)
         return kernel.warmup(*variant.arguments, grid=(1,), **variant.constants, **flags)
 
 
 def warmup(target: str | None = None, progress: Callable[[str], None] | None = None) -> int:
     """Compile the standard set into Triton's cache directory, for `target` ("cuda:90") or the GPU of this machine.
 
-    Returns: how many kernels. `progress` hears the name of each before it is compiled.
+    Returns: the number of kernels. `progress` is called with the name of each before it is compiled.
 
     Raises:
-        BackendError: no target is given and no GPU is here, or the kernels are interpreted.
+        BackendError: there is no target and no GPU here, or the kernels are interpreted.
 
     """
     if target is None:
-        from .triton import why_not
-
-        if reason := why_not("cuda"):
+        if reason := host.why_not("cuda"):
             raise BackendError(f'name a target such as "cuda:90": the triton backend cannot be used here: {reason}')
         from triton.runtime import driver
 

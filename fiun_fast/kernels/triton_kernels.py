@@ -1,9 +1,9 @@
-"""Device code of the Triton backend; triton.py launches it. docs/kernels.md has the traffic, tiles and SASS figures.
+"""Device code of the Triton backend. docs/kernels.md has the traffic, tiles and SASS figures.
 
 Every tensor is reached through an int64 address from a table, so one launch serves any number of tensors. A tile is a
 matrix [BLOCK / VECTOR, VECTOR] of consecutive elements: one thread owns whole rows of it, a row is one 16-byte access,
-and a mask that is constant along a row keeps it one access. Tiles whose addresses or length do not divide by 16 bytes
-run the same code with VECTOR = 1: 4-byte accesses, still coalesced over the warp.
+and a mask that is constant along a row keeps it one access. Tiles whose addresses or length are not multiples of 16
+bytes run the same code with VECTOR = 1: 4-byte accesses, still coalesced over the warp.
 
 Bits: `tl.div_rn` is IEEE division, and the launch sets enable_fp_fusion=False, so that no product is contracted into a
 sum. FLUSHES is set for the Tritons (3.2 to 3.5) whose `tl.div_rn` flushes subnormal numbers to zero: they get the PTX
@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _pointer(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+def pointer_to(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """Element `start` of the tensor at `address`. Only a hint after the cast makes accesses wider than 4 bytes."""
     pointer = address.to(tl.pointer_type(DTYPE), bitcast=True) + start
     if VECTOR > 1:
@@ -26,7 +26,7 @@ def _pointer(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _tile(length, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def tile_of(length, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """Offsets [BLOCK / VECTOR, VECTOR] and their mask; with VECTOR > 1 `length` is a multiple of VECTOR."""
     rows = tl.arange(0, BLOCK // VECTOR)[:, None]
     offsets = rows * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -55,7 +55,8 @@ def _narrow(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
 
 
 @triton.jit
-def _divide(x, y, DTYPE: tl.constexpr, FLUSHES: tl.constexpr):
+def divide(x, y, DTYPE: tl.constexpr, FLUSHES: tl.constexpr):
+    """IEEE division, subnormal numbers kept."""
     if DTYPE == tl.float64:
         quotient = x / y  # div_rn is float32 only; the float64 division instruction is IEEE anyway
     elif FLUSHES:
@@ -66,19 +67,19 @@ def _divide(x, y, DTYPE: tl.constexpr, FLUSHES: tl.constexpr):
 
 
 @triton.jit
-def _merge(
+def merge_sources(
     sources, weights, start, count, scale, offsets, mask,
     FISHER: tl.constexpr, MERGE: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
-    """m = scale * reduce_k (w_k F_k) of one tile, padding 0. A factor of 1 changes no bits, so none is skipped."""
-    merged = tl.load(_pointer(tl.load(sources), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
+    """m = scale * reduce_k (w_k F_k) of one tile, 0 in the padding. A factor of 1 changes no bits: none is skipped."""
+    merged = tl.load(pointer_to(tl.load(sources), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
     merged = merged * tl.load(weights)
     for k in range(1, count):
-        term = tl.load(_pointer(tl.load(sources + k), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
+        term = tl.load(pointer_to(tl.load(sources + k), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
         term = term * tl.load(weights + k)
         merged = tl.maximum(merged, term, propagate_nan=tl.PropagateNan.ALL) if MERGE == "max" else merged + term
     if MERGE == "mean":
-        merged = _divide(merged, tl.zeros_like(merged) + count.to(FISHER), FISHER, FLUSHES)
+        merged = divide(merged, tl.zeros_like(merged) + count.to(FISHER), FISHER, FLUSHES)
     return merged * scale
 
 
@@ -99,35 +100,35 @@ def _dampen_tile(
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
-    offsets, mask = _tile(length, BLOCK, VECTOR)
+    offsets, mask = tile_of(length, BLOCK, VECTOR)
     first_source, source_count = tl.load(tile + 2), tl.load(tile + 3).to(tl.int32)
     first_target, target_count = tl.load(tile + 4), tl.load(tile + 5).to(tl.int32)
     scale, exponent, cap = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
-    merged = _merge(
+    merged = merge_sources(
         sources + first_source, weights + first_source, start, source_count, scale, offsets, mask,
         FISHER, MERGE, VECTOR, FLUSHES,
     )  # fmt: skip
     for n in range(0, target_count):
         target = targets + (first_target + n) * 3
         limit = limits + (first_target + n) * 2
-        # everything that an address or a number is needed for is on its way before the first use of any
-        theta_address, original_address, slot = tl.load(target), tl.load(target + 1), tl.load(target + 2)
+        # all addresses and numbers are on their way before the first of them is used
+        theta_address, original_address, node = tl.load(target), tl.load(target + 1), tl.load(target + 2)
         alpha, lam = tl.load(limit), tl.load(limit + 1)
-        original = _pointer(original_address, start, FISHER, VECTOR) + offsets
+        original = pointer_to(original_address, start, FISHER, VECTOR) + offsets
         original = tl.load(original, mask=mask, other=0.0, eviction_policy="evict_first")
         selected = merged > original * alpha  # never true in the padding, where both are 0
         finite = (tl.abs(merged) < float("inf")) & (tl.abs(original) < float("inf"))
         both = _count(selected.to(tl.int32) + tl.where(finite, 0, 65536))  # one reduction for two counts
-        counter = counts + slot * 3
+        counter = counts + node * 3
         _tally(counter, both & 65535)
         _tally(counter + 2, both >> 16)
         if (both & 65535) > 0:
             # theta is touched where a 16-byte access holds something selected; its other bits are put back as read
             touched = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
             touched = tl.broadcast_to(touched, [BLOCK // VECTOR, VECTOR])
-            theta = _pointer(theta_address, start, THETA, VECTOR) + offsets
+            theta = pointer_to(theta_address, start, THETA, VECTOR) + offsets
             before = tl.load(theta, mask=touched)
-            factor = _divide(original * lam, merged, FISHER, FLUSHES)
+            factor = divide(original * lam, merged, FISHER, FLUSHES)
             if POWER:
                 # in float64 the logarithm's error, times a large exponent, stays far below a float32 ulp
                 powered = tl.exp2(exponent.to(tl.float64) * tl.log2(factor.to(tl.float64))).to(FISHER)
@@ -146,17 +147,17 @@ def dampen(
     tiles,  # [T, 7] int64: start, length, first source, K, first target, N, aligned
     sources,  # [sum K] int64 addresses
     weights,  # [sum K] FISHER
-    targets,  # [sum N, 3] int64: address of theta, address of I, slot
+    targets,  # [sum N, 3] int64: address of theta, address of I, node
     limits,  # [sum N, 2] FISHER: alpha, lambda
     numbers,  # [3] FISHER: scale, exponent, cap; Triton would pass a Python float as float32
-    counts,  # [slots, 3] int64, added to
+    counts,  # [nodes, 3] int64, added to
     write,  # 0: count only
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile: merge its forget Fishers once, then dampen its share of the group's nodes.
+    """One program per tile: merge its forget Fishers once, then dampen its share of the group's nodes.
 
-    STEP elements at a time, where a whole tile of float64 would not fit the registers.
+    STEP elements at a time, where a whole tile of float64 would not fit into the registers.
     """
     tile = tiles + tl.program_id(0).to(tl.int64) * 7
     start, length = tl.load(tile), tl.load(tile + 1).to(tl.int32)
@@ -185,11 +186,11 @@ def _merge_tile(
     sources, weights, out, start, count, source_count, numbers,
     FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
-    offsets, mask = _tile(count, BLOCK, VECTOR)
-    merged = _merge(
+    offsets, mask = tile_of(count, BLOCK, VECTOR)
+    merged = merge_sources(
         sources, weights, start, source_count, tl.load(numbers), offsets, mask, FISHER, MERGE, VECTOR, FLUSHES
     )
-    tl.store(_pointer(out, start, FISHER, VECTOR) + offsets, merged, mask=mask)
+    tl.store(pointer_to(out, start, FISHER, VECTOR) + offsets, merged, mask=mask)
 
 
 @triton.jit(do_not_specialize=["out", "numel", "source_count", "aligned"])
@@ -200,10 +201,10 @@ def merge(
     out,  # address
     numel,
     source_count,
-    aligned,  # 1: all addresses divide by 16
+    aligned,  # 1: all addresses are multiples of 16
     FISHER: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of BLOCK elements of `out`."""
+    """One program per tile of BLOCK elements of `out`."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     count = tl.minimum(numel.to(tl.int64) - start, BLOCK).to(tl.int32)
     out = out.to(tl.int64)
@@ -219,9 +220,9 @@ def _accumulate_tile(
     GRADIENT: tl.constexpr, INTO: tl.constexpr, SQUARE: tl.constexpr, ZERO: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    offsets, mask = _tile(count, BLOCK, VECTOR)
-    g_pointer = _pointer(gradient, start, GRADIENT, VECTOR) + offsets
-    into_pointer = _pointer(into, start, INTO, VECTOR) + offsets
+    offsets, mask = tile_of(count, BLOCK, VECTOR)
+    g_pointer = pointer_to(gradient, start, GRADIENT, VECTOR) + offsets
+    into_pointer = pointer_to(into, start, INTO, VECTOR) + offsets
     g = _widen(tl.load(g_pointer, mask=mask, eviction_policy="evict_first"), INTO, SOFT)
     total = tl.load(into_pointer, mask=mask)
     tl.store(into_pointer, total + (g * g if SQUARE else tl.abs(g)), mask=mask)
@@ -249,7 +250,7 @@ def accumulate(
     GRADIENT: tl.constexpr, INTO: tl.constexpr, SQUARE: tl.constexpr, ZERO: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile: into += g^2 or |g|, and g = 0 in the same pass if asked."""
+    """One program per tile: into += g^2 or |g|, and g = 0 in the same pass if asked."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     pair = pairs + tl.load(tile) * 3
     _accumulate_chunk(
@@ -272,3 +273,43 @@ def accumulate_one(
         gradient.to(tl.int64), into.to(tl.int64), numel.to(tl.int64), start,
         GRADIENT, INTO, SQUARE, ZERO, BLOCK, VECTOR, SOFT,
     )  # fmt: skip
+
+
+@triton.jit
+def outer_square(
+    left,  # [B, G, M, T] fp32, strides below
+    right,  # [B, G, K, T] fp32
+    into,  # [G, M, K] fp32
+    samples, groups, m, k, t,
+    left_b, left_g, left_m, left_t,
+    right_b, right_g, right_k, right_t,
+    share,  # samples per program
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A matrix product for each sample, squared in registers, so that products never reach memory.
+
+    Grid: tiles of the weight, groups, shares of the samples. Products are fp32 ("ieee") unless
+    torch.backends.cuda.matmul.allow_tf32 permits tensor cores to round their inputs ("tf32").
+    """
+    tiles_k = tl.cdiv(k, BLOCK_K)
+    rows = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    group = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(2).to(tl.int64) * share
+    positions = tl.arange(0, BLOCK_T)
+    left += group * left_g + rows[:, None].to(tl.int64) * left_m
+    right += group * right_g + columns[None, :].to(tl.int64) * right_k
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for b in range(first, tl.minimum(first + share, samples)):
+        product = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for start in range(0, t, BLOCK_T):
+            at = (start + positions).to(tl.int64)
+            known = start + positions < t
+            a = tl.load(left + b * left_b + at[None, :] * left_t, mask=(rows < m)[:, None] & known[None, :], other=0.0)
+            c = tl.load(
+                right + b * right_b + at[:, None] * right_t, mask=known[:, None] & (columns < k)[None, :], other=0.0
+            )
+            product = tl.dot(a, c, product, input_precision=PRECISION)
+        total += product * product
+    to = into + (group * m + rows[:, None].to(tl.int64)) * k + columns[None, :]
+    tl.atomic_add(to, total, mask=(rows < m)[:, None] & (columns < k)[None, :], sem="relaxed")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, EstimationError, LayoutError
+from .memory import check_addressable
 
 NEEDED = ("exp_avg_sq", "step")
 
@@ -22,9 +23,10 @@ def second_moments(
         name -> tensor in the parameter's shape; name -> how it was obtained; steps taken.
 
     Raises:
-        ArgumentError: `optimizer` is no optimiser, or not one of Adam's kind.
+        ArgumentError: `optimizer` is not an optimiser, or not one of Adam's kind.
         LayoutError: a parameter is in none of its groups.
-        EstimationError: a parameter has not been stepped yet.
+        FiunError: a moment has no plain memory of its own (a DTensor, quantised, freed, …).
+        EstimationError: the optimiser has taken no step with a parameter yet.
 
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -53,6 +55,7 @@ def second_moments(
         step, beta2 = float(state["step"]), float(group["betas"][1])  # either may be a tensor, on any device
         if step < 1:
             raise EstimationError(f"{kind} has taken no step with {name!r} yet")
+        check_addressable(f"exp_avg_sq of {name!r}", state["exp_avg_sq"])
         moment = state["exp_avg_sq"].detach()
         moment = moment.to(torch.float64 if moment.dtype == torch.float64 else torch.float32)
         moments[name] = moment / -_expm1_of_log(beta2, step)

@@ -1,4 +1,4 @@
-"""Dampening a model from dicts: one plan for whatever devices, dtypes and memory its parameters have."""
+"""Dampening a model from dicts: one plan, whatever devices, dtypes and strides its parameters have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .importances import as_fisher
 
 
 @dataclass(frozen=True)
-class Rule:
+class Numbers:
     """theta *= min((lam I / F)^exponent, cap) where F > alpha I."""
 
     alpha: float
@@ -27,7 +27,7 @@ def dampen(
     model: nn.Module,
     original: Mapping[str, Tensor],
     forgets: Sequence[Mapping[str, Tensor]],
-    rule: Rule,
+    numbers: Numbers,
     backend: str | None,
     options: Mapping[str, bool],
 ) -> ff.Report:
@@ -36,12 +36,12 @@ def dampen(
     Args:
         model: its parameters may lie on several devices, and need not be contiguous.
         original, forgets: name -> importance, on any device; the same names.
-        rule: the numbers.
-        backend, options: of `ff.plan` and `Plan.run_`.
+        numbers: alpha, lambda, exponent and cap.
+        backend, options: as for `ff.plan` and `Plan.run_`.
 
     Returns:
-        The report, of one node "model"; of a node for each part where devices, dtypes or contiguity of the parameters
-        differ (channels_last), named as in "model, torch.float32 on cpu, strided".
+        The report, with one node "model"; with one node per part if devices, dtypes or contiguity (channels_last)
+        differ among the parameters, named as in "model, torch.float32 on cpu, strided".
 
     Raises:
         ArgumentError: undo, where a parameter is not contiguous; or as `ff.plan`.
@@ -59,10 +59,11 @@ def dampen(
     dag, requests = ff.InheritanceDAG(), []
     for (device, dtype, copied), names in parts.items():
         node = "model" if len(parts) == 1 else f"model, {dtype} on {device}{', strided' if copied else ''}"
-        dag.add_model(node, dense if copied else model, _part(original, names, device))
+        dag.add_model(node, dense if copied else model, fisher=_part(original, names, device))
         requests += [ff.ForgetRequest(node, _part(forget, names, device)) for forget in forgets]
-    plan = ff.plan(dag, requests, rule.alpha, rule.lam, rule.exponent, rule.cap, backend=backend)
-    dag.graph.clear()  # a graph is a cycle; this frees copies of importances without the garbage collector
+    plan = ff.plan(
+        dag, requests, alpha=numbers.alpha, lam=numbers.lam, exponent=numbers.exponent, cap=numbers.cap, backend=backend
+    )
     report = plan.run_(**options)
     if not options["dry_run"]:
         with torch.no_grad():
@@ -80,11 +81,11 @@ def dampen_in_half_precision(
     model: nn.Module,
     original: Mapping[str, Tensor],
     forget: Mapping[str, Tensor],
-    rule: Rule,
+    numbers: Numbers,
 ) -> None:
-    """The published chain, every step rounded to the importances' dtype; what the kernels do not do on purpose."""
+    """The published chain, every step rounded to the importances' dtype: what the kernels deliberately do not do."""
     for name, p in model.named_parameters():
         if name in original:
             i, f = original[name].to(p.device), forget[name].to(p.device)
-            factor = i.mul(rule.lam).div(f).pow(rule.exponent).clamp(max=rule.cap)
-            p.copy_(torch.where(f > i.mul(rule.alpha), p * factor, p))
+            factor = i.mul(numbers.lam).div(f).pow(numbers.exponent).clamp(max=numbers.cap)
+            p.copy_(torch.where(f > i.mul(numbers.alpha), p * factor, p))

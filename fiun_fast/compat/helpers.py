@@ -20,12 +20,12 @@ class Helpers:
     device: Any
 
     def get_layer_num(self, layer_name: str) -> int:
-        """The number that is the second part of a parameter's name ("layer4.1.conv1.weight": 1), else -1."""
+        """The number in the second part of a parameter's name ("layer4.1.conv1.weight": 1), else -1."""
         parts = layer_name.split(".")
         return int(parts[1]) if len(parts) > 1 and parts[1].isnumeric() else -1
 
     def zerolike_params_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Zeros like each parameter, views of one flat buffer: what is added up there takes the fast path."""
+        """Zeros like each parameter, views of one flat buffer: sums kept there take the fast path."""
         return flat_zeros(dict(model.named_parameters()))
 
     def fulllike_params_dict(self, model: nn.Module, fill_value: float, as_tensor: bool = False) -> dict[str, Any]:
@@ -38,11 +38,11 @@ class Helpers:
         """Every k-th sample, k = int(1 / sample_perc).
 
         Raises:
-            ArgumentError: the share is outside (0, 1].
+            ArgumentError: `sample_perc` is outside (0, 1].
 
         """
         if not 0 < sample_perc <= 1:
-            raise ff.ArgumentError(f"sample_perc is {sample_perc}, expected a share in (0, 1]")
+            raise ff.ArgumentError(f"sample_perc is {sample_perc}, expected a fraction in (0, 1]")
         return Subset(dataset, list(range(0, len(dataset), int(1 / sample_perc))))  # type: ignore[arg-type]
 
     def split_dataset_by_class(self, dataset: Dataset) -> list[Subset]:

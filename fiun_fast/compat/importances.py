@@ -1,21 +1,34 @@
-"""Importances as these classes keep them, a dict of name -> tensor, and as Fishers over one flat buffer."""
+"""Importances as these classes keep them, a dict of name -> tensor: as Fishers, merged (FIUn), compared (ASSD)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import fiun_fast as ff
+from fiun_fast.arguments import FISHER_DTYPES
+from fiun_fast.memory import check_addressable
+
+LOWEST = 100 - math.log(101)  # ASSD's q for a fraction of 1: a smaller q belongs to no fraction
 
 Importances = Mapping[str, Tensor] | ff.Fisher
-FISHER_DTYPES = (torch.float32, torch.float64)
 
 
 def values_of(what: str, importances: object) -> Mapping[str, Tensor]:
-    """The dict itself, or that of a Fisher; an ArgumentError names `what` where it is neither."""
+    """The dict itself, or that of a Fisher.
+
+    Raises:
+        ArgumentError: it is neither; the message begins with `what`.
+        DTypeError: a value is not a floating-point tensor.
+        FiunError: a value has no plain memory of its own (a DTensor, meta, sparse, freed, …).
+
+    """
     if isinstance(importances, ff.Fisher):
+        check_addressable(what, importances.buffer)
         return importances.as_dict()
     if not isinstance(importances, Mapping) or not importances:
         found = "empty" if isinstance(importances, Mapping) else f"a {type(importances).__name__}"
@@ -24,11 +37,12 @@ def values_of(what: str, importances: object) -> Mapping[str, Tensor]:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ff.DTypeError(f"{what}: {name!r} is {found}, expected a floating-point tensor")
+        check_addressable(f"{what}: {name!r}", value)
     return importances
 
 
 def as_fisher(values: Mapping[str, Tensor]) -> ff.Fisher:
-    """A Fisher over these tensors: in their own memory where they follow one another there, else in a copy.
+    """A Fisher over these tensors: without a copy if they are adjacent in memory, in order; else in a copy.
 
     Raises:
         ArgumentError: a negative entry.
@@ -45,11 +59,11 @@ def as_fisher(values: Mapping[str, Tensor]) -> ff.Fisher:
 
 
 def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, Tensor]:
-    """Merge forget importances as FIUn's code does: the maximum, then divided once for each further source.
+    """Merge forget importances as FIUn's code does: the maximum, divided once for each source after the first.
 
     Args:
         importances: one dict for each source, with the same names and shapes; none is changed.
-        divisor: of FIUn's scripts (5 for several sources there); 1: the MFIM of the paper.
+        divisor: what FIUn's scripts divide by (5 if there are several sources); 1: the MFIM of the paper.
 
     Returns:
         Name -> view of one new flat buffer.
@@ -84,7 +98,7 @@ def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, 
 
 
 def flat_zeros(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros of the same shapes, dtypes and devices; views of one buffer where these are the same for all."""
+    """Zeros of the same shapes, dtypes and devices; views of one buffer if all share a dtype and a device."""
     dtypes, devices = {t.dtype for t in like.values()}, {t.device for t in like.values()}
     if len(dtypes) != 1 or len(devices) != 1:
         return {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in like.items()}
@@ -92,8 +106,40 @@ def flat_zeros(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return layout.views(torch.zeros(layout.numel, dtype=dtypes.pop(), device=devices.pop()))
 
 
+def published(original: Mapping[str, Tensor], forget: Mapping[str, Tensor], q: float) -> float:
+    """Adaptive alpha as the ASSD scripts compute it (arXiv 2402.10098): numpy.percentile(R, q) over a copy of R.
+
+    R is all finite ratios F / I of all parameters, in the importances' dtype.
+
+    Raises:
+        ArgumentError: no ratio is finite.
+
+    """
+    ratios = []
+    for name, i in original.items():
+        ratio = forget[name].to(i.device).div(i)
+        ratios.append(ratio[ratio.isfinite()].reshape(-1).cpu())
+    every = torch.cat([r.float() if r.itemsize == 2 else r for r in ratios])
+    if every.numel() == 0:
+        raise ff.ArgumentError("no finite ratio F / I: there is no percentile to take for alpha")
+    return float(np.percentile(every.numpy(), q))
+
+
+def streamed(
+    original: Mapping[str, Tensor], forget: Mapping[str, Tensor], q: float, backend: str | None = None
+) -> float:
+    """The same by `ff.adaptive_alpha`, without a copy of R and interpolated in float64, if q belongs to a fraction."""
+    devices = {value.device for values in (original, forget) for value in values.values()}
+    if not LOWEST <= q < 100 or len(devices) > 1:
+        return published(original, forget, q)
+    fraction = math.expm1(100 - q) / 100
+    return ff.adaptive_alpha(
+        as_fisher(original), as_fisher(forget), forget_fraction=min(fraction, 1.0), backend=backend
+    )
+
+
 def _run(tensors: list[Tensor]) -> Tensor | None:
-    """The memory of tensors that follow one another, as one flat tensor; None where they do not."""
+    """The memory of tensors that are adjacent, in order, as one flat tensor; None if they are not."""
     first = tensors[0]
     storage, address = first.untyped_storage().data_ptr(), first.data_ptr()
     for tensor in tensors:

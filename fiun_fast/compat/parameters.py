@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "selection_weighting": 10,  # alpha
     "train_layer": None,
     "adaptive_percentile": None,
-    "magnitude_diff": None,  # this and the rest are unused, here as in the published class
+    "magnitude_diff": None,  # this and the following are unused, as in the published class
     "min_layer": -1,
     "max_layer": -1,
     "forget_threshold": 1,
@@ -44,22 +44,16 @@ def given(parameters: Any) -> dict[str, Any]:
 
 
 def is_device(value: Any) -> bool:
-    """A torch.device, or what makes one."""
+    """Whether it is a torch.device, or its name or index."""
     return isinstance(value, (str, torch.device)) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def check_finite(key: str, value: Any, most: float = math.inf) -> None:
-    """An ArgumentError where the value is no number in 0..most, or not finite."""
+    """Raise an ArgumentError unless the value is a finite number in 0..most."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise ff.ArgumentError(f"parameters[{key!r}] is {value!r}, expected a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ff.ArgumentError(f"parameters[{key!r}] is {value!r:.80}, expected a number") from None
     if isinstance(value, bool) or not (0 <= number <= most and math.isfinite(number)):
         wanted = "a finite number that is not negative" if most == math.inf else f"a number in 0..{most}"
         raise ff.ArgumentError(f"parameters[{key!r}] is {value}, expected {wanted}")
-
-
-def check_one_of(key: str, value: Any, known: Sequence[str]) -> None:
-    """An ArgumentError that lists what is known."""
-    if value not in known:
-        raise ff.ArgumentError(f"{key} is {value!r}, expected one of {', '.join(known)}")

@@ -2,7 +2,7 @@
 
     from fiun_fast.compat.ssd import ParameterPerturber  # instead of: from ssd import ParameterPerturber
 
-The rest of a script stays as it is. docs/migrate.md has the variants in circulation and the one line that each needs.
+The rest of a script stays as it is. docs/migrate.md lists the variants in circulation and the one line that each needs.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 import fiun_fast as ff
+from fiun_fast.arguments import FISHER_DTYPES, check_one_of
+from fiun_fast.estimators.reading import Forward, Loss
+from fiun_fast.memory import check_addressable, check_writable
 
-from .batches import Forward, Loss, Reading
-from .dampening import Rule, dampen, dampen_in_half_precision
+from .dampening import Numbers, dampen, dampen_in_half_precision
 from .differences import differences
 from .helpers import Helpers
-from .importances import FISHER_DTYPES, Importances, flat_zeros, mfim, values_of
-from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, check_one_of, given, is_device
-from .passes import NORMALIZE, Pass
-from .percentile import published, streamed
+from .importances import Importances, flat_zeros, mfim, published, streamed, values_of
+from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, given, is_device
+from .passes import NORMALIZE, Batches, Pass
 
 __all__ = ["ParameterPerturber", "differences", "mfim"]
 
@@ -42,14 +43,14 @@ class ParameterPerturber(Helpers):
         parameters: dict or object: `selection_weighting` (alpha, 10), `dampening_constant` (lambda, 1),
             `exponent` (1), `lower_bound` (the cap, 1), `train_layer` (names or globs to restrict to, "last" for the
             last layer, None or "all" for everything), `adaptive_percentile` (alpha is then this percentile of all
-            finite ratios F / I, 0..100); these are the defaults. Others are ignored, as in the published class.
+            finite ratios F / I, 0..100); defaults in brackets. Other keys are ignored, as in the published class.
         mode: "strict" gives the published class's bits, its side effects included; "corrected" estimates in eval mode,
             in float32 for half-precision models, and leaves the model as it was. `differences()` lists it all.
         normalize: what sums of squared batch gradients are divided by: "batches" (as published), "samples", or
             "weighted" (each batch counts by its samples, divided by all samples).
-        truncate: samples of each batch that are used (32 in FIUn's code); None: all.
-        target_index: where the targets are in a tuple; None: last, as in (x, y) and SSD's (x, _, y).
-        batch_fn: batch -> (x, y) or another form understood; forms are those of `calc_importance`.
+        truncate: how many samples of each batch are used (32 in FIUn's code); None: all.
+        target_index: position of the targets in a tuple; None: last, as in (x, y) and SSD's (x, _, y).
+        batch_fn: batch -> (x, y), or another form that `calc_importance` understands.
         forward_fn: (model, batch) -> (outputs, targets), for everything else.
         loss_fn: (outputs, targets) -> scalar mean loss; default cross entropy.
         label_free: importance without labels, mean |gradient of mean ‖f(x)‖²| (LFSSD, arXiv 2402.19308).
@@ -87,7 +88,10 @@ class ParameterPerturber(Helpers):
         if device is not None and not is_device(device):
             raise ff.ArgumentError(f"device is a {type(device).__name__}, expected a torch.device, its name, or None")
         self.model, self.opt = model, opt
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        first = next(model.parameters(), None)
+        if first is None:
+            raise ff.LayoutError(f"{type(model).__name__} has no parameters")
+        self.device = first.device if device is None else torch.device(device)
         self.parameters = DEFAULTS | given(parameters)
         for key in DEFAULTS:
             setattr(self, key, self.parameters[key])  # attributes, because scripts set them
@@ -95,7 +99,7 @@ class ParameterPerturber(Helpers):
         self.train_layer = self._scope(self.train_layer)
         self.mode, self.normalize, self.truncate = mode, normalize, truncate
         self.label_free, self.backend = label_free, backend
-        self._reading = Reading(target_index, None, batch_fn, forward_fn, loss_fn)
+        self._form = Batches(target_index, None, batch_fn, forward_fn, loss_fn)
         self._options()
 
     lower_bound: float
@@ -115,14 +119,14 @@ class ParameterPerturber(Helpers):
     ) -> dict[str, Tensor]:
         """Importance of every parameter: mean over the batches of the squared gradient of the batch's mean loss.
 
-        Batches: (x, y); (x, _, y); (x, y, idx) with target_index=1; a dict with labels, for which the model is called
-        with keywords and its `.loss` used; anything else through `batch_fn` or `forward_fn`. A model may return a
+        Batches: (x, y); (x, _, y); (x, y, idx) with target_index=1; a dict with labels, which the model gets as keyword
+        arguments and whose `.loss` is used; anything else through `batch_fn` or `forward_fn`. A model may return a
         tensor, a tuple that begins with one, or an object with `.logits`.
 
         Args:
             dataloader: yields batches; its length is not needed.
             criterion: (outputs, targets) -> scalar mean loss, instead of `loss_fn`.
-            normalize, truncate: instead of the constructor's.
+            normalize, truncate: override the constructor's.
 
         Returns:
             Name -> tensor in the parameter's shape, in the order of `model.named_parameters()`; views of one flat
@@ -131,19 +135,19 @@ class ParameterPerturber(Helpers):
             `train_layer`, in float32.
 
         Raises:
-            EstimationError: an empty loader, a batch or output of an unknown form, a loss that is no scalar or depends
-                on no parameter.
+            EstimationError: an empty loader, a batch or output of an unknown form, a loss that is not a scalar or
+                depends on no parameter.
 
         """
         self._options()
         how = self.normalize if normalize is None else normalize
         check_one_of("normalize", how, NORMALIZE)
-        reading = replace(self._reading, truncate=self.truncate if truncate is None else truncate)
+        form = replace(self._form, truncate=self.truncate if truncate is None else truncate, label_free=self.label_free)
         if criterion is not None:
-            reading = replace(reading, loss_fn=criterion)
-        if self.label_free and reading.loss_fn is not None:
+            form = replace(form, loss_fn=criterion)
+        if self.label_free and form.loss_fn is not None:
             raise ff.ArgumentError("label_free has a loss of its own, mean ‖f(x)‖²: leave criterion and loss_fn out")
-        pass_over = Pass(reading, self.device, how, self.label_free)
+        pass_over = Pass(form, self.device, how)
         return (self._strict if self.mode == "strict" else self._corrected)(dataloader, pass_over)
 
     def modify_weight(
@@ -160,15 +164,16 @@ class ParameterPerturber(Helpers):
 
         Args:
             original_importance: over the training data; a dict by name, or an `ff.Fisher`.
-            forget_importance: over what is to be forgotten; several, in a list, are merged by `mfim`.
-            divisor: of `mfim`, for several.
+            forget_importance: over the data to be forgotten; several, in a list, are merged by `mfim`.
+            divisor: as in `mfim`, if there are several.
             dry_run, undo, audit: as in `ff.Plan.run_`.
 
         Returns:
             Counts; None where strict mode works in half precision, tensor by tensor.
 
         Raises:
-            LayoutError: names or shapes that do not fit; nothing has been changed.
+            LayoutError: names or shapes that do not match, or a tensor without plain memory of its own (a DTensor,
+                sparse, freed, …). As after the errors below, nothing has been changed.
             ArgumentError: a negative importance, a number outside its range.
             DTypeError, DeviceError: as in `ff.plan`.
 
@@ -200,7 +205,7 @@ class ParameterPerturber(Helpers):
     ) -> ff.Report | None:
         """FIUn's counterpart: where F < alpha I, theta *= min((lambda F / I)^exponent, lower_bound).
 
-        Keeps what the "forget" data needs and dampens what it does not. Arguments and errors as in `modify_weight`.
+        Keeps what the forget data needs and dampens the rest. Arguments and errors as in `modify_weight`.
         """
         self._options()
         self._numbers()
@@ -218,25 +223,28 @@ class ParameterPerturber(Helpers):
     # ---- importance --------------------------------------------------------------------------------------------------
 
     def _strict(self, dataloader: Iterable[Any], pass_over: Pass) -> dict[str, Tensor]:
-        """The published loop: nothing of the model is put in order before or afterwards."""
+        """The published loop: the model is neither prepared before nor restored afterwards."""
         parameters = dict(self.model.named_parameters())
+        for name, p in parameters.items():
+            check_addressable(f"parameter {name!r}", p)
         dtypes, devices = {p.dtype for p in parameters.values()}, {p.device for p in parameters.values()}
         flat = len(dtypes) == len(devices) == 1 and dtypes <= set(FISHER_DTYPES)
         power = 1 if self.label_free else 2
         sums = {} if flat else flat_zeros(parameters)
         if flat:
-            estimator = "label_free" if self.label_free else "batch"
             accumulator = ff.FisherAccumulator(
-                self.model, list(parameters), dtypes.pop(), self.backend, estimator, allow_frozen=True
+                self.model,
+                params=list(parameters),
+                dtype=dtypes.pop(),
+                backend=self.backend,
+                estimator="label_free" if self.label_free else "batch",
+                allow_frozen=True,
             )
         with self._only_scope():
             for batch in pass_over.over(dataloader):
                 self.opt.zero_grad() if self.opt is not None else self.model.zero_grad()
                 outputs, targets = pass_over.forward(self.model, batch)
-                loss = pass_over.strict_loss(outputs, targets)
-                if not loss.requires_grad:
-                    raise ff.EstimationError(f"batch {pass_over.batches - 1}: the loss depends on no parameter")
-                loss.backward()
+                pass_over.strict_loss(outputs, targets, parameters).backward()
                 if flat:
                     accumulator.update()
                     continue
@@ -255,11 +263,14 @@ class ParameterPerturber(Helpers):
 
     def _corrected(self, dataloader: Iterable[Any], pass_over: Pass) -> dict[str, Tensor]:
         """`ff.estimate_fisher`, which leaves the model as it was."""
-        loss_fn = None if self.label_free else pass_over.loss
-        estimator = "label_free" if self.label_free else "batch"
-        batches = pass_over.over(dataloader)
         fisher = ff.estimate_fisher(
-            self.model, batches, self.train_layer, estimator, loss_fn, pass_over.forward, backend=self.backend
+            self.model,
+            pass_over.over(dataloader),
+            params=self.train_layer,
+            estimator="label_free" if self.label_free else "batch",
+            loss_fn=None if self.label_free else pass_over.loss,
+            forward_fn=pass_over.forward,
+            backend=self.backend,
         )
         if pass_over.how != "batches":
             fisher.buffer.mul_(pass_over.batches / pass_over.divisor())
@@ -267,7 +278,7 @@ class ParameterPerturber(Helpers):
 
     @contextmanager
     def _only_scope(self) -> Iterator[None]:
-        """With `train_layer`, gradients for nothing else: the rest of the backward pass is not needed."""
+        """With `train_layer`, gradients for nothing else: the rest of the backward pass is skipped."""
         frozen = []
         if self.train_layer is not None:
             names = set(self.train_layer)
@@ -291,7 +302,10 @@ class ParameterPerturber(Helpers):
         for name, value in values.items():
             if name not in parameters:
                 near = difflib.get_close_matches(name, parameters, n=4, cutoff=0.4) or list(parameters)[:4]
-                raise ff.LayoutError(f"{what} has {name!r}, which the model has not; near names: {', '.join(near)}")
+                raise ff.LayoutError(
+                    f"{what} has {name!r}, which is not a parameter of the model; near names: {', '.join(near)}"
+                )
+            check_addressable(f"parameter {name!r}", parameters[name])
             if value.shape != parameters[name].shape:
                 shapes = f"{list(value.shape)}, {list(parameters[name].shape)} in the model"
                 raise ff.LayoutError(f"{what}: {name!r} is {shapes}")
@@ -302,7 +316,9 @@ class ParameterPerturber(Helpers):
         if missing:
             raise ff.LayoutError(f"{what} has no {', '.join(map(repr, missing[:4]))}{' …' if len(missing) > 4 else ''}")
         if like is not None and self.train_layer is None and (more := [name for name in values if name not in like]):
-            raise ff.LayoutError(f"{what} has {', '.join(map(repr, more[:4]))}, which original_importance has not")
+            raise ff.LayoutError(
+                f"{what} has {', '.join(map(repr, more[:4]))}, which original_importance does not have"
+            )
         scope = values if self.train_layer is None else set(self.train_layer)
         return {name: values[name] for name in parameters if name in values and name in scope}
 
@@ -328,14 +344,19 @@ class ParameterPerturber(Helpers):
         alpha: float,
         options: Mapping[str, bool],
     ) -> ff.Report | None:
-        rule = Rule(alpha, float(self.dampening_constant), float(self.exponent), float(self.lower_bound))
+        if not options["dry_run"]:
+            parameters = dict(self.model.named_parameters())
+            check_writable((f"parameter {name!r}" for name in original), (parameters[name] for name in original))
+        numbers = Numbers(alpha, float(self.dampening_constant), float(self.exponent), float(self.lower_bound))
         if not self._in_half(original):
-            backend = "reference" if self.mode == "strict" and rule.exponent != 1 else self.backend
-            return dampen(self.model, original, forgets, rule, backend, options)
+            backend = "reference" if self.mode == "strict" and numbers.exponent != 1 else self.backend
+            return dampen(self.model, original, forgets, numbers, backend, options)
         if any(options.values()):
             asked = ", ".join(key for key, on in options.items() if on)
-            raise ff.ArgumentError(f'{asked}: not for half-precision importances in strict mode; mode="corrected"')
-        dampen_in_half_precision(self.model, original, forgets[0], rule)
+            raise ff.ArgumentError(
+                f'{asked}: not available for half-precision importances in strict mode; use mode="corrected"'
+            )
+        dampen_in_half_precision(self.model, original, forgets[0], numbers)
         return None
 
     # ---- checks ------------------------------------------------------------------------------------------------------
@@ -343,8 +364,6 @@ class ParameterPerturber(Helpers):
     def _scope(self, train_layer: Any) -> list[str] | None:
         if train_layer is None or train_layer == "all":
             return None
-        if train_layer == "last":
-            return ff.last_layer(self.model)
         return list(ff.Layout.from_module(self.model, train_layer).names)
 
     def _numbers(self) -> None:

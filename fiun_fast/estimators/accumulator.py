@@ -1,23 +1,33 @@
-"""Squared gradients, summed step by step into a flat buffer."""
+"""`batch` (SSD, FIUn) and `label_free` (LFSSD): gradients as backward leaves them, summed mini-batch by mini-batch.
+
+`FisherAccumulator` does so in a user's own loop, `BatchEstimate` over a loader.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import ArgumentError, DeviceError, DTypeError, EstimationError
-from ..fisher import FISHER_DTYPES, Fisher, Provenance
-from ..kernels import select
+from ..arguments import FISHER_DTYPES, Estimator, check_one_of, listed
+from ..errors import ArgumentError, DTypeError, EstimationError
+from ..fisher import Fisher
 from ..layout import Layout, Params, select_parameters
+from .job import Estimate, Job, count
+from .reading import check_loss
 from .streaming import at_steps, in_backward
+from .totals import Totals, check_parameters
 
-POWERS = {"batch": 2, "label_free": 1}
+OF_GRADIENTS = ("batch", "label_free")  # the estimators that are sums over gradients as a backward leaves them
+HOW = {"batch": "square of the batch gradient", "label_free": "size of the gradient of mean ‖f(x)‖²"}
+EMPTY = "no gradients were accumulated: call update() after each loss.backward()"
 
 
 class FisherAccumulator:
-    """Fisher in a user's own loop: call `update()` after each `loss.backward()`, `result()` at the end.
+    """A Fisher from your own loop: call `update()` after each `loss.backward()`, `result()` at the end.
 
     The estimate is (1/B) sum_b g_b^2 over the B updates, g_b the gradient found in `.grad`: the `batch` estimator of
     SSD and FIUn where every backward is that of one mini-batch's mean loss. With `label_free` it is (1/B) sum_b |g_b|,
@@ -26,16 +36,18 @@ class FisherAccumulator:
     Args:
         model: its parameters' `.grad` are read; nothing else of it is touched.
         params: which parameters, as in `Layout.from_module`.
-        dtype: of the sum, float32 or float64; gradients of half precision are widened before they are squared.
-        backend: name of one; None for the default of the parameters' device.
+        dtype: dtype of the sum, float32 or float64; half-precision gradients are widened before they are squared.
+        backend: name of a backend; None for the default of the parameters' device.
         estimator: "batch" or "label_free".
-        allow_frozen: take parameters that do not require grad along, as zeros, instead of refusing them.
+        allow_frozen: include parameters that do not require grad, as zeros, instead of refusing them.
 
     Raises:
         ArgumentError: unknown estimator; a selected parameter does not require grad, so no gradient would ever arrive.
-        DeviceError: the parameters lie on several devices.
+        DeviceError: the parameters lie on several devices, or one on meta.
         DTypeError: `dtype` is not float32 or float64.
-        LayoutError, BackendError: as in `Layout.from_module` and `plan`.
+        LayoutError: a parameter has no plain memory of its own (a DTensor, sparse, freed, …); the message says what to
+            pass. Or as in `Layout.from_module`.
+        BackendError: as in `plan`.
 
     """
 
@@ -43,101 +55,93 @@ class FisherAccumulator:
         self,
         model: torch.nn.Module,
         params: Params = None,
+        *,
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
-        estimator: str = "batch",
+        estimator: Estimator = "batch",
         allow_frozen: bool = False,
     ) -> None:
-        if estimator not in POWERS:
-            raise ArgumentError(f"estimator is {estimator!r}, expected one of {', '.join(POWERS)}")
+        check_one_of("estimator", estimator, OF_GRADIENTS)
         if dtype not in FISHER_DTYPES:
-            raise DTypeError(f"dtype is {dtype}, expected float32 or float64")
+            raise DTypeError(f"dtype is {dtype}, expected {listed(FISHER_DTYPES)}")
         self._parameters = select_parameters(model, params)
-        first, like = next(iter(self._parameters.items()))
-        for name, p in self._parameters.items():
-            if not p.requires_grad and not allow_frozen:
-                raise ArgumentError(f"parameter {name!r} does not require grad: no gradient will arrive")
-            if p.device != like.device:
-                raise DeviceError(f"parameter {name!r} is on {p.device}, expected {like.device} as {first!r}")
-        self.layout = Layout({name: p.shape for name, p in self._parameters.items()})
-        self._backend = select(backend, like.device.type)
-        self._dtype, self._device, self._estimator = dtype, like.device, estimator
-        self._begin()
+        if not allow_frozen:
+            for name, p in self._parameters.items():
+                if not p.requires_grad:
+                    raise ArgumentError(f"parameter {name!r} does not require grad: no gradient will arrive")
+        self._totals = Totals(self._parameters, estimator, dtype=dtype, backend=backend, empty=EMPTY)
 
-    def _begin(self) -> None:
-        self._sum = torch.zeros(self.layout.numel, dtype=self._dtype, device=self._device)
-        self._views = {name: view.view(-1) for name, view in self.layout.views(self._sum).items()}
-        self.steps = 0
-        self.samples = 0
+    @property
+    def layout(self) -> Layout:
+        """The parameters, in which order and shape."""
+        return self._totals.layout
 
-    def update(self, zero_grads: bool = False, samples: int = 0) -> None:
+    @property
+    def steps(self) -> int:
+        """Updates so far."""
+        return self._totals.steps
+
+    @property
+    def samples(self) -> int:
+        """Examples so far, as far as `update` was told of them."""
+        return self._totals.samples
+
+    def update(self, *, zero_grads: bool = False, samples: int = 0) -> None:
         """Add the squares (`label_free`: sizes) of the gradients that `.grad` holds now.
 
-        A parameter without a gradient took no part in the loss and counts as zero.
+        A parameter without a gradient had no part in the loss and counts as zero.
 
         Args:
             zero_grads: set the gradients to zero in the same pass, instead of `optimizer.zero_grad()`.
-            samples: examples in this step, for the provenance only.
+            samples: number of examples in this step, for the provenance only.
 
         Raises:
             EstimationError: no parameter has a gradient.
+            LayoutError: a gradient has no plain memory of its own, or another shape than the parameter had when the
+                accumulator was made. All gradients are checked before any is added.
+            DeviceError: a gradient is on another device.
 
         """
+        self._update(1.0, zero_grads, samples)
+
+    def _update(self, scale: float, zero_grads: bool = False, samples: int = 0) -> None:
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         if not found:
             raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
-        self._fold(found, zero_grads)
-        self.steps += 1
-        self.samples += samples
-
-    def _fold(self, found: dict[str, torch.Tensor], zero_grads: bool = False) -> None:
-        if not self._views:
-            self._begin()
-        gradients, into, copied = [], [], []
-        for name, grad in found.items():
-            gradient = grad
-            if gradient.layout != torch.strided:  # nn.Embedding(sparse=True)
-                copied.append(grad)
-                gradient = gradient.to_dense()
-            elif not gradient.is_contiguous():
-                copied.append(grad)
-                gradient = gradient.contiguous()
-            gradients.append(gradient.detach() if gradient.requires_grad else gradient)  # create_graph=True
-            into.append(self._views[name])
-        self._backend.accumulate(gradients, into, POWERS[self._estimator], zero_grads)
-        if zero_grads:
-            for original in copied:  # copies were read above; these are the gradients themselves
-                original.zero_()
+        self._totals.add(found, zero=zero_grads, scale=scale)
+        self._totals.count(samples)
 
     @contextmanager
-    def streaming(self, every: int = 1, scale: float | Callable[[], float] = 1.0, free: bool = True) -> Iterator[None]:
+    def streaming(
+        self, *, every: int = 1, scale: float | Callable[[], float] = 1.0, free: bool = True
+    ) -> Iterator[None]:
         """Inside `with`, every `loss.backward()` is an update: each gradient is folded in as it arrives, and freed.
 
-        No gradient outlives its own moment, so memory stays that of the largest one. Works with autocast and with
+        Gradients never exist all at once: the peak is that of the largest one. Works with autocast and with
         gradient checkpointing (reentrant: where each parameter lies in one segment). Under DistributedDataParallel
         gradients arrive before they are reduced: use `during` or `update` there.
 
         Args:
             every: backward passes that make one mini-batch (gradient accumulation); gradients add up in between.
-            scale: by which the loss is multiplied, or a callable that tells, as `GradScaler.get_scale`; asked once a
-                backward. Every step counts, one that overflows too: use `during` where a GradScaler may skip steps.
-            free: set `.grad` to None after it was used; False leaves it to an optimiser.
+            scale: factor by which the loss is multiplied, or a callable that returns it, such as
+                `GradScaler.get_scale`, called once per backward. Every step counts, even one that overflows: use
+                `during` where a GradScaler may skip steps.
+            free: set `.grad` to None once it was used; False leaves it to an optimiser.
 
         Raises:
-            ArgumentError: `every` is not a whole number above 0.
+            ArgumentError: `every` is not a whole number of at least 1.
             EstimationError: a parameter holds a gradient on entry; on exit, the last mini-batch lacks backward passes
                 (it is left out), or a scaled gradient was not finite.
+            LayoutError, DeviceError: on entry, a parameter has changed its shape or lost its memory; during a backward,
+                a gradient is one that `update` refuses.
 
         """
-
-        def stepped() -> None:
-            self.steps += 1
-
-        fold = lambda name, gradient: self._fold({name: gradient})  # noqa: E731
-        with in_backward(self._parameters, every, scale, free, fold, stepped):
+        check_parameters(self._parameters, self.layout)
+        fold = lambda name, gradient, factor: self._totals.add({name: gradient}, scale=factor)  # noqa: E731
+        with in_backward(self._parameters, every, scale, free, fold, lambda: self._totals.count(0)):
             yield
-        if (callable(scale) or scale != 1) and not bool(self._sum.sum(dtype=torch.float64).isfinite()):
-            raise EstimationError("a scaled gradient was not finite: start anew with a smaller scale, or use during()")
+        if (callable(scale) or scale != 1) and not bool(self._totals.buffer.sum(dtype=torch.float64).isfinite()):
+            raise EstimationError("a scaled gradient was not finite: start again with a smaller scale, or use during()")
 
     def during(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Inside `with`, every step of a training loop's optimiser is an update, before it changes the parameters.
@@ -147,35 +151,60 @@ class FisherAccumulator:
         not counted. They are training-mode gradients of changing parameters: docs/fishers.md.
 
         Raises:
-            ArgumentError: it is no optimiser.
+            ArgumentError: it is not an optimiser.
             EstimationError: at a step, no parameter has a gradient.
+            LayoutError, DeviceError: as in `streaming`.
 
         """
+        check_parameters(self._parameters, self.layout)
+        return at_steps(optimizer, self._update)
 
-        def collect(scale: float) -> None:
-            if scale == 1:
-                self.update()
-                return
-            self._fold({name: p.grad / scale for name, p in self._parameters.items() if p.grad is not None})
-            self.steps += 1
-
-        return at_steps(optimizer, collect)
-
-    def result(self, in_place: bool = False) -> Fisher:
+    def result(self, *, in_place: bool = False) -> Fisher:
         """The mean of the squares (`label_free`: sizes) so far, as a new Fisher; more updates may follow.
 
         Args:
-            in_place: divide the sum itself and hand it over, without a second buffer; the accumulator starts anew then.
+            in_place: divide the sum itself and return it, without a second buffer; later updates start a new sum.
 
         Raises:
-            EstimationError: there was no update.
+            EstimationError: `update` was never called.
 
         """
-        if self.steps == 0:
-            raise EstimationError("no gradients were accumulated: call update() after each loss.backward()")
-        provenance = Provenance(self._estimator, self.steps, self.samples)
-        if not in_place:
-            return Fisher(self._sum / self.steps, self.layout, provenance)
-        done = Fisher(self._sum.div_(self.steps), self.layout, provenance)
-        self._sum, self._views, self.steps, self.samples = torch.empty(0), {}, 0, 0  # update() begins anew
-        return done
+        return self._totals.fisher(in_place=in_place)
+
+
+class BatchEstimate(Estimate):
+    """(1/B) sum_b |g_b|^power: power 2 and the loss's gradient for `batch`, power 1 and that of ‖f‖² for `label_free`.
+
+    why: why no cheaper way was taken; goes into the provenance.
+    """
+
+    def __init__(self, job: Job, why: str = "") -> None:
+        self._job, self._why = job, why
+        self._totals = Totals(job.selected, job.estimator, backend=job.options.backend)
+
+    def step(self, batch: Any) -> None:
+        """Run a backward and add what it left in `.grad`."""
+        job, steps = self._job, self._totals.steps
+        outputs, targets = job.forward(batch)
+        loss = squared_length(outputs) if job.estimator == "label_free" else job.loss(outputs, targets)
+        check_loss(loss, steps, job.selected).backward()
+        found = {name: p.grad for name, p in job.selected.items() if p.grad is not None}
+        if not found:
+            raise EstimationError(f"batch {steps}: the loss does not depend on {', '.join(list(job.selected)[:4])}")
+        self._totals.add(found)
+        self._totals.count(count(outputs) or count(batch))
+        for p in job.selected.values():
+            p.grad = None
+
+    def result(self) -> Fisher:
+        """The mean over the batches."""
+        how = HOW[self._job.estimator] + (f" ({self._why})" if self._why else "")
+        return self._totals.fisher(dict.fromkeys(self._job.selected, how))
+
+
+def squared_length(outputs: Any) -> Tensor:
+    """mean_n ‖f(x_n)‖², the sensitivity of LFSSD (arXiv 2402.19308): outputs [B, ...] -> scalar."""
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0:
+        found = "a scalar" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise EstimationError(f"the outputs are {found}, expected a tensor [B, ...], whose length label_free measures")
+    return outputs.flatten(1).square().sum(1).mean() if outputs.dim() > 1 else outputs.square().mean()

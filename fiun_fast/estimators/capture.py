@@ -2,7 +2,7 @@
 
 Functions are watched, not modules: `torch.nn.functional.linear(x, self.weight)` counts like `nn.Linear`, and whatever
 touches a selected parameter in a way that is not understood is noticed. The parameters themselves need no gradient, so
-none is computed for them; the graph hangs on an anchor at the first watched layer.
+none is computed for them; the graph starts at an anchor in the first watched layer.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ WATCHED: dict[Any, tuple[str, tuple[str, ...]]] = {
     ),
 }
 ROLES = ("weight", "bias")
-# Reading these of a parameter is no use of it.
+# Reading one of these attributes does not count as using the parameter.
 HARMLESS = {
     *("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "is_leaf", "is_nested", "layout", "is_mkldnn"),
     *("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "element_size", "__len__"),
     *("data_ptr", "storage_offset", "is_meta", "is_quantized", "is_sparse", "nelement", "is_xpu", "is_mps", "is_cpu"),
 }
-ROWS = {Tensor.split, Tensor.chunk, torch.split, torch.chunk}  # along dimension 0 they give slices of rows
+SPLITS = {Tensor.split, Tensor.chunk, torch.split, torch.chunk}  # along dimension 0 they give slices of rows
 
 
 @dataclass(frozen=True)
-class Target:
+class Rows:
     """Rows [start, stop) of a parameter; all of them where stop is None."""
 
     name: str
@@ -57,7 +57,7 @@ class Target:
     stop: int | None = None
 
 
-Signature = tuple[str, tuple[tuple[str, Target], ...]]
+Signature = tuple[str, tuple[tuple[str, Rows], ...]]
 
 
 @dataclass(eq=False)
@@ -65,15 +65,15 @@ class Use:
     """One call of a watched function with selected parameters."""
 
     rule: str
-    targets: dict[str, Target]  # role -> which parameter
+    roles: dict[str, Rows]  # weight or bias -> rows of which parameter
     arguments: dict[str, Any]  # all others, without the input
     given: Tensor | None  # the input; dropped when the backward begins, as is the output
     output: Tensor | None = None
-    meet: Callable[[Use, Tensor, Tensor], None] | None = None  # input and output gradient, when the latter arrives
-    note: str = ""  # for the record
+    meet: Callable[[Use, Tensor, Tensor], None] | None = None  # takes input and output gradient when that arrives
+    note: str = ""  # for the provenance
 
     def __post_init__(self) -> None:
-        self.signature: Signature = self.rule, tuple(sorted(self.targets.items()))  # what batches have in common
+        self.signature: Signature = self.rule, tuple(sorted(self.roles.items()))  # what batches have in common
 
 
 @dataclass
@@ -81,35 +81,35 @@ class Trace:
     """What was seen in one forward pass."""
 
     uses: list[Use] = field(default_factory=list)
-    strange: dict[str, str] = field(default_factory=dict)  # parameter -> the function that used it in its own way
+    strange: dict[str, str] = field(default_factory=dict)  # parameter -> the unknown function that used it
 
 
 class Watch(TorchFunctionMode):
-    """Inside `with`, and until `finish`, calls that use a selected parameter are noted and tapped."""
+    """Inside `with`, calls that use a selected parameter are recorded and tapped."""
 
     def __init__(self, selected: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {id(p): name for name, p in selected.items()}
         self._selected = selected
-        self._rows: dict[int, tuple[Target, Tensor]] = {}  # slices of parameters, kept alive so that ids stay theirs
+        self._rows: dict[int, tuple[Rows, Tensor]] = {}  # slices of parameters, kept alive so that ids stay theirs
         self._recomputing = False
         device = next(iter(selected.values())).device
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.trace = Trace()
 
     def backward_begins(self) -> None:
-        """From now on calls are recomputations (activation checkpointing): tapped as before, noted no more."""
+        """From now on calls are recomputations (activation checkpointing): tapped as before, but no longer recorded."""
         self._recomputing = True
         for use in self.trace.uses:
             use.given = use.output = None
 
     def __torch_function__(self, func, types_, args=(), kwargs=None):
-        """Every torch function that the model calls comes by here."""
+        """Every torch function that the model calls passes through here."""
         kwargs = kwargs or {}
         if func in _TRANSPARENT:
             with self:
                 return _TRANSPARENT[func](*args, **kwargs)
-        touched = [leaf for leaf in _tensors((args, kwargs)) if self._target(leaf) is not None]
+        touched = [leaf for leaf in _tensors((args, kwargs)) if self._rows_of(leaf) is not None]
         if not touched:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -117,32 +117,32 @@ class Watch(TorchFunctionMode):
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         if name in HARMLESS:
             return func(*args, **kwargs)
-        if func in ROWS and (kwargs.get("dim", args[2] if len(args) > 2 else 0) == 0):
+        if func in SPLITS and (kwargs.get("dim", args[2] if len(args) > 2 else 0) == 0):
             return self._note_rows(args[0], func(*args, **kwargs))
         if func in WATCHED:
             use = self._use(func, args, kwargs, len(touched))
             if use is not None:
                 return self._tap(use, self._bound(func, args, kwargs)["input"], func(*args, **kwargs))
         for leaf in touched:
-            target = self._target(leaf)
-            if target is not None and not self._recomputing:
-                self.trace.strange.setdefault(target.name, name)
+            rows = self._rows_of(leaf)
+            if rows is not None and not self._recomputing:
+                self.trace.strange.setdefault(rows.name, name)
         return func(*args, **kwargs)
 
-    def _target(self, tensor: Tensor) -> Target | None:
+    def _rows_of(self, tensor: Tensor) -> Rows | None:
         name = self._names.get(id(tensor))
         if name is not None:
-            return Target(name)
+            return Rows(name)
         found = self._rows.get(id(tensor))
         return found[0] if found is not None else None
 
     def _note_rows(self, parent: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Remember which rows of which parameter the parts are."""
-        target = self._target(parent)
-        assert target is not None
-        at = target.start
+        rows = self._rows_of(parent)
+        assert rows is not None
+        at = rows.start
         for part in parts:
-            self._rows[id(part)] = Target(target.name, at, at + part.shape[0]), part
+            self._rows[id(part)] = Rows(rows.name, at, at + part.shape[0]), part
             at += part.shape[0]
         return parts
 
@@ -151,23 +151,23 @@ class Watch(TorchFunctionMode):
         return dict(zip(WATCHED[func][1], args, strict=False)) | kwargs
 
     def _use(self, func: Any, args: tuple, kwargs: dict[str, Any], touched: int) -> Use | None:
-        """The call as a use, or None where parameters stand in places where the rule does not expect them."""
+        """The call as a use, or None if a parameter is passed as an argument where the rule does not expect one."""
         bound = self._bound(func, args, kwargs)
-        targets = {
-            role: t for role in ROLES if isinstance(bound.get(role), Tensor) and (t := self._target(bound[role]))
+        roles = {
+            role: rows for role in ROLES if isinstance(bound.get(role), Tensor) and (rows := self._rows_of(bound[role]))
         }
-        if len(targets) != touched or not isinstance(bound.get("input"), Tensor):
+        if len(roles) != touched or not isinstance(bound.get("input"), Tensor):
             return None
-        others = {key: value for key, value in bound.items() if key != "input" and key not in targets}
+        others = {key: value for key, value in bound.items() if key != "input" and key not in roles}
         weight = bound.get("weight")
         if isinstance(weight, Tensor):
             others["weight_shape"] = weight.shape
-        return Use(WATCHED[func][0], targets, others, bound["input"])
+        return Use(WATCHED[func][0], roles, others, bound["input"])
 
     def _tap(self, use: Use, given: Tensor, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            for target in use.targets.values():
-                self.trace.strange.setdefault(target.name, "a call without gradients")
+            for rows in use.roles.values():
+                self.trace.strange.setdefault(rows.name, "a call without gradients")
             return output
         tapped = _Tap.apply(output, self.anchor, given.detach(), use)
         if not self._recomputing:
@@ -190,7 +190,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.use.meet is not None:
             (given,) = ctx.saved_tensors
-            with torch.no_grad():
+            with torch.no_grad(), torch._C.DisableTorchFunction():  # not the model's own calls: not watched
                 ctx.use.meet(ctx.use, given, gradient)
         return gradient, None, None, None
 
@@ -211,10 +211,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _transparent(function: Any) -> Any:
-    """The same function, whose inside comes by the watch.
+    """The same function, but the watch sees the calls inside it.
 
-    As torch defines them, attention and backward hand themselves over whole as soon as anything watches; they ask
-    through this one name whether that is so.
+    As torch defines them, attention and backward show up as one call as soon as anything watches; this one name is how
+    they ask whether anything does.
     """
     seen = {**function.__globals__, "has_torch_function": lambda _: False}
     copy = types.FunctionType(function.__code__, seen, function.__name__, function.__defaults__, function.__closure__)

@@ -1,4 +1,4 @@
-"""`estimate_fisher`: which estimator, over a loader; `estimate_fishers`: several models over one sweep of it."""
+"""`estimate_fisher`: any of the estimators, over a loader; `estimate_fishers`: several models in one sweep over it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 import torch
 
+from ..arguments import Estimator
 from ..errors import ArgumentError, EstimationError
 from ..fisher import Fisher
 from ..layout import Params, select_parameters
-from .batch import BatchEstimate
+from .accumulator import BatchEstimate
 from .head import HeadEstimate, NotAHead
-from .job import Estimate, Forward, Job, Loss
+from .job import Estimate, Job, Options, preserved
+from .reading import Forward, Loss
 from .sample import SampleEstimate
-from .state import preserved
-
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+from .totals import check_parameters
 
 
 def estimate_fisher(
     model: torch.nn.Module,
     loader: Iterable[Any],
     params: Params = None,
-    estimator: str = "batch",
+    *,
+    estimator: Estimator = "batch",
     loss_fn: Loss | None = None,
     forward_fn: Forward | None = None,
     progress: bool = False,
@@ -42,45 +43,49 @@ def estimate_fisher(
     | `label_free` | (1/B) sum_b of the size of the gradient of mean_n ‖f(x_n)‖² | LFSSD 2402.19308 |
 
     With `batch` and `label_free` every batch weighs the same, and the batch size changes the estimate; with the others
-    it does not. The model is evaluated in eval mode and is afterwards exactly as before: modes, requires_grad, .grad,
+    it does not. The model runs in eval mode and is exactly as before afterwards: modes, requires_grad, .grad,
     buffers, random state. `fisher.provenance.how` says how each parameter was computed, `print(fisher.provenance)`
     shows it; docs/fishers.md says which estimator to choose.
 
     Args:
         model: any module.
-        loader: yields batches; by default pairs (inputs [B, ...], targets [B]); for `label_free` also inputs alone.
+        loader: yields batches: (inputs [B, ...], targets [B]), (inputs, _, targets), or a dict (any Mapping) with
+            "labels", "label" or "label_ids", with whose keys as keywords the model is called; for `label_free` and
+            `expected`, which need no labels, also inputs alone and dicts without labels. The model may return a tensor,
+            a tuple that begins with one, an object with `.logits`, or a dict with "logits" or "out".
         params: which parameters, as in `Layout.from_module`; frozen ones may be named.
         estimator: see above.
-        loss_fn: (outputs, targets) -> scalar mean loss; default cross entropy. For `sample` it is what it gives for
-            each sample alone that counts: it is called on slices [1, ...] of outputs and targets, or may return [B].
-            Not for `expected` and `label_free`, which have losses of their own.
-        forward_fn: (model, batch) -> (outputs, targets), for batches of another form. For `sample` and `expected` a
-            batch is cut into samples along the first dimension of its tensors.
+        loss_fn: (outputs, targets) -> scalar mean loss; default: for dicts the model's own `.loss`, else cross entropy.
+            For `sample` its value for each sample alone is what counts: it is called on slices [1, ...] of outputs and
+            targets, or may return [B]. Not for `expected` and `label_free`, which have losses of their own.
+        forward_fn: (model, batch) -> (outputs, targets), for batches of any other form. For `sample` and `expected` a
+            batch is split into samples along the first dimension of its tensors.
         progress: show a progress bar.
         backend: as in `plan`.
-        samples: labels drawn for each example by `expected`; 0: every class, weighted by its probability, exact. A last
-            linear layer is exact in either case.
-        seed: of the draws.
+        samples: labels that `expected` draws for each example; 0: every class, weighted by its probability, exact. A
+            last linear layer is exact in either case.
+        seed: seed of these draws.
 
     Returns:
         The Fisher, float32, on the parameters' device.
 
     Raises:
-        EstimationError: empty loader, a batch that the default unpacking does not understand, a loss that is not a
-            scalar or does not depend on the selected parameters; for `expected`, outputs that are not [B, classes].
+        EstimationError: empty loader, a batch of a form that is not understood, a loss that is not a scalar or does not
+            depend on the selected parameters; for `expected`, outputs that are not [B, classes].
         ArgumentError: unknown estimator, a loss where the estimator has its own, or negative `samples`.
         LayoutError, DeviceError, BackendError: as in `FisherAccumulator`.
 
     """
-    options = (params, estimator, loss_fn, forward_fn, progress, backend, samples, seed)
-    return estimate_fishers({"model": model}, loader, *options)["model"]
+    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed)
+    return _sweep({"model": model}, loader, params, options, progress)["model"]
 
 
 def estimate_fishers(
     models: Mapping[str, torch.nn.Module],
     loader: Iterable[Any],
     params: Params = None,
-    estimator: str = "batch",
+    *,
+    estimator: Estimator = "batch",
     loss_fn: Loss | None = None,
     forward_fn: Forward | None = None,
     progress: bool = False,
@@ -88,10 +93,10 @@ def estimate_fishers(
     samples: int = 1,
     seed: int = 0,
 ) -> dict[str, Fisher]:
-    """Fishers of several models, as all nodes of an inheritance DAG, over one sweep of the loader.
+    """Fishers of several models, such as all nodes of an inheritance DAG, in one sweep over the loader.
 
     Each batch is loaded once and goes through every model. Arguments and errors as for `estimate_fisher`; `params` is
-    applied to each model by itself.
+    applied to each model separately.
 
     Args:
         models: name -> module.
@@ -104,32 +109,33 @@ def estimate_fishers(
         ArgumentError: there is no model; else as in `estimate_fisher`.
 
     """
-    if estimator not in ESTIMATORS:
-        raise ArgumentError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
-    if estimator in ("expected", "label_free") and loss_fn is not None:
-        own = {"expected": "cross entropy", "label_free": "mean ‖f(x)‖²"}[estimator]
-        raise ArgumentError(f"estimator {estimator!r} has a loss of its own, {own}: leave loss_fn out")
-    if not isinstance(samples, int) or samples < 0:
-        raise ArgumentError(f"samples is {samples!r}, expected a whole number, 0 for every class")
+    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed)
     if not isinstance(models, Mapping) or not models:
-        raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with one entry at least")
+        raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
     if len({id(model) for model in models.values()}) < len(models):
-        raise ArgumentError("one model stands under several names; estimate its Fisher once")
+        raise ArgumentError("one model is given under several names; estimate its Fisher once")
+    return _sweep(models, loader, params, options, progress)
+
+
+def _sweep(
+    models: Mapping[str, torch.nn.Module], loader: Iterable[Any], params: Params, options: Options, progress: bool
+) -> dict[str, Fisher]:
+    jobs = {name: Job(model, select_parameters(model, params), options) for name, model in models.items()}
+    for job in jobs.values():
+        check_parameters(job.selected)
     with ExitStack() as stack:
-        estimates = {}
-        for name, model in models.items():
-            selected = select_parameters(model, params)
-            stack.enter_context(preserved(model, selected.values()))
-            job = Job(model, selected, estimator, loss_fn, forward_fn, backend, samples, seed)
-            estimates[name] = _Chosen(job)
+        for job in jobs.values():
+            stack.enter_context(preserved(job.model, job.selected.values()))
+        estimates = {name: _Chosen(job) for name, job in jobs.items()}
         for batch in _progress(loader) if progress else loader:
+            plain = options.reading.plain(batch)
             for estimate in estimates.values():
-                estimate.step(batch)
+                estimate.step(plain)
         return {name: estimate.result() for name, estimate in estimates.items()}
 
 
 class _Chosen(Estimate):
-    """The cheapest way that fits: decided on the first batch, by trying."""
+    """The cheapest way that fits; found on the first batch, by trying."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._steps = job, 0
@@ -143,7 +149,7 @@ class _Chosen(Estimate):
             self._estimate.step(batch)
         except NotAHead as refusal:
             if self._steps:
-                raise EstimationError(f"batch {self._steps}: {refusal}, unlike in the batches before") from None
+                raise EstimationError(f"batch {self._steps}: {refusal}, unlike in earlier batches") from None
             self._estimate = _general(self._job, f"not at the head: {refusal}")
             self._estimate.step(batch)
         self._steps += 1

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EstimationError
-from ..fisher import Fisher, Provenance
-from .capture import Target
-from .job import Estimate, Job, checked, per_sample
-from .sums import Sums
+from ..fisher import Fisher
+from .capture import Rows
+from .job import Estimate, Job, per_sample
+from .reading import OwnLoss, check_loss
+from .totals import Totals
 
 HOW = "closed form at the head, no backward through the model"
 
 
-class NotAHead(Exception):  # noqa: N818  (a refusal, caught by whoever asked)
+class NotAHead(Exception):  # noqa: N818  (a refusal, caught by the caller)
     """The selected parameters are not those of a linear layer whose output is the model's."""
 
 
@@ -29,7 +30,7 @@ class HeadEstimate(Estimate):
     """`batch`, `sample` or `expected` of the weight and bias of one `nn.Linear`.
 
     Raises:
-        NotAHead: there is no such layer; from `step`, its output is not that of the model, or the loss depends on its
+        NotAHead: there is no such layer; from `step`: its output is not that of the model, or the loss depends on its
             parameters in another way.
 
     """
@@ -40,11 +41,10 @@ class HeadEstimate(Estimate):
         self._job = job
         self._layer = _owner(job)
         self._names = {id(p): name for name, p in job.selected.items()}
-        self._sums = Sums(job.selected, job.backend)
-        self._steps = self._samples = 0
+        self._totals = Totals(job.selected, job.estimator, backend=job.options.backend)
 
     def step(self, batch: Any) -> None:
-        """One forward, and δ at the logits."""
+        """One forward without gradients, then δ at the logits."""
         job, met = self._job, []
         if self._layer._forward_hooks or self._layer._forward_pre_hooks:
             raise NotAHead("the layer has hooks, which may change its input or output")
@@ -56,6 +56,8 @@ class HeadEstimate(Estimate):
                 outputs, targets = job.forward(batch)
         finally:
             hook.remove()
+        if isinstance(targets, OwnLoss):
+            raise NotAHead("the loss is the model's own")
         if len(met) != 1:
             raise NotAHead(f"the layer is called {len(met)} times")
         given, logits = met[0]
@@ -64,60 +66,54 @@ class HeadEstimate(Estimate):
         if given.dim() != 2:
             raise NotAHead(f"its input is {list(given.shape)}, expected [B, features]")
         self._add(given, logits, targets)
-        self._steps += 1
-        self._samples += len(logits)
+        self._totals.count(len(logits))
 
     def _add(self, a: Tensor, logits: Tensor, targets: Any) -> None:
         """a: [B, K], logits: [B, M]."""
-        job, sums = self._job, self._sums
+        job, totals = self._job, self._totals
         if job.estimator == "expected":
-            p = sums.number(logits).softmax(1)
+            p = totals.number(logits).softmax(1)
             self._outer((p * (1 - p)).sqrt(), a)
             return
         if job.estimator == "sample":
-            self._outer(self._delta(logits, lambda z: per_sample(job, z, targets, self._steps).sum()), a)
+            self._outer(self._delta(logits, lambda z: per_sample(job, z, targets, self._totals.steps).sum()), a)
             return
         d = self._delta(logits, lambda z: job.loss(z, targets))
         if d.dtype != a.dtype:  # autocast in the forward alone
-            d, a = sums.number(d), sums.number(a)
-        gradients, into = [], []
+            d, a = totals.number(d), totals.number(a)
+        gradients = {}
         for p, gradient in ((self._layer.weight, lambda: d.t() @ a), (self._layer.bias, lambda: d.sum(0))):
             if name := self._names.get(id(p)):
-                gradients.append(gradient())
-                into.append(sums.views[name].view(-1))
-        sums.kernels.accumulate(gradients, into, 2, False)
+                gradients[name] = gradient()
+        totals.add(gradients)
 
     def _outer(self, d: Tensor, a: Tensor) -> None:
         """Add (d^2)^T (a^2), and the sum of d^2 for the bias."""
         if weight := self._names.get(id(self._layer.weight)):
-            self._sums.outer(Target(weight), d[:, None, :, None], a[:, None, :, None])
+            self._totals.outer(Rows(weight), d[:, None, :, None], a[:, None, :, None])
         if bias := self._names.get(id(self._layer.bias)):
-            self._sums.square(Target(bias), d)
+            self._totals.square(Rows(bias), d)
 
     def _delta(self, logits: Tensor, loss_of: Any) -> Tensor:
-        """Gradient of a loss by the logits [B, M]; a loss that sees the layer's parameters otherwise is refused."""
+        """Gradient of a loss by the logits [B, M]; refuses a loss that uses the layer's parameters in another way."""
         own = [p for p in self._layer.parameters(recurse=False) if p.requires_grad]
         z = logits.detach().requires_grad_()
         with torch.enable_grad():
-            loss = checked(loss_of(z), self._steps, self._job.selected)
+            loss = check_loss(loss_of(z), self._totals.steps, self._job.selected)
         d, *others = torch.autograd.grad(loss, [z, *own], allow_unused=True)
         if any(other is not None for other in others):
-            raise NotAHead("the loss depends on the layer's parameters beside its output")
+            raise NotAHead("the loss also depends directly on the layer's parameters")
         if d is None:
-            raise EstimationError(f"batch {self._steps}: the loss does not depend on the outputs")
+            raise EstimationError(f"batch {self._totals.steps}: the loss does not depend on the outputs")
         return d
 
     def result(self) -> Fisher:
         """The mean over batches (`batch`) or samples."""
-        if self._steps == 0:
-            raise EstimationError("the loader is empty: no batch to estimate a Fisher from")
-        count = self._steps if self._job.estimator == "batch" else self._samples
-        record = Provenance(self._job.estimator, self._steps, self._samples, dict.fromkeys(self._job.selected, HOW))
-        return Fisher(self._sums.buffer / count, self._sums.layout, record)
+        return self._totals.fisher(dict.fromkeys(self._job.selected, HOW))
 
 
 def _owner(job: Job) -> nn.Linear:
-    """The linear layer that has all the selected parameters, and shares them with no other."""
+    """The linear layer that owns all the selected parameters and shares them with no other."""
     chosen = {id(p) for p in job.selected.values()}
     aliases = [id(p) for _, p in job.model.named_parameters(remove_duplicate=False) if id(p) in chosen]
     if len(aliases) > len(chosen):
@@ -125,7 +121,7 @@ def _owner(job: Job) -> nn.Linear:
     for module in job.model.modules():
         if chosen <= {id(p) for p in module.parameters(recurse=False)}:
             if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-                raise NotAHead(f"{type(module).__name__} is no nn.Linear")
+                raise NotAHead(f"{type(module).__name__} is not an nn.Linear")
             assert isinstance(module, nn.Linear)
             own = {role: module._parameters.get(role) for role in ("weight", "bias")}
             if own["weight"] is None or not chosen <= {id(p) for p in own.values()}:

@@ -1,43 +1,78 @@
-"""What is to be estimated, and the few things every estimator does with a batch: forward, loss, slices of samples."""
+"""What every estimator shares: what is asked for, a model left as it was, and forward, loss and samples of a batch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import EstimationError
+from ..arguments import ESTIMATORS, Estimator, check_count, check_one_of
+from ..errors import ArgumentError, EstimationError
 from ..fisher import Fisher
+from .reading import Forward, Loss, OwnLoss, Reading, check_scalar
 
-Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
-Loss = Callable[[Any, Any], Tensor]
+OWN_LOSSES = {"expected": "cross entropy", "label_free": "mean ‖f(x)‖²"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One Fisher to be estimated: of which parameters, from which loss."""
+class Options:
+    """What `estimate_fisher` and `estimate_fishers` were asked for, as documented there.
 
-    model: nn.Module
-    selected: dict[str, nn.Parameter]
-    estimator: str = "batch"
-    loss_fn: Loss | None = None  # None: mean cross entropy
+    Raises:
+        ArgumentError: unknown estimator, a loss function for an estimator that has its own, or negative `samples`.
+
+    """
+
+    estimator: Estimator = "batch"
+    loss_fn: Loss | None = None  # None: the model's own where it returns one, else mean cross entropy
     forward_fn: Forward | None = None
     backend: str | None = None
     samples: int = 1  # labels drawn for each example, estimator "expected"; 0: every class, weighted
     seed: int = 0
 
-    def forward(self, batch: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """Outputs and targets of a batch, by `model` in the place of the job's."""
-        return (self.forward_fn or _forward)(self.model if model is None else model, batch)
+    def __post_init__(self) -> None:
+        check_one_of("estimator", self.estimator, ESTIMATORS)
+        if self.loss_fn is not None and (own := OWN_LOSSES.get(self.estimator)):
+            raise ArgumentError(f"estimator {self.estimator!r} has a loss of its own, {own}: leave loss_fn out")
+        check_count("samples", self.samples, least=0)
 
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The mean loss of a batch, as the caller's function gives it."""
-        return (self.loss_fn or nn.functional.cross_entropy)(outputs, targets)
+    @cached_property
+    def reading(self) -> Reading:
+        """How batches are read."""
+        if self.estimator in OWN_LOSSES:
+            return Reading("outputs", self.forward_fn)
+        return Reading("loss" if self.loss_fn is None else "targets", self.forward_fn)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Fisher to be estimated: for which parameters of which model, and how."""
+
+    model: nn.Module
+    selected: dict[str, nn.Parameter]
+    options: Options
+
+    @property
+    def estimator(self) -> str:
+        """One of `ESTIMATORS`."""
+        return self.options.estimator
+
+    def forward(self, batch: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """Outputs and targets of a batch, by `model` instead of the job's if given; see `Reading.forward`."""
+        return self.options.reading.forward(self.model if model is None else model, batch)
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        """The mean loss of a batch: what the caller's function gives, the model's own, or cross entropy."""
+        if self.options.loss_fn is None and isinstance(targets, OwnLoss):
+            return targets.loss
+        return (self.options.loss_fn or nn.functional.cross_entropy)(outputs, targets)
 
 
 class Estimate(ABC):
@@ -52,37 +87,63 @@ class Estimate(ABC):
         """The Fisher over all batches so far."""
 
 
-def checked(loss: Any, step: int, selected: dict[str, nn.Parameter]) -> Tensor:
-    """The loss, or an EstimationError where it is no scalar or does not depend on the selected parameters."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise EstimationError(f"batch {step}: the loss is {found}, expected a scalar tensor")
-    if not loss.requires_grad:
-        raise EstimationError(f"batch {step}: the loss does not depend on {', '.join(list(selected)[:4])}")
-    return loss
+@contextmanager
+def preserved(model: torch.nn.Module, scope: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Eval mode, gradients only for `scope`, no gradients from before; everything is put back at the end.
+
+    Put back, also after an error: train/eval mode of every submodule, requires_grad and .grad of every parameter (the
+    same objects), every buffer (BatchNorm statistics among them), and torch's random state on the CPU and on the
+    devices of the model.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]  # offloaded: nothing to keep
+    devices = {p.device for p, _, _ in parameters if p.device.type == "cuda"}
+    chosen = {id(p) for p in scope}
+    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
+        try:
+            model.eval()
+            for p, _, _ in parameters:
+                p.grad = None
+                p.requires_grad_(id(p) in chosen)
+            with torch.enable_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for p, requires_grad, grad in parameters:
+                p.requires_grad_(requires_grad)
+                p.grad = grad
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
 
 
 def per_sample(job: Job, outputs: Any, targets: Any, step: int) -> Tensor:
-    """Loss of each sample alone [B], for B = count(outputs): what the job's loss gives for a batch of only that sample.
+    """Loss of each sample alone [B], B = count(outputs): what the job's loss is for a batch of only that sample.
 
-    A loss function that returns [B] (reduction="none") is taken at its word; a scalar one is called on each sample's
-    slice of outputs and targets.
+    A loss function that returns [B] (reduction="none") is trusted; one that returns a scalar is called on each sample's
+    slice of outputs and targets. The model's own loss must be that of one sample.
 
     Raises:
         EstimationError: the loss is something else.
 
     """
     samples = count(outputs)
-    if job.loss_fn is None and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+    if isinstance(targets, OwnLoss):
+        if samples > 1:
+            raise EstimationError(
+                f"batch {step}: the model's own loss is one number for {samples} samples that cannot be told apart; "
+                "pass forward_fn and loss_fn"
+            )
+        return targets.loss.reshape(1)
+    if job.options.loss_fn is None and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         return cross_entropies(outputs, targets)
     loss: Any = job.loss(outputs, targets)
     if isinstance(loss, Tensor) and samples > 1 and loss.shape == (samples,):
         return loss
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise EstimationError(
-            f"batch {step}: the loss is {found}, expected a scalar, the mean over samples, or one number a sample"
-        )
+    check_scalar(loss, step, "a scalar, the mean over samples, or one number for each sample")
     if samples == 1:
         return loss.reshape(1)
     one = [slice(n, n + 1) for n in range(samples)]
@@ -99,7 +160,7 @@ def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def take(tree: Any, rows: slice, samples: int) -> Any:
-    """The same tree with these samples only: every tensor whose first dimension is `samples` is cut."""
+    """The same tree with only these samples: every tensor whose first dimension is `samples` is sliced."""
     return pytree.tree_map(lambda leaf: leaf[rows] if is_cut(leaf, samples) else leaf, tree)
 
 
@@ -111,22 +172,3 @@ def is_cut(leaf: Any, samples: int) -> bool:
 def count(tree: Any) -> int:
     """Samples of a batch or of outputs: the first dimension of the first tensor that has one, 0 where none has."""
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.dim()), 0)
-
-
-def _forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    """Unpack (inputs, targets), move them to the model's device, and call the model."""
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)
-    if not pair:
-        size = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
-        raise EstimationError(
-            f"a batch is a {type(batch).__name__}{size}, expected (inputs, targets), two tensors; for batches "
-            "of another form pass forward_fn=lambda model, batch: (model(batch[…]), batch[…])"
-        )
-    device = next(model.parameters()).device
-    outputs = model(batch[0].to(device))
-    if not isinstance(outputs, Tensor):
-        raise EstimationError(
-            f"the model returns a {type(outputs).__name__}, expected a tensor; pass forward_fn=lambda model, batch: "
-            "(model(batch[0])[…], batch[1])"
-        )
-    return outputs, batch[1].to(device)

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 from ..errors import FiunError
 from . import rules
 from .capture import Signature, Trace, Use, Watch, step_by_step_attention
-from .job import Job, checked, count, take
+from .job import Job, count, take
 from .per_sample import Round, backward, weighted
+from .reading import OwnLoss, check_loss
 from .rules import Axis
-from .sums import Sums
+from .totals import Totals
 
 AGREE = {torch.float16: 0.1, torch.bfloat16: 0.1}  # relative to a parameter's largest entry
 AGREE_FLOAT = 1e-2  # a GPU may compute autograd's convolutions in tf32
@@ -26,9 +27,9 @@ AGREE_FLOAT = 1e-2  # a GPU may compute autograd's convolutions in tf32
 class Learned:
     """What a first batch has shown.
 
-    samples: of that batch.
+    samples: how many that batch had.
     separable: one sample of a batch can be evaluated alone.
-    axes: for every use that has a closed form, the axis of the samples.
+    axes: for every use with a closed form, the axis of the samples.
     closed: parameters with a closed form, and how often each use of them occurs.
     reasons: for all others, why not.
     """
@@ -40,11 +41,11 @@ class Learned:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def fitting(self, trace: Trace) -> set[str]:
-        """The closed parameters that this pass has used as the first one did; notes why others do not fit."""
+        """The closed-form parameters that this pass used as the first one did; records why the others do not fit."""
         seen = _by_parameter(trace)
         fits = {n for n, uses in self.closed.items() if n not in trace.strange and seen.get(n, Counter()) == uses}
         for name in self.closed.keys() - fits:
-            self.reasons.setdefault(name, "not used in every batch alike")
+            self.reasons.setdefault(name, "not used alike in every batch")
         return fits
 
 
@@ -63,14 +64,17 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
             raise ValueError("it holds no tensor")
         alone = Watch(job.selected)
         with step_by_step_attention(), alone:
-            single, _ = job.forward(take(batch, slice(0, 1), samples))
+            single, targets = job.forward(take(batch, slice(0, 1), samples))
+        if isinstance(targets, OwnLoss):
+            learned.reasons = dict.fromkeys(job.selected, "the loss is the model's own, one number for a whole batch")
+            return learned
         if count(single) != 1:
             raise ValueError(f"one sample gives {count(single)} outputs")
         if samples > 1:
             _compare(job, learned, alone.trace, single, take(batch, slice(0, 2), samples))
     except FiunError:
         raise
-    except Exception as error:  # whatever a model may say to a batch of one; its own error comes when it is used whole
+    except Exception as error:  # a model may raise anything on a batch of one; its own errors come on the whole batch
         learned.separable = False
         what = str(error).strip().partition("\n")[0][:80]
         learned.reasons = dict.fromkeys(job.selected, f"a batch cannot be cut into samples: {what}")
@@ -78,14 +82,15 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
 
 
 def _compare(job: Job, learned: Learned, alone: Trace, single: Any, two: Any) -> None:
-    """Fill in `learned` from a forward and backward on two samples of which only the second has a loss."""
-    watch, sums = Watch(job.selected), Sums(job.selected, job.backend)
+    """Fill in `learned` from a forward and backward on two samples, of which only the second has a loss."""
+    watch = Watch(job.selected)
+    totals = Totals(job.selected, job.estimator, backend=job.options.backend)
     with step_by_step_attention(), watch:
         outputs, targets = job.forward(two)
         if count(outputs) != 2:
             raise ValueError(f"two samples give {count(outputs)} outputs")
         losses = weighted(job, outputs, targets, _likeliest(outputs) if job.estimator == "expected" else None, 0)
-        checked(losses[1], 0, job.selected)
+        check_loss(losses[1], 0, job.selected)
         trace = watch.trace
         if not _same(single, take(outputs, slice(0, 1), 2)):
             learned.reasons = dict.fromkeys(job.selected, "the outputs of a sample depend on the others of its batch")
@@ -97,7 +102,7 @@ def _compare(job: Job, learned: Learned, alone: Trace, single: Any, two: Any) ->
             fitting = [axis for axis in axes[use.signature] if not axis.first(gradient, 2)[0].any()]
             if len(fitting) == 1:
                 axes[use.signature] = fitting
-                rules.apply(sums, use, given, gradient, fitting[0], 2)
+                rules.apply(totals, use, given, gradient, fitting[0], 2)
             else:
                 mixed.add(use.signature)
 
@@ -109,8 +114,8 @@ def _compare(job: Job, learned: Learned, alone: Trace, single: Any, two: Any) ->
 
     for use in trace.uses:
         if use.signature in mixed or len(axes.get(use.signature, ())) != 1:
-            for target in use.targets.values():
-                learned.reasons.setdefault(target.name, f"samples cannot be told apart in the input of {use.rule}")
+            for rows in use.roles.values():
+                learned.reasons.setdefault(rows.name, f"samples cannot be told apart in the input of {use.rule}")
     for name, what in trace.strange.items():
         learned.reasons[name] = f"used by {what}"
     for name in _overlapping(trace, job.selected):
@@ -121,7 +126,7 @@ def _compare(job: Job, learned: Learned, alone: Trace, single: Any, two: Any) ->
             continue
         if name not in uses and gradient is not None:
             learned.reasons[name] = "used in a way that cannot be watched"
-        elif gradient is not None and not _agree(sums.views[name], gradient):
+        elif gradient is not None and not _agree(totals.views[name], gradient):
             learned.reasons[name] = "its closed form disagrees with autograd"
         else:
             learned.closed[name] = uses.get(name, Counter())
@@ -129,7 +134,7 @@ def _compare(job: Job, learned: Learned, alone: Trace, single: Any, two: Any) ->
 
 
 def _axes(one: Trace, two: Trace, reasons: dict[str, str]) -> dict[Signature, list[Axis]]:
-    """Where the samples may lie: along which axis two take twice the room of one, with the one found among the two."""
+    """Where the samples may lie: the axis along which two take twice the space of one, and begin with that one."""
     axes: dict[Signature, list[Axis]] = {}
     alike = [use.signature for use in one.uses] == [use.signature for use in two.uses]
     for i, use in enumerate(two.uses):
@@ -146,29 +151,29 @@ def _axes(one: Trace, two: Trace, reasons: dict[str, str]) -> dict[Signature, li
         if why is None:
             axes[use.signature] = found
         else:
-            for target in use.targets.values():
-                reasons.setdefault(target.name, why)
+            for rows in use.roles.values():
+                reasons.setdefault(rows.name, why)
     return axes
 
 
 def _overlapping(trace: Trace, selected: dict[str, Any]) -> set[str]:
-    """Parameters of which an element is used twice."""
+    """Parameters with an element that is used more than once."""
     found, taken = set(), {name: torch.zeros(p.shape[0] if p.dim() else 1, dtype=torch.bool)
                            for name, p in selected.items()}  # fmt: skip
     for use in trace.uses:
-        for target in use.targets.values():
-            rows = taken[target.name][target.start : target.stop]
-            if rows.any():
-                found.add(target.name)
-            rows.fill_(True)
+        for rows in use.roles.values():
+            part = taken[rows.name][rows.start : rows.stop]
+            if part.any():
+                found.add(rows.name)
+            part.fill_(True)
     return found
 
 
 def _by_parameter(trace: Trace) -> dict[str, Counter[Signature]]:
     found: dict[str, Counter[Signature]] = {}
     for use in trace.uses:
-        for target in use.targets.values():
-            found.setdefault(target.name, Counter())[use.signature] += 1
+        for rows in use.roles.values():
+            found.setdefault(rows.name, Counter())[use.signature] += 1
     return found
 
 

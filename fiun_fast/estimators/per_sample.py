@@ -1,4 +1,4 @@
-"""Per-sample gradients for whatever has no closed form: torch.func in chunks, else one sample after another."""
+"""Per-sample gradients for what has no closed form: torch.func in chunks, else one sample after another."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from .job import Job, is_cut, per_sample, take
-from .sums import Sums
+from .totals import Totals
 
-CHUNK_BYTES = 64 << 20  # of per-sample gradients at a time
+CHUNK_BYTES = 64 << 20  # per-sample gradients held at a time
 VMAP, LOOP = "per-sample gradients, torch.func", "per-sample gradients, one by one"
 
 
 class Round(NamedTuple):
-    """Labels to be assumed instead of the targets, and a factor for each sample's loss; both [B]."""
+    """Labels to assume instead of the targets, and a factor for each sample's loss; both [B]."""
 
     labels: Tensor
     factors: Tensor
 
 
 class _Loss(nn.Module):
-    """The job's loss on a batch, as a module: functional_call then reaches the model's parameters wherever used."""
+    """The job's loss on a batch, as a module: functional_call then replaces parameters wherever they are used."""
 
     def __init__(self, job: Job, step: int) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ def weighted(job: Job, outputs: Any, targets: Any, round_: Round | None, step: i
 
 
 class PerSample:
-    """Adds squared per-sample gradients of some parameters; remembers once vmap has failed, and why."""
+    """Adds squared per-sample gradients of some parameters; after vmap has failed once, it is not tried again."""
 
-    def __init__(self, job: Job, sums: Sums) -> None:
-        self._job, self._sums = job, sums
+    def __init__(self, job: Job, totals: Totals) -> None:
+        self._job, self._totals = job, totals
         self.refused: str | None = None  # why torch.func cannot do it
 
     def add(self, batch: Any, samples: int, names: Sequence[str], rounds: Sequence[Round | None], step: int) -> str:
@@ -58,15 +58,15 @@ class PerSample:
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")  # still right, and still a batch
                     found = [self._by_vmap(batch, samples, names, round_, step) for round_ in rounds]
-            except Exception as error:  # of many kinds: no batching rule, data-dependent control flow, writes in place
+            except Exception as error:  # many kinds: no batching rule, data-dependent control flow, in-place writes
                 first = str(error).strip().partition("\n")[0].partition(". ")[0]
                 self.refused = f"{type(error).__name__}: {first[:80]}"
             else:
                 for squares in found:
                     for name, square in squares.items():
-                        self._sums.views[name] += square
+                        self._totals.views[name] += square
                 return VMAP
-        for p in self._job.selected.values():  # all: reentrant checkpointing needs one before it
+        for p in self._job.selected.values():  # all: reentrant checkpointing needs an input that requires grad
             p.requires_grad_(True)
         for round_ in rounds:
             self._by_loop(batch, samples, names, round_, step)
@@ -75,7 +75,7 @@ class PerSample:
     def _by_vmap(
         self, batch: Any, samples: int, names: Sequence[str], round_: Round | None, step: int
     ) -> dict[str, Tensor]:
-        """Sums over the batch, not yet added to anything: vmap may fail half way."""
+        """Sums over the batch, not yet added to the total: vmap may fail half way."""
         whole = _Loss(self._job, step)
         chosen = {f"model.{name}": self._job.selected[name].detach() for name in names}
         each = sum(p.numel() * p.element_size() for p in chosen.values())
@@ -94,7 +94,7 @@ class PerSample:
         for at in range(0, samples, chunk):
             found = gradient(chosen, *(leaves[i][at : at + chunk] for i in mapped))
             for name in names:
-                square = self._sums.number(found[f"model.{name}"]).square().sum(0)
+                square = self._totals.number(found[f"model.{name}"]).square().sum(0)
                 sums[name] = sums[name] + square if name in sums else square
         return sums
 
@@ -110,14 +110,14 @@ class PerSample:
         if not loss.requires_grad:
             return
         gradients = backward(loss, self._job.selected, keep_graph)
-        found = [(g.to_dense(), self._sums.views[n]) for n, g in gradients.items() if g is not None and n in names]
-        self._sums.kernels.accumulate([g for g, _ in found], [into.view(-1) for _, into in found], 2, False)
+        if found := {name: g for name, g in gradients.items() if g is not None and name in names}:
+            self._totals.add(found)
 
 
 def backward(
     loss: Tensor, parameters: Mapping[str, nn.Parameter], keep_graph: bool = False
 ) -> dict[str, Tensor | None]:
-    """Gradients by these parameters, whose .grad is None before and after.
+    """Gradients with respect to these parameters, whose .grad is None before and after.
 
     Not by torch.autograd.grad: reentrant checkpointing refuses that, and a watch would not see a recomputation in it.
     """

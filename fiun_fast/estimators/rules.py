@@ -1,4 +1,4 @@
-"""Closed forms: the squared gradient of each sample, from a layer's input and its output gradient, summed over samples.
+"""Closed forms: each sample's squared gradient, from a layer's input and output gradient, summed over samples.
 
 With a_n the input and δ_n the output gradient of sample n, over positions t where there are any:
 
@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from .capture import Use
-from .sums import Sums
+from .totals import Totals
 
-UNFOLDED = 1 << 21  # elements of an unfolded input at a time: stays in the cache
-Rule = Callable[[Sums, Use, Tensor, Tensor], None]
+UNFOLDED = 1 << 21  # elements of an unfolded input at a time, few enough to stay in the cache
+ClosedForm = Callable[[Totals, Use, Tensor, Tensor], None]
 
 
 class Axis(NamedTuple):
-    """Where the samples lie: on this axis, alone or with others; `inner`: they vary faster than those."""
+    """The axis of the samples, which may be merged with another dimension; `inner`: they vary faster than that."""
 
     axis: int
     inner: bool = False
@@ -40,9 +40,9 @@ class Axis(NamedTuple):
         return t.reshape(samples, t.shape[0] // samples, *t.shape[1:])
 
 
-def apply(sums: Sums, use: Use, given: Tensor, gradient: Tensor, axis: Axis, samples: int) -> None:
-    """Add a use's squares to the sums: `given` and `gradient` carry the samples on `axis`."""
-    RULES[use.rule](sums, use, axis.first(given, samples), axis.first(gradient, samples))
+def apply(totals: Totals, use: Use, given: Tensor, gradient: Tensor, axis: Axis, samples: int) -> None:
+    """Add a use's squares to the total: `given` and `gradient` carry the samples on `axis`."""
+    RULES[use.rule](totals, use, axis.first(given, samples), axis.first(gradient, samples))
 
 
 def unsupported(use: Use, axis: int) -> str | None:
@@ -61,54 +61,56 @@ def unsupported(use: Use, axis: int) -> str | None:
 # Each rule: given [B, s, ...], gradient [B, s, ...].
 
 
-def _linear(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
+def _linear(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
     a, d = a.flatten(1, -2), d.flatten(1, -2)  # [B, T, K], [B, T, M]
-    if weight := use.targets.get("weight"):
-        left, right = (d, a) if use.rule == "linear" else (a, d)  # addmm has its weight the other way round
-        sums.outer(weight, left.transpose(1, 2)[:, None], right.transpose(1, 2)[:, None])
-    _bias(sums, use, d)
+    if weight := use.roles.get("weight"):
+        left, right = (d, a) if use.rule == "linear" else (a, d)  # addmm takes its weight transposed
+        totals.outer(weight, left.transpose(1, 2)[:, None], right.transpose(1, 2)[:, None])
+    _bias(totals, use, d)
 
 
-def _bias(sums: Sums, use: Use, d: Tensor) -> None:
+def _bias(totals: Totals, use: Use, d: Tensor) -> None:
     """d: [B, T, M]."""
-    if bias := use.targets.get("bias"):
-        sums.square(bias, sums.number(d).sum(1))
+    if bias := use.roles.get("bias"):
+        totals.square(bias, totals.number(d).sum(1))
 
 
-def _conv(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
+def _conv(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
     b, s = a.shape[:2]
     d = d.flatten(3)  # [B, s, M, T]
-    if bias := use.targets.get("bias"):
-        sums.square(bias, sums.number(d).sum((1, 3)))
-    weight = use.targets.get("weight")
+    if bias := use.roles.get("bias"):
+        totals.square(bias, totals.number(d).sum((1, 3)))
+    weight = use.roles.get("weight")
     if weight is None:
         return
     groups = use.arguments.get("groups", 1)
     out_channels, in_channels, *kernel = use.arguments["weight_shape"]
     depth, positions = in_channels * math.prod(kernel), d.shape[-1]
-    channels_last = groups == 1  # rows of channels are copied faster than single elements; the sum is turned back
-    into = sums.buffer.new_zeros(out_channels, *kernel, in_channels if channels_last else 0)
+    channels_last = groups == 1  # rows of channels copy faster than single elements; the sum is permuted back
+    into = totals.buffer.new_zeros(out_channels, *kernel, in_channels if channels_last else 0)
     memory: Tensor | None = None
     for part in chunks(b, depth * groups * positions * s):
-        strided = unfold(sums.number(a[part]).flatten(0, 1), kernel, use.arguments, channels_last)
-        memory = strided.new_empty(strided.shape) if memory is None else memory  # taken once: new pages are dear
+        strided = unfold(totals.number(a[part]).flatten(0, 1), kernel, use.arguments, channels_last)
+        memory = (
+            strided.new_empty(strided.shape) if memory is None else memory
+        )  # allocated once: new pages are expensive
         windows = memory[: len(strided)].copy_(strided)
         if channels_last:  # [b * s, *T, *kernel, C]
             right = windows.view(-1, 1, s * positions, depth).transpose(2, 3)
-            left = sums.number(d[part]).permute(0, 1, 3, 2).reshape(-1, 1, s * positions, out_channels).transpose(2, 3)
-            sums.kernels.outer_square_accumulate(left, right, into.view(-1))
+            left = d[part].permute(0, 1, 3, 2).reshape(-1, 1, s * positions, out_channels).transpose(2, 3)
+            totals.outer_into(into.view(-1), left, right)
         else:  # [b * s, C, *kernel, *T]
             right = windows.view(-1, s, groups, depth, positions).permute(0, 2, 3, 1, 4).flatten(3)
             left = d[part].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
-            sums.outer(weight, left, right)
+            totals.outer(weight, left, right)
     if channels_last:
-        sums.rows(weight).add_(into.movedim(-1, 1))
+        totals.rows(weight).add_(into.movedim(-1, 1))
 
 
 def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], channels_last: bool) -> Tensor:
-    """Windows that a convolution sees, as a view of the padded input [B, C, ...].
+    """The windows that a convolution sees, as a view of the padded input [B, C, ...].
 
-    Returns: [B, C, *kernel, *T], or [B, *T, *kernel, C] with channels next to one another in memory.
+    Returns: [B, C, *kernel, *T], or [B, *T, *kernel, C] with channels adjacent in memory.
     """
     n = len(kernel)
     stride, dilation = (_each(arguments.get(key, 1), n) for key in ("stride", "dilation"))
@@ -123,7 +125,7 @@ def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], channels_las
     if any(low or high for low, high in pads):
         a = functional.pad(a, [p for pair in reversed(pads) for p in pair])
     if channels_last:
-        a = a.movedim(1, -1).contiguous().movedim(-1, 1)  # nothing to do where padding kept the order
+        a = a.movedim(1, -1).contiguous().movedim(-1, 1)  # a no-op if padding kept the order
     sizes = [
         (length - d * (k - 1) - 1) // s + 1
         for length, k, s, d in zip(a.shape[2:], kernel, stride, dilation, strict=True)
@@ -138,8 +140,8 @@ def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], channels_las
     return a.as_strided(shape, strides, a.storage_offset())
 
 
-def _embedding(sums: Sums, use: Use, index: Tensor, d: Tensor) -> None:
-    index, d = index.flatten(1), sums.number(d.flatten(1, -2))  # [B, T], [B, T, E]
+def _embedding(totals: Totals, use: Use, index: Tensor, d: Tensor) -> None:
+    index, d = index.flatten(1), totals.number(d.flatten(1, -2))  # [B, T], [B, T, E]
     rows = use.arguments["weight_shape"][0]
     sample = torch.arange(len(index), device=index.device)[:, None]
     cells, place = torch.unique(sample * rows + index, return_inverse=True)  # (sample, row) pairs that occur
@@ -147,14 +149,14 @@ def _embedding(sums: Sums, use: Use, index: Tensor, d: Tensor) -> None:
     row = cells % rows
     if (padding := use.arguments.get("padding_idx")) is not None:
         gradient.masked_fill_((row == padding % rows)[:, None], 0)
-    sums.rows(use.targets["weight"]).index_add_(0, row, gradient.square_())
+    totals.rows(use.roles["weight"]).index_add_(0, row, gradient.square_())
 
 
-def _normalised(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
+def _normalised(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
     """Weight and bias have the shape of the last dimensions (layer_norm, rms_norm)."""
     shape = tuple(use.arguments["normalized_shape"])
     for part in chunks(len(a), a[0].numel()):
-        x, g = sums.number(a[part]), sums.number(d[part])
+        x, g = totals.number(a[part]), totals.number(d[part])
         eps = use.arguments.get("eps")
         if use.rule == "layer_norm":
             x = functional.layer_norm(x, shape, None, None, 1e-5 if eps is None else eps)
@@ -162,18 +164,18 @@ def _normalised(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
             eps = torch.finfo(a.dtype).eps if eps is None else eps
             x = functional.rms_norm(x, shape, None, eps)
         x, g = (t.reshape(len(t), -1, *shape) for t in (x, g))
-        if weight := use.targets.get("weight"):
-            sums.square(weight, (x * g).sum(1))
-        if bias := use.targets.get("bias"):
-            sums.square(bias, g.sum(1))
+        if weight := use.roles.get("weight"):
+            totals.square(weight, (x * g).sum(1))
+        if bias := use.roles.get("bias"):
+            totals.square(bias, g.sum(1))
 
 
-def _channels(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
-    """Weight and bias have an element a channel (group_norm, batch_norm)."""
+def _channels(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
+    """Weight and bias have one element per channel (group_norm, batch_norm)."""
     for part in chunks(len(a), a[0].numel()):
-        x, g = sums.number(a[part]), sums.number(d[part])
+        x, g = totals.number(a[part]), totals.number(d[part])
         count, s, c = x.shape[:3]
-        if weight := use.targets.get("weight"):
+        if weight := use.roles.get("weight"):
             eps = use.arguments.get("eps", 1e-5)
             if use.rule == "group_norm":
                 x = functional.group_norm(x.flatten(0, 1), use.arguments["num_groups"], None, None, eps)
@@ -181,12 +183,12 @@ def _channels(sums: Sums, use: Use, a: Tensor, d: Tensor) -> None:
                 mean, var = (use.arguments[key] for key in ("running_mean", "running_var"))
                 x = functional.batch_norm(x.flatten(0, 1), mean.to(x), var.to(x), None, None, False, 0.0, eps)
             product = x.reshape(count, s, c, -1).mul_(g.reshape(count, s, c, -1))
-            sums.square(weight, product.sum((1, 3)))
-        if bias := use.targets.get("bias"):
-            sums.square(bias, g.reshape(count, s, c, -1).sum((1, 3)))
+            totals.square(weight, product.sum((1, 3)))
+        if bias := use.roles.get("bias"):
+            totals.square(bias, g.reshape(count, s, c, -1).sum((1, 3)))
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, ClosedForm] = {
     "linear": _linear,
     "addmm": _linear,
     "conv": _conv,
@@ -200,12 +202,12 @@ NAMES = {"addmm": "linear"}
 
 
 def how(use: Use, role: str) -> str:
-    """The record's line for a parameter."""
+    """How a parameter was computed, for the provenance."""
     return f"closed form, {NAMES.get(use.rule, use.rule)} {role}{use.note}"
 
 
 def chunks(samples: int, each: int) -> Iterator[slice]:
-    """Slices of samples that hold about UNFOLDED elements, `each` a sample."""
+    """Slices of samples that hold about UNFOLDED elements, at `each` elements per sample."""
     step = max(1, UNFOLDED // max(1, each))
     return (slice(at, min(at + step, samples)) for at in range(0, samples, step))
 

@@ -1,8 +1,8 @@
-"""The estimators `sample` and `expected`: squared per-sample gradients for about the price of one backward a batch.
+"""The estimators `sample` and `expected`: squared per-sample gradients for about the price of one backward per batch.
 
 Before the first batch the model is tried on one and on two of its samples (`learn`). That shows which calls use the
-selected parameters and whether each closed form agrees with autograd; a parameter for which anything does not fit takes
-the per-sample way, and the record says so.
+selected parameters and whether each closed form agrees with autograd; a parameter for which anything does not fit
+goes the per-sample way, and the provenance says so.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import torch
 from torch import Tensor
 
 from ..errors import EstimationError
-from ..fisher import Fisher, Provenance
+from ..fisher import Fisher
 from . import rules
 from .capture import Use, Watch, step_by_step_attention
-from .job import Estimate, Job, checked, count
+from .job import Estimate, Job, count
 from .learn import Learned, learn
 from .per_sample import PerSample, Round, weighted
-from .sums import Sums
+from .reading import check_loss
+from .totals import Totals
 
-FEWEST = 3  # samples in a batch worth a closed form; with fewer, one after another is as cheap
-GRAPH = "per-sample gradients, a backward each through the whole batch"
+FEWEST = 3  # samples that make a closed form worthwhile; with fewer, one after another is as cheap
+GRAPH = "per-sample gradients, one backward per sample through the whole batch"
 
 
 class SampleEstimate(Estimate):
     """(1/N) sum_n g_n^2 (`sample`), or (1/N) sum_n E_{y ~ p(y|x_n)} g_n(y)^2 (`expected`).
 
-    why: why no cheaper way was taken, for the record.
+    why: why no cheaper way was taken; goes into the provenance.
     """
 
     def __init__(self, job: Job, why: str = "") -> None:
         self._job, self._why = job, why
-        self._sums = Sums(job.selected, job.backend)
-        self._per_sample = PerSample(job, self._sums)
+        self._totals = Totals(job.selected, job.estimator, backend=job.options.backend)
+        self._per_sample = PerSample(job, self._totals)
         self._learned: Learned | None = None
-        self._how: dict[str, dict[str, None]] = {name: {} for name in job.selected}  # ways, each once, in order
-        self._generator = torch.Generator(self._sums.buffer.device).manual_seed(job.seed)
-        self._steps = self._samples = 0
+        self._how: dict[str, dict[str, None]] = {name: {} for name in job.selected}  # each way once, in order
+        self._generator = torch.Generator(self._totals.buffer.device).manual_seed(job.options.seed)
 
     def step(self, batch: Any) -> None:
         """Add the squares of every sample of a batch."""
@@ -52,34 +52,33 @@ class SampleEstimate(Estimate):
         else:
             rest, rounds = self._closed(batch, samples) if samples >= FEWEST and self._learned.axes else (None, None)
             self._one_by_one(batch, samples, list(self._job.selected) if rest is None else rest, rounds)
-        self._steps += 1
-        self._samples += samples
+        self._totals.count(samples)
 
     def _closed(self, batch: Any, samples: int) -> tuple[list[str], Sequence[Round | None]]:
         """Closed forms for all parameters that have one; returns the others, and the rounds."""
         job, learned = self._job, self._learned
         assert learned is not None
         for p in job.selected.values():
-            p.requires_grad_(False)  # no gradient of a weight is computed: the graph hangs on the watch's anchor
+            p.requires_grad_(False)  # no weight gradient is computed: the graph starts at the watch's anchor
         watch = Watch(job.selected)
         with step_by_step_attention(), watch:
             outputs, targets = job.forward(batch)
             if count(outputs) != samples:
-                raise EstimationError(f"batch {self._steps}: {samples} samples give {count(outputs)} outputs")
+                raise EstimationError(f"batch {self._totals.steps}: {samples} samples give {count(outputs)} outputs")
             rounds = self._rounds(outputs)
-            losses = weighted(job, outputs, targets, rounds[0], self._steps)
+            losses = weighted(job, outputs, targets, rounds[0], self._totals.steps)
             fits = learned.fitting(watch.trace)
             for use in watch.trace.uses:
-                use.targets = {role: t for role, t in use.targets.items() if t.name in fits}
-                if use.targets:
+                use.roles = {role: rows for role, rows in use.roles.items() if rows.name in fits}
+                if use.roles:
                     use.meet = partial(self._meet, samples=samples)
             if job.estimator == "expected":
                 _exact_at_head(watch.trace.uses, outputs)
-            ways = {t.name: rules.how(use, role) for use in watch.trace.uses for role, t in use.targets.items()}
+            ways = {rows.name: rules.how(use, role) for use in watch.trace.uses for role, rows in use.roles.items()}
             watch.backward_begins()
             for i, round_ in enumerate(rounds):
                 if i:
-                    losses = weighted(job, outputs, targets, round_, self._steps)
+                    losses = weighted(job, outputs, targets, round_, self._totals.steps)
                 if losses.requires_grad:
                     last = i == len(rounds) - 1
                     torch.autograd.backward([losses.sum()], retain_graph=not last)
@@ -89,7 +88,7 @@ class SampleEstimate(Estimate):
 
     def _meet(self, use: Use, given: Tensor, gradient: Tensor, samples: int) -> None:
         assert self._learned is not None
-        rules.apply(self._sums, use, given, gradient, self._learned.axes[use.signature], samples)
+        rules.apply(self._totals, use, given, gradient, self._learned.axes[use.signature], samples)
 
     def _one_by_one(self, batch: Any, samples: int, names: list[str], rounds: Sequence[Round | None] | None) -> None:
         if not names:
@@ -97,21 +96,21 @@ class SampleEstimate(Estimate):
         if rounds is None:
             with torch.no_grad():
                 rounds = [None] if self._job.estimator == "sample" else self._rounds(self._job.forward(batch)[0])
-        way = self._per_sample.add(batch, samples, names, rounds, self._steps)
+        way = self._per_sample.add(batch, samples, names, rounds, self._totals.steps)
         assert self._learned is not None
         for name in names:
             why = self._learned.reasons.get(name)
             self._how[name][f"{way}; {why}" if why and samples >= FEWEST else way] = None
 
     def _through_graph(self, batch: Any) -> int:
-        """The last resort, for a batch that cannot be cut into samples: one forward, a backward a sample."""
+        """The last resort, for a batch that cannot be cut into samples: one forward, one backward per sample."""
         job = self._job
         for p in job.selected.values():
             p.requires_grad_(True)
         outputs, targets = job.forward(batch)
         for round_ in self._rounds(outputs):
-            losses = weighted(job, outputs, targets, round_, self._steps)
-            checked(losses.sum(), self._steps, job.selected)
+            losses = weighted(job, outputs, targets, round_, self._totals.steps)
+            check_loss(losses.sum(), self._totals.steps, job.selected)
             for n in range(len(losses)):
                 self._per_sample.add_gradients(losses[n], list(job.selected), keep_graph=True)
         assert self._learned is not None
@@ -125,20 +124,17 @@ class SampleEstimate(Estimate):
             return [None]
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:
             found = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise EstimationError(f"batch {self._steps}: outputs of {found}, expected logits [B, classes]")
+            raise EstimationError(f"batch {self._totals.steps}: outputs of {found}, expected logits [B, classes]")
         p = outputs.detach().float().softmax(1)
-        if self._job.samples == 0:
+        if self._job.options.samples == 0:
             return [Round(torch.full_like(p[:, c], c, dtype=torch.long), p[:, c].sqrt()) for c in range(p.shape[1])]
-        drawn = torch.multinomial(p, self._job.samples, replacement=True, generator=self._generator)
-        return [Round(labels, torch.full_like(p[:, 0], self._job.samples**-0.5)) for labels in drawn.unbind(1)]
+        drawn = torch.multinomial(p, self._job.options.samples, replacement=True, generator=self._generator)
+        return [Round(labels, torch.full_like(p[:, 0], self._job.options.samples**-0.5)) for labels in drawn.unbind(1)]
 
     def result(self) -> Fisher:
         """The mean over the samples."""
-        if self._steps == 0:
-            raise EstimationError("the loader is empty: no batch to estimate a Fisher from")
         how = {name: " and ".join(ways) + (f" ({self._why})" if self._why else "") for name, ways in self._how.items()}
-        record = Provenance(self._job.estimator, self._steps, self._samples, how)
-        return Fisher(self._sums.buffer / self._samples, self._sums.layout, record)
+        return self._totals.fisher(how)
 
 
 def _exact_at_head(uses: Sequence[Use], outputs: Tensor) -> None:
@@ -150,7 +146,7 @@ def _exact_at_head(uses: Sequence[Use], outputs: Tensor) -> None:
 
 
 class _Once:
-    """In the first round, meets with a gradient of its own; in the others not at all."""
+    """Meets once, in the first round, with a gradient of its own; later rounds are ignored."""
 
     def __init__(self, meet: Callable[[Use, Tensor, Tensor], None], gradient: Tensor) -> None:
         self._meet: Callable[[Use, Tensor, Tensor], None] | None = meet

@@ -1,4 +1,4 @@
-"""Gradients folded into a Fisher as they arrive: in a backward, each freed at once, or at an optimiser's steps."""
+"""Gradients folded into a Fisher as they arrive: during a backward, each freed at once, or at an optimiser's steps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from ..arguments import check_count
 from ..errors import ArgumentError, EstimationError
 
-Fold = Callable[[str, Tensor], None]  # a parameter's name and its gradient, unscaled
+Fold = Callable[[str, Tensor, float], None]  # a parameter's name, its gradient, and the number to divide that by
 
 
 class _Stream:
-    """What the hooks of one `in_backward` share: which backward runs, and what is to be done when it ends."""
+    """What the hooks of one `in_backward` share: which backward is running, and what to do when it ends."""
 
     def __init__(
         self,
@@ -30,10 +31,10 @@ class _Stream:
     ) -> None:
         self.parameters, self.every, self._scale, self.free = parameters, every, scale, free
         self._fold, self._stepped = fold, stepped
-        self.backwards = 0  # that have ended
+        self.backwards = 0  # completed
         self._running = False
         self._factor = 1.0
-        self._late: dict[str, None] = {}  # parameters that hold a gradient of this window's earlier backwards
+        self._late: dict[str, None] = {}  # hold a gradient from earlier backwards of this mini-batch
 
     def hook(self, name: str) -> Callable[[Tensor], None]:
         """For a parameter's post-accumulate-grad hook."""
@@ -51,7 +52,7 @@ class _Stream:
             self._take(name, parameter)
 
     def _await_end(self) -> None:
-        """Have `_ended` called when the outermost backward has run; one inside it (checkpointing) is no step."""
+        """Have `_ended` called after the outermost backward; one nested in it (checkpointing) is not a step."""
         node = _enclosing()
         if node is None:
             torch.autograd.Variable._execution_engine.queue_callback(self._ended)
@@ -76,19 +77,19 @@ class _Stream:
     def _take(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        self._fold(name, parameter.grad if self._factor == 1 else parameter.grad / self._factor)
+        self._fold(name, parameter.grad, self._factor)
         if self.free:
             parameter.grad = None
 
     def drop(self) -> None:
-        """Clear the gradients of a window that did not end."""
+        """Clear the gradients of an incomplete mini-batch."""
         if self.free:
             for name in self._late:
                 self.parameters[name].grad = None
 
 
 def _enclosing() -> Any:
-    """The node of the graph whose own backward, written in Python, has begun the present one; None: there is none."""
+    """The graph node whose backward, written in Python, started the current backward; None if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is BackwardCFunction.apply.__code__:
@@ -106,17 +107,16 @@ def in_backward(
     fold: Fold,
     stepped: Callable[[], None],
 ) -> Iterator[None]:
-    """Call `fold` from post-accumulate-grad hooks, at every `every`-th backward; `stepped` hears of each time.
+    """Call `fold` from post-accumulate-grad hooks, at every `every`-th backward, and `stepped` after each of these.
 
-    A backward counts where one of the parameters takes part in it.
+    A backward counts if at least one of the parameters takes part in it.
 
     Raises:
-        ArgumentError: `every` is not a whole number above 0.
+        ArgumentError: `every` is not a whole number of at least 1.
         EstimationError: a parameter holds a gradient on entry; on exit, the last backwards are fewer than `every`.
 
     """
-    if not isinstance(every, int) or every < 1:
-        raise ArgumentError(f"every is {every!r}, expected a whole number above 0")
+    check_count("every", every)
     for name, p in parameters.items():
         if p.grad is not None:
             raise EstimationError(f"parameter {name!r} holds a gradient already: set .grad to None before streaming")
@@ -132,7 +132,7 @@ def in_backward(
             handle.remove()
     if rest := stream.backwards % every:
         stream.drop()
-        raise EstimationError(f"{rest} of {every} backward passes of the last mini-batch came: it was left out")
+        raise EstimationError(f"{rest} of {every} backward passes of the last mini-batch were made: it was left out")
 
 
 @contextmanager
@@ -140,17 +140,17 @@ def at_steps(optimizer: torch.optim.Optimizer, collect: Callable[[float], None])
     """Call `collect` with the scale of the gradients before every step that the optimiser takes.
 
     By then gradients are accumulated, reduced over processes and, under a GradScaler, unscaled; a step that a scaler
-    skips is not seen. Fused optimisers unscale by themselves: their scale, 1 for others, is handed on.
+    skips is not seen. Fused optimisers unscale by themselves: `collect` gets their scale, and 1 for others.
 
     Raises:
-        ArgumentError: it is no optimiser.
+        ArgumentError: it is not an optimiser.
 
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
 
     def before(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        found: Any = getattr(stepping, "found_inf", None)  # set by a GradScaler on fused optimisers alone
+        found: Any = getattr(stepping, "found_inf", None)  # a GradScaler sets it on fused optimisers only
         if found is not None and bool(found):
             return
         scale: Any = getattr(stepping, "grad_scale", None)

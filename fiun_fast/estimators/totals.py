@@ -1,0 +1,198 @@
+"""What every estimator ends in: a flat sum over a layout, and the number of steps and samples in it.
+
+Whatever reaches a kernel on its way into the sum is checked here, and the sum becomes a Fisher here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import DeviceError, EstimationError, FiunError, LayoutError
+from ..fisher import Fisher, Provenance
+from ..kernels import select
+from ..layout import Layout
+from ..memory import check_addressable, check_one_device, check_writable, flaw_of
+from .capture import Rows
+
+POWERS = {"batch": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
+BY_SAMPLE = ("sample", "expected")  # means over samples; the others are means over steps
+EMPTY = "the loader is empty: no batch to estimate a Fisher from"
+
+
+class Totals:
+    """A flat buffer of zeros with a view for each parameter, and the few ways to add something to it.
+
+    Attributes:
+        layout, buffer: the sum, [layout.numel].
+        views: name -> view of the buffer in the parameter's shape.
+        steps, samples: mini-batches and examples so far; `count` adds to them.
+        kernels: the backend that adds.
+
+    Args:
+        parameters: name -> parameter, all on one device.
+        estimator: one of `ESTIMATORS`; decides what is summed, and what the mean is taken over.
+        dtype: dtype of the sum, float32 or float64.
+        backend: name of a backend; None for the default of the parameters' device.
+        empty: the error message if `fisher` is called before anything was added.
+
+    Raises:
+        FiunError: a parameter has no plain memory of its own (DTensor, meta, sparse, freed, …).
+        DeviceError: the parameters lie on several devices.
+        BackendError: the backend cannot be used there.
+
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        estimator: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+        empty: str = EMPTY,
+    ) -> None:
+        check_parameters(parameters)
+        self.layout = Layout.from_tensors(parameters)
+        self._device, self._dtype = next(iter(parameters.values())).device, dtype
+        self._estimator, self._empty, self._power = estimator, empty, POWERS[estimator]
+        self.kernels = select(backend, self._device.type)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.buffer = torch.zeros(self.layout.numel, dtype=self._dtype, device=self._device)
+        check_addressable("the sum", self.buffer)  # under FakeTensorMode all that is made is fake
+        self.views = self.layout.views(self.buffer)
+        self._flat = {name: view.view(-1) for name, view in self.views.items()}
+        self._shapes = {name: view.shape for name, view in self.views.items()}
+        self.steps = self.samples = 0
+
+    def count(self, samples: int) -> None:
+        """Count one more step, with this many samples."""
+        self.steps += 1
+        self.samples += samples
+
+    def add(self, gradients: Mapping[str, Tensor], *, zero: bool = False, scale: float = 1.0) -> None:
+        """Add |g|^power for some parameters' gradients; all are checked before anything is added.
+
+        Args:
+            gradients: name -> gradient in the parameter's shape, of any strides; sparse ones (nn.Embedding) are made
+                dense.
+            zero: set the gradients to zero in the same pass.
+            scale: number by which the gradients are divided first; not together with `zero`.
+
+        Raises:
+            FiunError: a gradient has no plain memory of its own; the message names its parameter.
+            LayoutError: a gradient has another shape than the parameter had when the sum began.
+            DeviceError: a gradient is on another device.
+            DTypeError: a gradient has a dtype that the backend does not support.
+
+        """
+        if not self.views:  # `fisher` returned the buffer itself
+            self._begin()
+        strided, sparse, into = [], [], []
+        for name, gradient in gradients.items():
+            if gradient.layout != torch.strided and not gradient.is_nested:
+                sparse.append(gradient)
+                gradient = gradient.to_dense()
+            if (flaw := flaw_of(gradient)) is not None:
+                raise flaw.raised(f"the gradient of {name!r}")
+            if gradient.shape != self._shapes[name] or gradient.device != self._device:
+                raise self._misfit(name, gradient)
+            strided.append(gradient.detach() if gradient.requires_grad else gradient)  # create_graph=True
+            into.append(self._flat[name])
+        if zero:
+            check_writable((f"the gradient of {name!r}" for name in gradients), strided)
+        if scale != 1:
+            strided = [gradient / scale for gradient in strided]
+        self.kernels.accumulate(strided, into, self._power, zero)
+        if zero and sparse:  # the kernel has set dense copies to zero
+            with torch.no_grad():
+                for gradient in sparse:
+                    gradient.zero_()
+
+    def _misfit(self, name: str, gradient: Tensor) -> FiunError:
+        if gradient.device != self._device:
+            return DeviceError(f"the gradient of {name!r} is on {gradient.device}, expected {self._device} as the sum")
+        return LayoutError(
+            f"the gradient of {name!r} has shape {list(gradient.shape)}, expected {list(self._shapes[name])}, the "
+            "parameter's shape when the sum began"
+        )
+
+    def number(self, t: Tensor) -> Tensor:
+        """In the sum's dtype; half precision is widened before anything is added or squared."""
+        return t.to(self._dtype)
+
+    def rows(self, rows: Rows) -> Tensor:
+        """These rows of a parameter's part of the buffer, in their shape."""
+        return self.views[rows.name][rows.start : rows.stop]
+
+    def square(self, rows: Rows, gradients: Tensor) -> None:
+        """Add per-sample gradients [B, *shape], squared."""
+        into = self.rows(rows)
+        into += self.number(gradients).square().sum(0).view(into.shape)
+
+    def outer(self, rows: Rows, left: Tensor, right: Tensor) -> None:
+        """Add sum_b (left_b right_b^T)^2: left [B, G, M, T], right [B, G, K, T], for a weight of G * M * K elements."""
+        self.outer_into(self.rows(rows).view(-1), left, right)
+
+    def outer_into(self, into: Tensor, left: Tensor, right: Tensor) -> None:
+        """Like `outer`, but added to a flat buffer of the caller.
+
+        Raises:
+            FiunError: an operand has no plain memory of its own.
+            LayoutError: the buffer does not have G * M * K elements.
+
+        """
+        left, right = self.number(left), self.number(right)
+        check_addressable("an output gradient", left)
+        check_addressable("an input", right)
+        _, groups, m, _ = left.shape
+        if groups * m * right.shape[2] != into.numel():
+            raise LayoutError(
+                f"gradients of {groups} x {m} x {right.shape[2]} elements for a weight of {into.numel()}: its shape "
+                "has changed"
+            )
+        self.kernels.outer_square_accumulate(left, right, into)
+
+    def fisher(self, how: Mapping[str, str] | None = None, *, in_place: bool = False) -> Fisher:
+        """The mean over the steps, or over the samples where the estimator goes by samples.
+
+        Args:
+            how: parameter -> how it was computed, for the provenance.
+            in_place: divide the sum itself and return it, without a second buffer; later additions start a new sum.
+
+        Raises:
+            EstimationError: nothing was added.
+
+        """
+        number = self.samples if self._estimator in BY_SAMPLE else self.steps
+        check_not_empty(number, self._empty)
+        record = Provenance(self._estimator, self.steps, self.samples, {} if how is None else how)
+        if not in_place:
+            return Fisher(self.buffer / number, self.layout, record)
+        done = Fisher(self.buffer.div_(number), self.layout, record)
+        self.buffer, self.views, self._flat, self.steps, self.samples = torch.empty(0), {}, {}, 0, 0
+        return done
+
+
+def check_parameters(parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:
+    """Raise a FiunError unless all have plain memory of their own on one device, and a given layout's shapes."""
+    for name, p in parameters.items():
+        if (flaw := flaw_of(p)) is not None:
+            raise flaw.raised(f"parameter {name!r}")
+    check_one_device(parameters, lambda name: f"parameter {name!r}")
+    for name, p in parameters.items():
+        if layout is not None and p.shape != layout[name].shape:
+            raise LayoutError(
+                f"parameter {name!r} has shape {list(p.shape)}, expected {list(layout[name].shape)}, its shape when "
+                "the sum began"
+            )
+
+
+def check_not_empty(count: int, message: str = EMPTY) -> None:
+    """Raise an EstimationError with this message if the count is 0."""
+    if count == 0:
+        raise EstimationError(message)

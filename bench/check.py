@@ -6,16 +6,16 @@ more than 30 %, the case is measured once more, and only a drop seen twice count
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from fiun_fast.bench import run
 from fiun_fast.bench.results import Record
+from fiun_fast.bench.run import Bench, path_for, present
 
 RESULTS = Path(__file__).parent / "results"
 ALLOWED = 0.30
@@ -24,11 +24,8 @@ RATIOS = {"vs_naive": "naive", "vs_torch": "best torch"}
 
 def ratios(record: Record) -> dict[tuple[str, str], float]:
     """(case, ratio) -> value, of our fastest variant."""
-    found = {}
-    for case in dict.fromkeys(row.case for row in record.rows):
-        row = record.ours(case)
-        found |= {(case, r): value for r in RATIOS if row and (value := getattr(row, r)) is not None}
-    return found
+    ours = [row for case in record.cases if (row := record.ours(case))]
+    return {(row.case, r): value for row in ours for r in RATIOS if (value := getattr(row, r)) is not None}
 
 
 def dropped(before: dict, now: dict) -> Iterator[tuple[str, str]]:
@@ -38,19 +35,12 @@ def dropped(before: dict, now: dict) -> Iterator[tuple[str, str]]:
 
 def main() -> int:
     """Exit status 1 where a ratio dropped, 2 where there is nothing to compare with."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--against", type=Path, help="results file; default: the committed one for this kind of machine"
-    )
-    options = parser.parse_args()
-    console = Console()
-    measured = run.Bench("quick", run.torch.device(run.present()[-1]), weigh=False)
-    path = options.against or run.path_for(measured.record, RESULTS)
+    console, measured = Console(), Bench("quick", torch.device(present()[-1]), weigh=False)
+    path = path_for(measured.record, RESULTS)
     if not path.exists():
         console.print(f"no {path.name} in bench/results: `make bench-quick` writes it; commit it to compare with later")
         return 2
-    committed = Record.load(path)
-    before = ratios(committed)
+    before = ratios(Record.load(path))
     with console.status("quick mode"):
         for name in dict.fromkeys(case for case, _ in before):
             measured.measure(name)
@@ -64,9 +54,8 @@ def main() -> int:
     bad = set(dropped(before, now))
     table = Table("case", "against", "committed", "now", "change", box=None)
     for key, value in before.items():
-        style = "bold red" if key in bad else ""
-        change = f"{now[key] / value - 1:+.0%}"
-        table.add_row(key[0], RATIOS[key[1]], f"{value:.3g}×", f"{now[key]:.3g}×", change, style=style)
+        cells = (key[0], RATIOS[key[1]], f"{value:.3g}×", f"{now[key]:.3g}×", f"{now[key] / value - 1:+.0%}")
+        table.add_row(*cells, style="bold red" if key in bad else "")
     console.print(table)
     console.print(f"{len(bad)} of {len(before)} ratios dropped by more than {ALLOWED:.0%}, compared with {path.name}")
     return int(bool(bad))

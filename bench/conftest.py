@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def bench(device: str, request: pytest.FixtureRequest) -> run.Bench:
     return runs[device]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(config: pytest.Config) -> None:
     """Print the tables; write files only where every case of the mode was measured."""
-    console = Console(width=max(120, terminalreporter._tw.fullwidth))
+    console = Console(width=max(120, shutil.get_terminal_size().columns))
     mode = config.getoption("--mode")
     for device, measured in config.stash[RUNS].items():
         record = measured.record

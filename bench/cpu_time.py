@@ -7,48 +7,39 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import torch
 
-from fiun_fast.bench import memory
-from fiun_fast.bench.cases import listed
-from fiun_fast.demo.record import environment
+from fiun_fast.bench.files import environment, write_json
+from fiun_fast.bench.measure import COPY, Effort, Machine, alone, check, race
+from fiun_fast.bench.run import listed, weights_of
 
 ROUNDS = 2
 TARGET = Path(__file__).parent / "results" / "exact-cpu-time.json"
 
 
 def main() -> None:
-    """The least of some rounds, all variants in every round, after a run to warm up."""
-    threads = torch.get_num_threads()
-    device, results = torch.device("cpu"), {}
+    """The least of some rounds, all variants in every round, after each was checked."""
+    threads, device = torch.get_num_threads(), torch.device("cpu")
+    machine = Machine(device, clock=time.process_time)
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name in ("k-head", "k-sample"):
         torch.set_num_threads(1)
         case = listed("full")[name](device, None)
-        variants = [v for v in case.variants if v.kind != "reference"]
-        seconds: dict[str, list[float]] = {v.name: [] for v in variants}
-        for round_ in range(ROUNDS + 1):
-            for v in variants:
-                v.restore()
-                began = time.process_time()
-                v.run()
-                if round_:
-                    seconds[v.name].append(time.process_time() - began)
+        case.variants = [v for v in case.variants if v.kind != "reference"]
+        check(case)
+        times = race(case, machine, Effort(ROUNDS, ROUNDS, 0.0))
         torch.set_num_threads(threads)
-        rows = {v: {"cpu_seconds": min(times)} for v, times in seconds.items()}
-        results[name] = rows
-        for v, row in rows.items():
+        found[name] = {v: {"cpu_seconds": min(seconds)} for v, seconds in times.items() if v != COPY}
+        for v, row in found[name].items():
             print(f"{name:9} {v:22} {row['cpu_seconds']:.3f} s", flush=True)
-    record = {"environment": environment() | {"threads": 1}, "rounds": ROUNDS, "cases": results}
-    TARGET.write_text(json.dumps(record, indent=1) + "\n")
-    for variant, extra in memory.peaks("k-sample", "full", device, None).items():
-        if variant in results["k-sample"]:
-            results["k-sample"][variant]["extra_bytes"] = extra
-            print(f"k-sample  {variant:22} {extra / 2**20:.0f} MiB extra", flush=True)
-    TARGET.write_text(json.dumps(record, indent=1) + "\n")
+    for v, extra in alone(weights_of, "k-sample", "full", device, None).items():
+        if v in found["k-sample"]:
+            found["k-sample"][v]["extra_bytes"] = extra
+            print(f"k-sample  {v:22} {extra / 2**20:.0f} MiB extra", flush=True)
+    write_json(TARGET, {"environment": environment(device) | {"threads": 1}, "rounds": ROUNDS, "cases": found})
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median_high
 
 import matplotlib as mpl
 
@@ -18,28 +18,15 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from fiun_fast.bench.results import Record, Row, short, size
+from fiun_fast.bench.files import describe, fill, markdown
+from fiun_fast.bench.results import Record, short, size
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "bench" / "results", ROOT / "docs" / "img"
 TABLES = {ROOT / "README.md": True, ROOT / "docs" / "performance.md": False}  # file -> only the cases of README
 IN_README = ("a", "b-clustered", "c", "d", "f-fp32", "g", "h-8", "j-demo")
-BARS = (
-    "a-all",
-    "a",
-    "b-clustered",
-    "b-scattered",
-    "c",
-    "d",
-    "e",
-    "f-fp32",
-    "f-bf16",
-    "g",
-    "g-zero",
-    "h-2",
-    "h-8",
-    "h-32",
-)
+BARS = ("a-all", "a", "b-clustered", "b-scattered", "c", "d", "e", "f-fp32", "f-bf16")
+BARS += ("g", "g-zero", "h-2", "h-8", "h-32")
 ROOF = {  # case -> its name in the roofline, and where that stands
     "b-clustered": ("1 % selected", (-92, 24)),
     "g": ("accumulate g²", (-96, 6)),
@@ -50,6 +37,7 @@ ROOF = {  # case -> its name in the roofline, and where that stands
 # Okabe and Ito's colours; each kind also has a marker of its own.
 LOOK = {"naive": ("#D55E00", "s"), "torch": ("#56B4E9", "D"), "ours": ("#0072B2", "o")}
 NAMES = {"naive": "existing code", "torch": "best in plain torch", "ours": "fiun_fast"}
+HEADS = ["", "case", *NAMES.values(), "faster than existing", "than best torch", "of copy bandwidth"]
 STYLE = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -64,24 +52,18 @@ STYLE = {
 }
 
 
-def best(record: Record, case: str, kind: str) -> Row | None:
-    """The fastest row of a kind."""
-    return min((r for r in record.rows if r.case == case and r.kind == kind), key=lambda r: r.ms, default=None)
-
-
 def machine(record: Record) -> str:
     """What it was measured on, for the foot of a picture."""
-    e = record.environment
-    return f"{e.get('gpu') or e['cpu']}, {e['threads']} threads, torch {e['torch']}, fiun_fast {e['fiun_fast']}"
+    return f"{describe(record.environment)}, fiun_fast {record.environment['fiun_fast']}"
 
 
 def speed(record: Record) -> Figure:
     """How many times faster than existing code, case by case; log scale."""
-    cases = [c for c in BARS if best(record, c, "ours") and best(record, c, "naive")]
+    cases = [c for c in BARS if record.best(c, "ours") and record.best(c, "naive")]
     figure, axes = plt.subplots(figsize=(8.4, 0.36 * len(cases) + 1.6), layout="constrained")
     figures = []
     for y, case in enumerate(reversed(cases)):
-        ours, torch = best(record, case, "ours"), best(record, case, "torch")
+        ours, torch = record.best(case, "ours"), record.best(case, "torch")
         assert ours is not None
         assert ours.vs_naive is not None
         axes.barh(y, ours.vs_naive - 1, left=1, height=0.62, color=LOOK["ours"][0])
@@ -89,7 +71,7 @@ def speed(record: Record) -> Figure:
             axes.plot(torch.vs_naive, y, LOOK["torch"][1], color=LOOK["torch"][0], mec="black", mew=0.6, ms=8, zorder=3)
         share = f"   {ours.share:4.0%} of copy" if ours.share else ""
         figures.append(f"{short(ours.vs_naive):>4}×{share}")
-    titles = [row.title for case in reversed(cases) if (row := best(record, case, "ours"))]
+    titles = [row.title for case in reversed(cases) if (row := record.best(case, "ours"))]
     axes.set_yticks(range(len(cases)), titles)
     right = axes.twinx()
     right.set(ylim=axes.get_ylim())
@@ -113,23 +95,16 @@ def speed(record: Record) -> Figure:
 def roofline(record: Record) -> Figure:
     """Useful bytes a second against bytes of work: a slope where a fixed cost rules, a roof where memory does."""
     figure, axes = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
-    series = [c for c in dict.fromkeys(r.case for r in record.rows) if c.startswith("parameters-")] + ["f-fp32"]
+    series = [c for c in record.cases if c.startswith("parameters-")] + ["f-fp32"]
     for kind in LOOK:
         color, marker = LOOK[kind]
-        rows = [r for c in series if (r := best(record, c, kind)) and r.floor_bytes]
+        rows = [r for c in series if (r := record.best(c, kind)) and r.floor_bytes]
         axes.plot([r.floor_bytes for r in rows], [r.gbps for r in rows], "-", color=color, lw=1.5)
-        rows += [r for c in ROOF if (r := best(record, c, kind)) and r.floor_bytes]
-        axes.plot(
-            [r.floor_bytes for r in rows],
-            [r.gbps for r in rows],
-            marker,
-            color=color,
-            mec="white",
-            ms=8,
-            label=NAMES[kind],
-        )
+        rows += [r for c in ROOF if (r := record.best(c, kind)) and r.floor_bytes]
+        points = [r.floor_bytes for r in rows], [r.gbps for r in rows]
+        axes.plot(*points, marker, color=color, mec="white", ms=8, label=NAMES[kind])
     for case, (label, place) in ROOF.items():
-        row = best(record, case, "ours")
+        row = record.best(case, "ours")
         if row and row.floor_bytes and row.gbps:
             arrow = {"arrowstyle": "-", "color": "#777777", "lw": 0.7}
             at = (row.floor_bytes, row.gbps)
@@ -154,16 +129,16 @@ def scaling(record: Record) -> Figure:
     families = {"nodes-": "heads of 5,130 parameters in one DAG", "parameters-": "parameters of one model"}
     roof = _copy(record) * 1e6  # bytes a millisecond
     for axes, (prefix, label) in zip(panels, families.items(), strict=True):
-        names = [c for c in dict.fromkeys(r.case for r in record.rows) if c.startswith(prefix)]
+        names = [c for c in record.cases if c.startswith(prefix)]
         at = [int(name.removeprefix(prefix)) for name in names]
-        if prefix == "parameters-" and best(record, "f-fp32", "ours"):
+        if prefix == "parameters-" and record.best("f-fp32", "ours"):
             names.append("f-fp32")
-            at.append(best(record, "f-fp32", "ours").elements)  # type: ignore[union-attr]
+            at.append(record.best("f-fp32", "ours").elements)  # type: ignore[union-attr]
         for kind in ("naive", "ours"):
             color, marker = LOOK[kind]
-            rows = [best(record, name, kind) for name in names]
+            rows = [record.best(name, kind) for name in names]
             axes.plot(at, [r.ms for r in rows if r], marker=marker, color=color, mec="white", ms=7, label=NAMES[kind])
-        floors = [r.floor_bytes / roof for n in names if (r := best(record, n, "ours")) and r.floor_bytes]
+        floors = [r.floor_bytes / roof for n in names if (r := record.best(n, "ours")) and r.floor_bytes]
         axes.plot(at, floors, ":", color="black", lw=1.2, label="least bytes at copy bandwidth")
         axes.set(xscale="log", yscale="log", xlabel=label)
         axes.set_ylim(bottom=3e-3)
@@ -177,36 +152,18 @@ def scaling(record: Record) -> Figure:
 
 def table(records: Iterable[Record], few: bool) -> str:
     """Markdown: a line a case."""
-    lines = []
+    text = ""
     for record in records:
-        cases = [c for c in dict.fromkeys(r.case for r in record.rows) if best(record, c, "ours")]
-        lines += [
-            f"{machine(record)}:",
-            "",
-            "| | case | existing code | best plain torch | fiun_fast | faster than existing | than best torch | "
-            "of copy bandwidth |",
-            "| --- | --- | --: | --: | --: | --: | --: | --: |",
-        ]
-        for case in cases:
-            if few and case not in IN_README:
+        rows = []
+        for case in record.cases:
+            naive, torch, ours = (record.best(case, kind) for kind in LOOK)
+            if ours is None or (few and case not in IN_README):
                 continue
-            naive, torch, ours = (best(record, case, kind) for kind in LOOK)
-            assert ours is not None
             cells = [case, ours.title, *(f"{short(r.ms)} ms" if r else "" for r in (naive, torch, ours))]
-            ratio = [f"{v:.3g}×" if v else "" for v in (ours.vs_naive, ours.vs_torch)]
-            lines.append(f"| {' | '.join([*cells, *ratio, f'{ours.share:.2f}' if ours.share else ''])} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def rewrite(path: Path, text: str) -> bool:
-    """Replace what stands between `<!-- bench -->` and `<!-- /bench -->`; False where the file has no such place."""
-    if not path.exists():
-        return False
-    marked = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
-    old = path.read_text()
-    path.write_text(marked.sub(lambda m: f"{m[1]}{text}{m[2]}", old))
-    return bool(marked.search(old))
+            cells += [f"{v:.3g}×" if v else "" for v in (ours.vs_naive, ours.vs_torch)]
+            rows.append([*cells, f"{ours.share:.2f}" if ours.share else ""])
+        text += f"{machine(record)}:\n\n{markdown(HEADS, rows, left=2)}"
+    return text
 
 
 def chosen(paths: list[Path]) -> dict[str, Record]:
@@ -226,9 +183,8 @@ def chosen(paths: list[Path]) -> dict[str, Record]:
 
 
 def _copy(record: Record) -> float:
-    """Median over the cases."""
-    values = sorted({r.case: r.copy_gbps for r in record.rows}.values())
-    return values[len(values) // 2]
+    """GB/s, the median over the cases."""
+    return median_high({row.case: row.copy_gbps for row in record.rows}.values())
 
 
 def main() -> None:
@@ -244,7 +200,7 @@ def main() -> None:
                 draw(record).savefig(path, metadata={"Date": None})
                 print(path.relative_to(ROOT))
     for path, few in TABLES.items():
-        if rewrite(path, table(records.values(), few)):
+        if fill(path, "bench", table(records.values(), few)):
             print(path.relative_to(ROOT))
 
 

@@ -6,7 +6,7 @@
 
 Each setting is checked against the reference before it is timed, in rounds with a plain copy, by CUDA events; a
 replayed CUDA graph counts where there is one, so that the host's part stays out. What the kernels are shipped with is
-marked; if another wins clearly on several GPUs, change the constants at the top of fiun_fast/kernels/triton.py.
+marked; if another wins clearly on several GPUs, change the constants at the top of fiun_fast/kernels/triton_host.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -27,10 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fiun_fast.bench.cases import listed
-from fiun_fast.bench.environment import environment, machine_kind
+from fiun_fast.bench.files import environment, machine_kind, write_json
 from fiun_fast.bench.measure import COPY, Effort, Machine, check, race
-from fiun_fast.kernels import triton as backend
+from fiun_fast.bench.run import listed
+from fiun_fast.kernels import load
+from fiun_fast.kernels import triton_host as host
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {
@@ -54,20 +54,18 @@ class Setting:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the backend launches this way."""
-        shipped = backend.options
+        shipped = host.options
 
         def options(target: str, constants: dict[str, Any]) -> dict[str, Any]:
             flags = shipped(target, constants) | {"num_warps": self.warps, "num_stages": self.stages}
             flags.pop("maxnreg", None)
             return flags | ({"maxnreg": self.registers} if self.registers and target == "cuda" else {})
 
-        backend._pair_cache.clear()  # tables of accumulation depend on the tile
-        with mock.patch.multiple(backend, options=options, block_size=lambda: self.block):
+        with mock.patch.multiple(host, options=options, block_size=lambda: self.block):
             yield
-        backend._pair_cache.clear()
 
 
-SHIPPED = Setting(backend.BLOCK, backend.NUM_WARPS, backend.MAX_REGISTERS, 3)
+SHIPPED = Setting(host.BLOCK, host.NUM_WARPS, host.MAX_REGISTERS, 3)
 
 
 def settings() -> list[Setting]:
@@ -85,7 +83,7 @@ def measure(name: str, mode: str, setting: Setting, machine: Machine, effort: Ef
     """Time one case under one setting.
 
     Raises:
-        DisagreementError: the setting computes something else than the reference.
+        DisagreementError: a kernel launched this way does not compute what the reference computes.
 
     """
     with setting.applied():
@@ -104,7 +102,7 @@ def measure(name: str, mode: str, setting: Setting, machine: Machine, effort: Ef
 def sweep(
     kernels: Iterable[str], mode: str, device: torch.device, over: Iterable[Setting], effort: Effort, console: Console
 ) -> list[dict[str, Any]]:
-    """All rows; a setting that does not compile (too much of something) is said and left out."""
+    """All rows; a setting that does not compile (too much of something) is named and left out."""
     machine, over, rows = Machine(device, small=mode == "tiny"), list(over), []
     names = [name for kernel in kernels for name in CASES[kernel] if name in listed(mode)]
     with console.status("") as status:
@@ -142,7 +140,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results file")
     arguments = parser.parse_args()
     console = Console()
-    if reason := backend.why_not("cuda"):
+    if reason := load("triton").why_not("cuda"):
         console.print(f"nothing to tune: the triton backend cannot run on a GPU here: {reason}")
         return 2
     device = torch.device("cuda")
@@ -150,7 +148,7 @@ def main() -> int:
     show(rows, console)
     found = environment(device)
     path = arguments.out / f"tune-triton-{machine_kind(found)}.json"
-    path.write_text(json.dumps({"mode": arguments.mode, "environment": found, "rows": rows}, indent=1) + "\n")
+    write_json(path, {"mode": arguments.mode, "environment": found, "rows": rows})
     console.print(f"written: {path.name}")
     return 0
 

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .arguments import ESTIMATORS
+from .demo import NETWORKS, SCOPES
 from .errors import FiunError
 from .kernels import BACKENDS
 from .version import __version__
-
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
-SCENARIOS = ("federated", "data-parallel", "incremental", "transfer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="train four networks on real data, unlearn, show what happened")
-    demo.add_argument("--scenario", action="append", choices=SCENARIOS, help="only this one; may be repeated")
-    demo.add_argument("--scope", choices=("last-layer", "all"), default="last-layer", help="parameters to dampen")
+    demo.add_argument("--scenario", action="append", choices=NETWORKS, help="only this one; may be repeated")
+    demo.add_argument("--scope", choices=SCOPES, default="last-layer", help="parameters to dampen")
     demo.add_argument("--estimator", choices=ESTIMATORS, default="batch", help="of the Fishers; docs/fishers.md")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for report.json and the pictures")
@@ -43,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="how fast, next to existing code, to plain torch and to the hardware")
-    bench.add_argument("--case", action="append", help="only cases that begin so (a, b, g-hooks, …); may be repeated")
+    bench.add_argument(
+        "--case", action="append", help="only this case, or all with this prefix (a, b, g-hooks, …); may be repeated"
+    )
     bench.add_argument("--quick", action="store_true", help="smaller sizes, under three minutes")
     bench.add_argument("--device", action="append", help="cpu, cuda, …; may be repeated; default: what the machine has")
     bench.add_argument("--out", type=Path, help="folder for the results file; default: only print")
@@ -66,7 +67,7 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"fiun-fast: the demo needs {error.name}: pip install 'fiun_fast[demo]'", file=sys.stderr)
         return 1
     run_demo(
-        scenarios=options.scenario or SCENARIOS,
+        scenarios=options.scenario or NETWORKS,
         seed=options.seed,
         out=options.out,
         device=options.device,

@@ -1,17 +1,17 @@
 """The competitors, in plain torch: what people run today, and the best they could write.
 
-All work on lists: `thetas[n][s]` is parameter s of model n, `originals[n][s]` its original Fisher, `forgets[k][s]` the
-forget Fisher of request k. A `Group` says which requests reach which models. All compute the same: merge by maximum,
-select m > alpha I, theta <- theta * min(lam I / m, 1).
+All compute the same: merge by maximum, select m > alpha I, theta <- theta * min(lam I / m, 1). A model's parameters,
+its original Fisher and a forget Fisher are lists of tensors, or flat buffers where a way says so; a `Group` says which
+requests reach which models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = list[Tensor]
 
@@ -23,85 +23,93 @@ class Group(NamedTuple):
     nodes: tuple[int, ...]
 
 
-@torch.no_grad()
-def naive(
-    thetas: Sequence[Tensors],
-    originals: Sequence[Tensors],
-    forgets: Sequence[Tensors],
-    groups: Sequence[Group],
-    alpha: float,
-    lam: float,
-) -> None:
-    """The chain of existing SSD and FIUn code: model by model, parameter by parameter, selected elements by index.
+class Way(NamedTuple):
+    """One way to unlearn.
 
-    Every model merges for itself, into clones, as code does that handles one model at a time. The exponent is 1 and
-    goes through pow all the same; the bound is applied by index.
+    Attributes:
+        merge: (several forget Fishers) -> one.
+        dampen: (theta, original, merged, alpha, lam), one model, in place.
+        per_model: every model merges for itself, as code does that handles one model at a time.
+
     """
-    for group in groups:
-        for n in group.nodes:
-            merged = (
-                merge_clone([forgets[k] for k in group.sources]) if len(group.sources) > 1 else forgets[group[0][0]]
-            )
-            for theta, original, forget in zip(thetas[n], originals[n], merged, strict=True):
-                locations = torch.where(forget > original.mul(alpha))
-                weight = original.mul(lam).div(forget).pow(1)
-                update = weight[locations]
-                update[torch.where(update > 1)] = 1
-                theta[locations] = theta[locations].mul(update).to(theta.dtype)
+
+    merge: Callable[[Any], Any]
+    dampen: Callable[[Any, Any, Any, float, float], object]
+    per_model: bool = False
 
 
 @torch.no_grad()
-def tidy(
-    thetas: Sequence[Tensors],
-    originals: Sequence[Tensors],
-    forgets: Sequence[Tensors],
-    groups: Sequence[Group],
-    alpha: float,
-    lam: float,
-) -> None:
-    """The same without gathers, merging once a group: out of place, one `torch.where` a parameter."""
+def unlearn(way: Way, network: tuple[Sequence, Sequence, Sequence, Sequence[Group]], alpha: float, lam: float) -> None:
+    """Model by model; the network is (parameters by model, originals by model, forget Fishers by request, groups)."""
+    thetas, originals, forgets, groups = network
     for group in groups:
-        merged = merge_tidy([forgets[k] for k in group.sources])
+        sources = [forgets[k] for k in group.sources]
+        merged = None
         for n in group.nodes:
-            for theta, original, forget in zip(thetas[n], originals[n], merged, strict=True):
-                dampen_tensor(theta, original, forget, alpha, lam)
+            if merged is None or way.per_model:
+                merged = way.merge(sources) if len(sources) > 1 else sources[0]
+            way.dampen(thetas[n], originals[n], merged, alpha, lam)
+
+
+def dampen_naive(thetas: Tensors, originals: Tensors, merged: Tensors, alpha: float, lam: float) -> None:
+    """The chain of existing SSD and FIUn code: parameter by parameter, selected elements by index.
+
+    The exponent is 1 and goes through pow all the same; the bound is applied by index.
+    """
+    for theta, original, forget in zip(thetas, originals, merged, strict=True):
+        locations = torch.where(forget > original.mul(alpha))
+        weight = original.mul(lam).div(forget).pow(1)
+        update = weight[locations]
+        update[torch.where(update > 1)] = 1
+        theta[locations] = theta[locations].mul(update).to(theta.dtype)
 
 
 @torch.no_grad()
-def foreach(
-    thetas: Sequence[Tensors],
-    originals: Sequence[Tensors],
-    forgets: Sequence[Tensors],
-    groups: Sequence[Group],
-    alpha: float,
-    lam: float,
+def unlearn_named(
+    models: Mapping[str, nn.Module],
+    originals: Mapping[str, Mapping[str, Tensor]],
+    reaching: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    alphas: Mapping[str, float],
+    lams: Mapping[str, float],
 ) -> None:
-    """torch._foreach_* over all parameters of a model; only the selection, which has no such form, goes one by one."""
-    for group in groups:
-        merged = merge_foreach([forgets[k] for k in group.sources])
-        for n in group.nodes:
-            threshold = torch._foreach_mul(originals[n], alpha)
-            factor = torch._foreach_mul(originals[n], lam)
-            torch._foreach_div_(factor, merged)
-            torch._foreach_clamp_max_(factor, 1.0)
-            for f, m, t in zip(factor, merged, threshold, strict=True):
-                f.masked_fill_(m <= t, 1.0)
-            torch._foreach_mul_(thetas[n], factor)
+    """Existing code again, for models whose Fishers are dicts by name of the parameter, each with its own numbers.
+
+    Args:
+        models, originals, alphas, lams: by node.
+        reaching: node -> the forget Fishers that reach it; they name the parameters.
+
+    """
+    for node, fishers in reaching.items():
+        merged = merge_clone([list(fisher.values()) for fisher in fishers])
+        original = [originals[node][name] for name in fishers[0]]
+        thetas = [models[node].get_parameter(name).detach() for name in fishers[0]]
+        dampen_naive(thetas, original, merged, alphas[node], lams[node])
 
 
 def dampen_tensor(theta: Tensor, original: Tensor, merged: Tensor, alpha: float, lam: float) -> None:
-    """One tensor, in place, as an expression that torch.compile turns into one loop."""
+    """One tensor, in place, without gathers; an expression that torch.compile turns into one loop."""
     factor = (original * lam / merged).clamp(max=1.0)
     theta.copy_(torch.where(merged > original * alpha, theta * factor, theta))
 
 
-def dampen_list(thetas: Tensors, originals: Tensors, merged: Tensors, alpha: float, lam: float) -> None:
-    """All tensors of a model."""
+def dampen_tidy(thetas: Tensors, originals: Tensors, merged: Tensors, alpha: float, lam: float) -> None:
+    """All tensors of a model, one `torch.where` each."""
     for theta, original, m in zip(thetas, originals, merged, strict=True):
         dampen_tensor(theta, original, m, alpha, lam)
 
 
-def merge_clone(forgets: Sequence[Tensors]) -> list[Tensor]:
+def dampen_foreach(thetas: Tensors, originals: Tensors, merged: Tensors, alpha: float, lam: float) -> None:
+    """torch._foreach_* over all parameters of a model; only the selection, which has no such form, goes one by one."""
+    threshold = torch._foreach_mul(originals, alpha)
+    factor = torch._foreach_mul(originals, lam)
+    torch._foreach_div_(factor, merged)
+    torch._foreach_clamp_max_(factor, 1.0)
+    for f, m, t in zip(factor, merged, threshold, strict=True):
+        f.masked_fill_(m <= t, 1.0)
+    torch._foreach_mul_(thetas, factor)
+
+
+def merge_clone(forgets: Sequence[Tensors]) -> Tensors:
     """Clone the first, then take the maximum with each further one, parameter by parameter."""
     merged = [f.clone() for f in forgets[0]]
     for forget in forgets[1:]:
@@ -111,9 +119,7 @@ def merge_clone(forgets: Sequence[Tensors]) -> list[Tensor]:
 
 
 def merge_tidy(forgets: Sequence[Tensors]) -> Tensors:
-    """As merge_clone without the clone, and in place after the first maximum."""
-    if len(forgets) == 1:
-        return forgets[0]
+    """As merge_clone without the clone, and in place after the first maximum; of two at least."""
     merged = [torch.maximum(a, b) for a, b in zip(*forgets[:2], strict=True)]
     for forget in forgets[2:]:
         for m, f in zip(merged, forget, strict=True):
@@ -122,18 +128,11 @@ def merge_tidy(forgets: Sequence[Tensors]) -> Tensors:
 
 
 def merge_foreach(forgets: Sequence[Tensors]) -> Tensors:
-    """torch._foreach_maximum over all parameters."""
-    if len(forgets) == 1:
-        return forgets[0]
+    """torch._foreach_maximum over all parameters; of two at least."""
     merged = list(torch._foreach_maximum(forgets[0], forgets[1]))
     for forget in forgets[2:]:
         torch._foreach_maximum_(merged, forget)
     return merged
-
-
-def merge_stack(forgets: Sequence[Tensor]) -> Tensor:
-    """Flat buffers only: stack, then the maximum over the stack."""
-    return torch.stack(list(forgets)).amax(0)
 
 
 def merge_flat(forgets: Sequence[Tensor]) -> Tensor:
@@ -144,50 +143,30 @@ def merge_flat(forgets: Sequence[Tensor]) -> Tensor:
     return merged
 
 
-class Compiled:
-    """torch.compile over flat buffers and over parameter lists; merges once a group, one call a model.
+WAYS = {  # name -> kind, way
+    "naive": ("naive", Way(merge_clone, dampen_naive, per_model=True)),
+    "tidy": ("torch", Way(merge_tidy, dampen_tidy)),
+    "foreach": ("torch", Way(merge_foreach, dampen_foreach)),
+}
 
-    Compilation happens at the first call and is not timed. `calls` counts compiled graphs run.
+
+def compiled(flat: bool, alpha: float, lam: float, backend: str) -> Way:
+    """torch.compile over flat buffers, the models re-homed for it, or over lists of parameters; one call a model.
+
+    Compilation happens at the first call and is not timed; the caller resets torch._dynamo, so that the shapes of other
+    cases reach no limit. Numbers are constants to the compiler.
     """
+    merge, dampen = (merge_flat, dampen_tensor) if flat else (merge_tidy, dampen_tidy)
 
-    def __init__(self, alpha: float, lam: float, backend: str = "inductor") -> None:
-        torch._dynamo.reset()  # no limit reached by the shapes of other cases
+    def with_numbers(theta: Any, original: Any, merged: Any) -> None:
+        dampen(theta, original, merged, alpha, lam)
 
-        def compiled(function: Callable) -> Callable:
-            return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
-
-        self._flat = compiled(lambda theta, original, merged: dampen_tensor(theta, original, merged, alpha, lam))
-        self._list = compiled(lambda thetas, originals, merged: dampen_list(thetas, originals, merged, alpha, lam))
-        self.merge_flat = compiled(merge_flat)
-        self._merge_list = compiled(merge_tidy)
-
-    @torch.no_grad()
-    def flat(self, thetas: Tensors, originals: Tensors, forgets: Tensors, groups: Sequence[Group]) -> None:
-        """thetas[n], originals[n] and forgets[k] are flat buffers: the models were re-homed for it."""
-        for group in groups:
-            sources = [forgets[k] for k in group.sources]
-            merged = self.merge_flat(sources) if len(sources) > 1 else sources[0]
-            for n in group.nodes:
-                self._flat(thetas[n], originals[n], merged)
-
-    @torch.no_grad()
-    def lists(
-        self,
-        thetas: Sequence[Tensors],
-        originals: Sequence[Tensors],
-        forgets: Sequence[Tensors],
-        groups: Sequence[Group],
-    ) -> None:
-        """The models as they are: lists of parameters."""
-        for group in groups:
-            sources = [forgets[k] for k in group.sources]
-            merged = self._merge_list(sources) if len(sources) > 1 else sources[0]
-            for n in group.nodes:
-                self._list(thetas[n], originals[n], merged)
+    made = [torch.compile(f, backend=backend, dynamic=False, fullgraph=True) for f in (merge, with_numbers)]
+    return Way(made[0], lambda theta, original, merged, *numbers: made[1](theta, original, merged))
 
 
 def compiled_calls(groups: Sequence[Group]) -> int:
-    """Compiled graphs that one run of `Compiled` calls."""
+    """Compiled graphs that one run of a `compiled` way calls."""
     return sum(len(group.nodes) + (len(group.sources) > 1) for group in groups)
 
 

@@ -1,4 +1,4 @@
-"""Cases a to f: networks of models whose Fishers are known, to be dampened; and the scaling rows.
+"""Cases a to f and the scaling rows: networks of models whose Fishers are known, to be dampened.
 
 Floor, in bytes a parameter and node (fp32): theta in and out 8, I 4, and each forget Fisher 4 once a group, 12 + 4K/N
 in all. With few elements selected less is moved: only the lines of theta that hold one.
@@ -8,42 +8,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 import fiun_fast as ff
+from fiun_fast.arguments import BackendName
 
 from . import baselines
 from .baselines import Group
 from .measure import Case, Variant
 
+Shapes = dict[str, tuple[int, ...]]  # name of a parameter -> its shape
+
 ALPHA, LAM = 10.0, 1.0
 RUN = 512  # elements in a row that are selected together, where the selection is clustered
-TIMED = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}  # backends worth a row, by device
+TIMED: dict[str, tuple[BackendName, ...]] = {  # backends worth a row, by device
+    "cpu": ("reference", "cpu"),
+    "cuda": ("reference", "triton", "cuda"),
+}
 
 
-def resnet18(width: int = 64, classes: int = 100) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a ResNet-18's 62 parameters; 11.2 million at width 64."""
-    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (width, 3, 7, 7)}
-    shapes |= {"bn1.weight": (width,), "bn1.bias": (width,)}
-    n_in = width
-    for stage in range(4):
-        n = width << stage
-        for block in range(2):
-            at = f"layer{stage + 1}.{block}"
-            for i, m in enumerate((n_in, n), start=1):
-                shapes |= {f"{at}.conv{i}.weight": (n, m, 3, 3), f"{at}.bn{i}.weight": (n,), f"{at}.bn{i}.bias": (n,)}
-            if n_in != n:
-                shapes |= {f"{at}.downsample.0.weight": (n, n_in, 1, 1)}
-                shapes |= {f"{at}.downsample.1.weight": (n,), f"{at}.downsample.1.bias": (n,)}
-            n_in = n
-    return shapes | {"fc.weight": (classes, n_in), "fc.bias": (classes,)}
+def resnet18(width: int = 64) -> Shapes:
+    """Shapes of the parameters of `ResNet18`."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in ResNet18(width).named_parameters()}
 
 
-def head(features: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """A last layer."""
+def head(features: int, classes: int) -> Shapes:
+    """Shapes of a last layer."""
     return {"fc.weight": (classes, features), "fc.bias": (classes,)}
+
+
+class ResNet18(nn.Module):
+    """The usual network, with 62 parameters; 11.2 million elements at width 64."""
+
+    def __init__(self, width: int = 64, classes: int = 100) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        widths = [width << stage for stage in range(4)]
+        for stage, (n_in, n) in enumerate(zip([width, *widths], widths, strict=False), start=1):
+            self.add_module(f"layer{stage}", nn.Sequential(_Block(n_in, n), _Block(n, n)))
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, h, w] -> logits [n, classes]."""
+        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(images))), 3, 2, 1)
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut; halves the image where the width changes."""
+
+    def __init__(self, n_in: int, n: int) -> None:
+        super().__init__()
+        stride = 1 if n_in == n else 2
+        self.conv1, self.bn1 = nn.Conv2d(n_in, n, 3, stride, 1, bias=False), nn.BatchNorm2d(n)
+        self.conv2, self.bn2 = nn.Conv2d(n, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n)
+        if stride == 2:
+            self.downsample = nn.Sequential(nn.Conv2d(n_in, n, 1, stride, bias=False), nn.BatchNorm2d(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, c, h, w] -> the same or half the image."""
+        y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
+        return functional.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))
 
 
 class Network:
@@ -62,7 +95,7 @@ class Network:
 
     def __init__(
         self,
-        shapes: dict[str, tuple[int, ...]],
+        shapes: Shapes,
         nodes: int,
         sources: int,
         pattern: str,
@@ -125,75 +158,57 @@ class Network:
         """All ways to dampen the network; `compiler` None leaves torch.compile out."""
         originals = [list(fisher.as_dict().values()) for fisher in self.originals]
         forgets = [list(fisher.as_dict().values()) for fisher in self.forgets]
-        chain = (self.lists, originals, forgets, self.groups, ALPHA, LAM)
+        lists = (self.lists, originals, forgets, self.groups)
         variants = [
-            Variant("naive", "naive", lambda: baselines.naive(*chain), self.restore, self.outcome),
-            Variant("tidy", "torch", lambda: baselines.tidy(*chain), self.restore, self.outcome),
-            Variant("foreach", "torch", lambda: baselines.foreach(*chain), self.restore, self.outcome),
+            Variant(name, kind, partial(baselines.unlearn, way, lists, ALPHA, LAM), self.restore, self.outcome)
+            for name, (kind, way) in baselines.WAYS.items()
         ]
         if compiler is not None:
-            variants += self._compiled(originals, forgets, baselines.Compiled(ALPHA, LAM, compiler))
-        for backend in usable(self.device):
+            torch._dynamo.reset()
+            way = baselines.compiled(False, ALPHA, LAM, compiler)
+            run, calls = partial(baselines.unlearn, way, lists, ALPHA, LAM), baselines.compiled_calls(self.groups)
+            flat, *stacked = self._flat(baselines.compiled(True, ALPHA, LAM, compiler))
+            listed = Variant("compiled, list", "torch", run, self.restore, self.outcome, calls, True)
+            variants += [flat, listed, *stacked]
+        for backend, kind in backends(self.device):
+            ours = kind == "ours"  # one launch: all nodes are on one device and of one dtype
             plan = self.plan(backend)
-            kind = "reference" if backend == "reference" else "ours"
-            calls = 0 if backend == "reference" else len(plan.tables)
-            variants.append(Variant(backend, kind, plan.run_, self.restore, self.outcome, calls, kind == "ours"))
+            variants.append(Variant(backend, kind, plan.run_, self.restore, self.outcome, int(ours), ours))
         return [v for v in variants if only is None or v.name in only or v.kind in only]
 
-    def _compiled(
-        self, originals: list[list[Tensor]], forgets: list[list[Tensor]], compiled: baselines.Compiled
-    ) -> Iterator[Variant]:
-        calls = baselines.compiled_calls(self.groups)
-        flat = list(self.pristine.clone().unbind())
+    def _flat(self, way: baselines.Way) -> Iterator[Variant]:
+        """Compiled over flat buffers, model by model; and last layers stacked, one call a group.
+
+        The models do not own their parameters then.
+        """
         buffers = [fisher.buffer for fisher in self.originals]
         sources = [fisher.buffer for fisher in self.forgets]
-        yield Variant(
-            "compiled, flat",
-            "torch",
-            lambda: compiled.flat(flat, buffers, sources, self.groups),
-            lambda: torch._foreach_copy_(flat, list(self.pristine.unbind())),
-            lambda: flat,
-            calls,
-            True,
-        )
-        yield Variant(
-            "compiled, list",
-            "torch",
-            lambda: compiled.lists(self.lists, originals, forgets, self.groups),
-            self.restore,
-            self.outcome,
-            calls,
-            True,
-        )
-        if len(self.lists) <= len(self.forgets) or len(self.layout) > 2:
-            return
-        # Last layers can be stacked: one call a group. The models no longer own their parameters then.
-        stack, stacked = self.pristine.clone(), torch.stack(buffers)
-        rows = [slice(group.nodes[0], group.nodes[-1] + 1) for group in self.groups]
-        parts = [stack[row] for row in rows], [stacked[row] for row in rows]
-        one_each = [Group(group.sources, (i,)) for i, group in enumerate(self.groups)]
-        yield Variant(
-            "compiled, stacked",
-            "torch",
-            lambda: compiled.flat(*parts, sources, one_each),
-            lambda: stack.copy_(self.pristine),
-            lambda: stack.unbind(),
-            baselines.compiled_calls(one_each),
-            True,
-        )
+
+        def variant(name: str, copy: Tensor, *network: Any) -> Variant:
+            run = partial(baselines.unlearn, way, network, ALPHA, LAM)
+            calls = baselines.compiled_calls(network[-1])
+            return Variant(name, "torch", run, lambda: copy.copy_(self.pristine), lambda: copy.unbind(), calls, True)
+
+        flat = self.pristine.clone()
+        yield variant("compiled, flat", flat, flat.unbind(), buffers, sources, self.groups)
+        if len(self.lists) > len(self.forgets) and len(self.layout) <= 2:
+            stack, stacked = self.pristine.clone(), torch.stack(buffers)
+            rows = [slice(group.nodes[0], group.nodes[-1] + 1) for group in self.groups]
+            groups = [Group(group.sources, (i,)) for i, group in enumerate(self.groups)]
+            parts = [stack[row] for row in rows], [stacked[row] for row in rows]
+            yield variant("compiled, stacked", stack, *parts, sources, groups)
 
     def case(self, name: str, title: str, only: Sequence[str] | None = None, compiler: str | None = "inductor") -> Case:
         """The network as a case; its floor is what its plan says it moves."""
-        plan = self.plan("reference")
-        elements = self.pristine.numel()
-        variants = self.variants(only, compiler)
-        share = self.selected / elements
-        return Case(name, title, plan.traffic.total, elements, variants, self.expected, selected=share)
+        floor, elements = self.plan("reference").traffic.total, self.pristine.numel()
+        variants, share = self.variants(only, compiler), self.selected / elements
+        return Case(name, title, floor, elements, variants, self.expected, selected=share)
 
 
-def usable(device: torch.device) -> list[str]:
-    """Backends that work on that device and are worth a row; Triton's interpreter on a CPU is not."""
-    return [name for name in ff.available_backends(device.type) if name in TIMED[device.type]]
+def backends(device: torch.device) -> list[tuple[BackendName, str]]:
+    """Backends that work on that device and are worth a row, and their kind; Triton's interpreter on a CPU is not."""
+    works = ff.available_backends(device.type)
+    return [(name, "reference" if name == "reference" else "ours") for name in TIMED[device.type] if name in works]
 
 
 def _pattern(pattern: str, size: int, device: torch.device, random: torch.Generator) -> Tensor:

@@ -6,17 +6,23 @@ rotates from round to round, and a plain copy runs in each round too: its bandwi
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 COPY = "copy"  # the yardstick's name among the variants
 
 
@@ -88,10 +94,12 @@ class DisagreementError(Exception):
 
 
 class Machine:
-    """A device: its clock, its cache, its yardstick."""
+    """A device: its clock, its cache, its yardstick; `clock` is that of work on a CPU, in seconds."""
 
-    def __init__(self, device: torch.device, small: bool = False) -> None:
-        self.device = device
+    def __init__(
+        self, device: torch.device, small: bool = False, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.device, self._clock = device, clock
         cache = last_level_cache(device)
         size = 1 << 16 if small else max(4 * cache, 128 << 20) * (4 if device.type == "cuda" else 1)
         self._scratch = torch.zeros(size // 4, device=device)
@@ -124,9 +132,9 @@ class Machine:
             end.record()
             end.synchronize()
             return begin.elapsed_time(end) / 1e3
-        began = time.perf_counter()
+        began = self._clock()
         run()
-        return time.perf_counter() - began
+        return self._clock() - began
 
 
 def check(case: Case) -> dict[str, str]:
@@ -171,8 +179,8 @@ def ulps(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def race(case: Case, machine: Machine, effort: Effort) -> dict[str, list[float]]:
-    """Seconds of every run of every variant, and of the copy; a variant that has had its time sits rounds out."""
-    runs = [Variant(COPY, COPY, machine.copy, lambda: None, None), *case.variants]
+    """Seconds of every run of every variant, and of the copy; a variant that has had its time sits out."""
+    runs = [Variant(COPY, COPY, machine.copy, nothing, None), *case.variants]
     if machine.device.type == "cuda":
         runs += list(_graphs(case.variants, machine))
     times: dict[str, list[float]] = {v.name: [] for v in runs}
@@ -236,6 +244,47 @@ def kernel_launches(variant: Variant, device: torch.device) -> int | None:
     return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
 
 
+def alone(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function in a new process, in which malloc gives large blocks back to the system once they are freed."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _give_back) as process:
+        return process.submit(function, *arguments).result()
+
+
+def _give_back() -> None:
+    """Where resident memory is looked at: large blocks come straight from the system, never from malloc's own heap."""
+    if CLEAR.exists():
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+
+
+def extra_bytes(variant: Variant, device: torch.device) -> int:
+    """Peak memory of one run on top of what is there before it; run twice before, to warm up.
+
+    On Linux it is the kernel's high-water mark of resident memory, reset before the run; in a process that `alone`
+    started, nothing that was freed before hides what a run needs. On a GPU torch's allocator reports it.
+    """
+    for _ in range(2):
+        variant.restore()
+        variant.run()
+    variant.restore()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        variant.run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5")  # resets the high-water mark
+    before = _resident("VmRSS")
+    variant.run()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
 def last_level_cache(device: torch.device) -> int:
     """Bytes of the largest cache; 32 MB where the machine does not say."""
     if device.type == "cuda":
@@ -244,3 +293,7 @@ def last_level_cache(device: torch.device) -> int:
     units = {"K": 1 << 10, "M": 1 << 20}
     found = [int(m[1]) * units[m[2]] for text in sizes if (m := re.match(r"(\d+)([KM])", text))]
     return max(found, default=32 << 20)
+
+
+def nothing() -> None:
+    """What is to be restored where a run changes nothing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import write_json
 from .measure import COPY, Case
 
 
@@ -62,15 +62,9 @@ class Record:
     skipped: list[dict[str, str]] = field(default_factory=list)  # case, variant, why
 
     def save(self, path: Path) -> None:
-        """Write it, one row a line, all or nothing."""
-        head = {"mode": self.mode, "environment": self.environment, "skipped": self.skipped}
-        lines = ",\n".join(f"  {json.dumps(_plain(asdict(row)))}" for row in self.rows)
-        text = f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+        """Write it, one row a line, without what is empty, with four digits where more would be noise."""
+        rows = [{key: value for key, value in asdict(row).items() if value is not None} for row in self.rows]
+        write_json(path, asdict(self) | {"rows": rows}, digits=4)
 
     @classmethod
     def load(cls, path: Path) -> Record:
@@ -78,21 +72,22 @@ class Record:
         found = json.loads(path.read_text())
         return cls(found["mode"], found["environment"], [Row(**row) for row in found["rows"]], found["skipped"])
 
-    def find(self, case: str, variant: str) -> Row | None:
-        """The row of a variant."""
-        return next((row for row in self.rows if (row.case, row.variant) == (case, variant)), None)
+    def best(self, case: str, kind: str) -> Row | None:
+        """The fastest row of a kind."""
+        return min((r for r in self.rows if r.case == case and r.kind == kind), key=lambda r: r.ms, default=None)
 
     def ours(self, case: str) -> Row | None:
         """The row of our fastest variant."""
-        return min((r for r in self.rows if r.case == case and r.kind == "ours"), key=lambda r: r.ms, default=None)
+        return self.best(case, "ours")
+
+    @property
+    def cases(self) -> list[str]:
+        """The cases measured, in order."""
+        return list(dict.fromkeys(row.case for row in self.rows))
 
 
 def rows_of(
-    case: Case,
-    device: str,
-    times: Mapping[str, Sequence[float]],
-    copy_bytes: int,
-    agreement: Mapping[str, str],
+    case: Case, device: str, times: Mapping[str, Sequence[float]], copy_bytes: int, agreement: Mapping[str, str]
 ) -> list[Row]:
     """Rows from the seconds of a race."""
     kinds = {v.name: v.kind for v in case.variants}
@@ -101,33 +96,20 @@ def rows_of(
     for name, seconds in times.items():
         if name == COPY:
             continue
-        p20, p50, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
         base = name.removesuffix(" (graph)")
+        p20, ms, p80 = np.percentile(seconds, [20, 50, 80]).tolist()
         row = Row(
-            case=case.name,
-            title=case.title,
-            variant=name,
-            kind=kinds[base],
-            device=device,
-            elements=case.elements,
-            ms=p50,
-            p20=p20,
-            p80=p80,
-            rounds=len(seconds),
-            copy_gbps=copy_gbps,
-            selected=case.selected,
-            floor_bytes=case.floor,
-            agrees=agreement.get(base),
-        )
+            case.name, case.title, name, kinds[base], device, case.elements, 1e3 * ms, 1e3 * p20, 1e3 * p80,
+            len(seconds), copy_gbps, case.selected, case.floor, agrees=agreement.get(base),
+        )  # fmt: skip
         if case.floor is not None:
-            row.gbps = case.floor / p50 / 1e6
-            row.share = row.gbps / row.copy_gbps
+            row.gbps = case.floor / row.ms / 1e6
+            row.share = row.gbps / copy_gbps
         found.append(row)
-    naive = min((r.ms for r in found if r.kind == "naive"), default=None)
-    best = min((r.ms for r in found if r.kind == "torch"), default=None)
+    naive, torch = (min((r.ms for r in found if r.kind == kind), default=None) for kind in ("naive", "torch"))
     for row in found:
         row.vs_naive = naive / row.ms if naive else None
-        row.vs_torch = best / row.ms if best and row.kind == "ours" else None
+        row.vs_torch = torch / row.ms if torch and row.kind == "ours" else None
     return found
 
 
@@ -143,8 +125,9 @@ def table(rows: Iterable[Row]) -> Any:
         if row.case != case:
             case = row.case
             block = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-            for heading, (justify, width) in HEADINGS.items():
-                block.add_column(heading, justify=justify, min_width=width, no_wrap=True)
+            for heading, width in HEADINGS.items():
+                left = heading in ("variant", "")
+                block.add_column(heading, justify="left" if left else "right", min_width=width, no_wrap=True)
             facts = [row.title]
             facts += [f"floor {size(row.floor_bytes)}"] if row.floor_bytes else []
             facts += [f"copy {row.copy_gbps:.1f} GB/s"]
@@ -157,19 +140,10 @@ def table(rows: Iterable[Row]) -> Any:
     return Group(*shown)
 
 
-HEADINGS: dict[str, tuple[Any, int]] = {  # justification, least width: blocks line up
-    "variant": ("left", 17),
-    "ms": ("right", 7),
-    "p20–p80": ("right", 13),
-    "GB/s": ("right", 5),
-    "of copy": ("right", 7),
-    "": ("left", 8),
-    "naive ÷": ("right", 7),
-    "torch ÷": ("right", 7),
-    "extra": ("right", 7),
-    "calls": ("right", 7),
-    "kernels": ("right", 7),
-}
+HEADINGS = {  # least widths, so that blocks line up
+    "variant": 17, "ms": 7, "p20–p80": 13, "GB/s": 5, "of copy": 7, "": 8, "naive ÷": 7, "torch ÷": 7,
+    "extra": 7, "calls": 7, "kernels": 7,
+}  # fmt: skip
 LEGEND = (
     "GB/s: the least bytes the work moves, over the median. of copy: that, over a plain copy in the same rounds. "
     "naive ÷, torch ÷: how many times faster than existing code, and than the best in plain torch. extra: peak memory."
@@ -204,8 +178,3 @@ def size(n: int | None) -> str:
 
 def _or(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Without what is empty, and with four digits where more would be noise."""
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items() if v is not None}

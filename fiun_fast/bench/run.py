@@ -1,27 +1,114 @@
-"""Measuring the cases, one after another."""
+"""The list of cases and their sizes, and the command: one case after another, checked, timed and weighed.
+
+Modes: "full", "quick" (under three minutes in all), "tiny" (shows that all runs).
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ArgumentError
-from . import memory, results
-from .cases import listed
-from .environment import environment, machine_kind
-from .measure import Case, Effort, Machine, check, kernel_launches, operator_calls, race
+from . import fishers, results, whole
+from .dampening import Network, head, resnet18
+from .files import describe, environment, machine_kind
+from .measure import CLEAR, Case, Effort, Machine, alone, check, extra_bytes, kernel_launches, operator_calls, race
 from .results import Record, Row
 
+Make = Callable[[torch.device, str | None], Case]  # device, compiler (None: without torch.compile)
 EFFORTS = {"full": Effort(5, 30, 1.5), "quick": Effort(3, 15, 0.3), "tiny": Effort(1, 2, 0.0)}
 WEIGHED = {  # cases whose memory is measured
     "full": ("a", "c", "d", "e", "g", "g-hooks", "h-8", "j-resnet", "k-sample", "k-head"),
     "quick": ("a", "d", "g-hooks"),
     "tiny": ("a", "g-hooks"),
 }
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a mode measures; the defaults are those of "full"."""
+
+    width: int = 64  # of the ResNet-18s
+    nodes: int = 16  # case c
+    heads: int = 1000  # case d
+    many: int = 10_000  # case e
+    features: tuple[int, int] = (512, 512)  # of the heads in d and e
+    flat: int = 100_000_000  # case f
+    merged: tuple[int, ...] = (2, 8, 32)  # case h
+    planned: tuple[int, ...] = (1_000, 10_000, 100_000)  # case i
+    whole: int = 8  # case j, ResNet-18s
+    batch: int = 16  # images in each of their mini-batches
+    exact: tuple[int, int] = (32, 64)  # case k: width of the network, images in a mini-batch
+    scale_nodes: tuple[int, ...] = (1, 10, 100, 1_000, 10_000)
+    scale_parameters: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+
+
+SIZES = {
+    "full": Size(),
+    "quick": Size(
+        nodes=4, heads=200, many=2_000, flat=20_000_000, merged=(2, 8), planned=(10_000,), whole=2,
+        scale_nodes=(), scale_parameters=(),
+    ),
+    "tiny": Size(
+        width=2, nodes=5, heads=6, many=7, features=(16, 8), flat=10_001, merged=(2, 3), planned=(5, 40), whole=3,
+        batch=2, exact=(2, 4), scale_nodes=(1, 3), scale_parameters=(100, 1_000),
+    ),
+}  # fmt: skip
+FEW = ("naive", "ours")  # kinds that the scaling rows time
+
+
+def listed(mode: str) -> dict[str, Make]:
+    """Case name -> how to make it, in the order of the table."""
+    return dict(_cases(SIZES[mode]))
+
+
+def _cases(size: Size) -> Iterator[tuple[str, Make]]:
+    def network(name, title, shapes, nodes, sources, pattern="half", dtype=torch.float32, only=None):
+        def make(device: torch.device, compiler: str | None) -> Case:
+            made = Network(shapes, nodes, sources, pattern, device, dtype)
+            return made.case(name, title, only, None if only else compiler)
+
+        return name, make
+
+    resnet = resnet18(size.width)
+    wide, narrow = head(size.features[0], 100), head(size.features[1], 10)
+    yield network("a", "dampen one ResNet-18, half selected", resnet, 1, 1)
+    yield network("a-all", "dampen one ResNet-18, all selected", resnet, 1, 1, "all")
+    yield network("b-clustered", "dampen one ResNet-18, 1 % selected, in runs", resnet, 1, 1, "clustered")
+    yield network("b-scattered", "dampen one ResNet-18, 1 % selected, anywhere", resnet, 1, 1, "scattered")
+    yield network("c", f"dampen a DAG of {size.nodes} ResNet-18s, 3 requests", resnet, size.nodes, 3)
+    yield network("d", f"dampen a DAG of {size.heads:,} heads of 51,300, 3 requests", wide, size.heads, 3)
+    yield network("e", f"dampen a DAG of {size.many:,} heads of 5,130, 3 requests", narrow, size.many, 3)
+    one = {"weight": (size.flat,)}
+    yield network("f-fp32", f"dampen one flat model of {size.flat / 1e6:g} M, fp32", one, 1, 1)
+    yield network("f-bf16", f"dampen one flat model of {size.flat / 1e6:g} M, bf16", one, 1, 1, dtype=torch.bfloat16)
+
+    def other(make: Callable[..., Case], name: str, title: str, *arguments: Any) -> tuple[str, Make]:
+        return name, lambda device, compiler: make(name, title, device, *arguments)
+
+    yield other(fishers.accumulate, "g", "accumulate g² of a ResNet-18", resnet, False)
+    yield other(fishers.accumulate, "g-zero", "accumulate g² of a ResNet-18 and zero it", resnet, True)
+    yield other(fishers.in_hooks, "g-hooks", "backward and accumulate, after it or in hooks", resnet)
+    for k in size.merged:
+        yield other(fishers.merge, f"h-{k}", f"merge {k} Fishers of a ResNet-18", resnet, k)
+    for n in size.planned:
+        yield other(whole.compile_plan, f"i-{n}", f"compile a plan for {n:,} nodes", n)
+    yield other(whole.demo, "j-demo", "end to end, the demo's 13 models", 2 * size.batch)
+    many = f"end to end, {size.whole} ResNet-18s"
+    yield other(whole.resnets, "j-resnet", many, size.whole, size.width, size.batch)
+    images = f"2 batches of {size.exact[1]} through a conv net"
+    yield other(fishers.sample, "k-sample", f"sample Fisher, {images}", *size.exact)
+    yield other(fishers.head, "k-head", f"Fisher of the head, {images}", *size.exact)
+    for n in size.scale_nodes:
+        title = f"scaling: heads of 5,130, {n:,} nodes"
+        yield network(f"nodes-{n}", title, narrow, n, 1, only=FEW)
+    for n in size.scale_parameters:
+        yield network(f"parameters-{n}", f"scaling: one model of {n:,}", {"weight": (n,)}, 1, 1, only=FEW)
 
 
 class Bench:
@@ -50,7 +137,7 @@ class Bench:
         """Check, time, count and weigh one case; its rows are added to the record.
 
         Raises:
-            DisagreementError: a variant computes something else than the reference.
+            DisagreementError: a variant does not compute what the reference computes.
 
         """
         gc.collect()
@@ -58,11 +145,8 @@ class Bench:
         agreement = check(case)
         times = race(case, self.machine, EFFORTS[self.mode])
         rows = results.rows_of(case, self.device.type, times, self.machine.copy_bytes, agreement)
-        weights = (
-            memory.peaks(name, self.mode, self.device, self.compiler)
-            if self.weigh and name in WEIGHED[self.mode]
-            else {}
-        )
+        weigh = self.weigh and name in WEIGHED[self.mode] and (self.device.type != "cpu" or CLEAR.exists())
+        weights = alone(weights_of, name, self.mode, self.device, self.compiler) if weigh else {}
         by_name = {variant.name: variant for variant in case.variants}
         for row in rows:
             row.extra_bytes = weights.get(row.variant)
@@ -72,6 +156,11 @@ class Bench:
         self.record.rows += rows
         self.record.skipped += [{"case": name, "variant": v, "why": why} for v, why in case.skipped.items()]
         return case, rows
+
+
+def weights_of(name: str, mode: str, device: torch.device, compiler: str | None) -> dict[str, int]:
+    """Peak extra memory of each variant of a case, in bytes; to be called in a process of its own."""
+    return {variant.name: extra_bytes(variant, device) for variant in listed(mode)[name](device, compiler).variants}
 
 
 def why_not_compile(compiler: str, device: torch.device) -> str | None:
@@ -84,25 +173,22 @@ def why_not_compile(compiler: str, device: torch.device) -> str | None:
 
 
 def bench(
-    names: Iterable[str] | None = None,
-    mode: str = "full",
-    devices: Iterable[str] | None = None,
-    compiler: str | None = "inductor",
-    weigh: bool = True,
-    tick: Callable[[str], None] = lambda text: None,
+    names: Iterable[str] | None,
+    mode: str,
+    devices: Iterable[str] | None,
+    compiler: str | None,
+    tick: Callable[[str], None],
 ) -> list[Record]:
-    """Run cases (all of the mode by default) on each device: by default the CPU, and a GPU where there is one.
-
-    A name stands for every case that it begins: "g" for g, g-zero and g-hooks.
+    """Run the cases that `select` finds on each device: by default the CPU, and a GPU where there is one.
 
     Raises:
-        ArgumentError: a name that begins no case of this mode.
+        ArgumentError: a name that selects no case of this mode.
 
     """
     chosen = select(names, mode)
     records = []
     for device in devices or present():
-        run = Bench(mode, torch.device(device), compiler, weigh)
+        run = Bench(mode, torch.device(device), compiler)
         for i, name in enumerate(chosen):
             tick(f"{device}: case {name} ({i + 1} of {len(chosen)})")
             run.measure(name)
@@ -131,22 +217,24 @@ def main(
 def show(record: Record, console: Any) -> None:
     """Print the table of a record, what it was measured on, and what is missing from it."""
     console.print(results.table(record.rows))
-    machine = record.environment
-    console.print(f"\n{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    console.print(f"\n{describe(record.environment)}")
     console.print(results.LEGEND, style="dim")
     for missing in record.skipped:
         console.print(f"left out: {missing['variant']} of case {missing['case']}: {missing['why']}")
 
 
 def select(names: Iterable[str] | None, mode: str) -> list[str]:
-    """Cases of the mode that the names begin."""
+    """The cases of the mode with one of the names, or one of them and a dash: "g" is g, g-zero, g-hooks; None: all.
+
+    Raises:
+        ArgumentError: a name that selects no case of this mode.
+
+    """
     known = list(listed(mode))
-    if not names:
-        return known
-    for name in names:
-        if not any(_begins(name, case) for case in known):
-            raise ArgumentError(f"no case {name!r} in {mode} mode; known are {', '.join(known)}")
-    return [case for case in known if any(_begins(name, case) for name in names)]
+    found = {name: {case for case in known if f"{case}-".startswith(f"{name}-")} for name in names or known}
+    if missing := [name for name, cases in found.items() if not cases]:
+        raise ArgumentError(f"no case {missing[0]!r} in {mode} mode; known are {', '.join(known)}")
+    return [case for case in known if case in set().union(*found.values())]
 
 
 def present() -> list[str]:
@@ -158,7 +246,3 @@ def path_for(record: Record, folder: Path) -> Path:
     """Where a record is kept: one file for each kind of machine and mode."""
     mode = "" if record.mode == "full" else f"-{record.mode}"
     return folder / f"{machine_kind(record.environment)}{mode}.json"
-
-
-def _begins(name: str, case: str) -> bool:
-    return case == name or case.startswith(f"{name}-")

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fiun_fast as ff
+from fiun_fast.arguments import BackendName
 
 from . import baselines
 from .baselines import Group
-from .dampening import ALPHA, LAM, resnet18, usable
-from .measure import Case, Variant
+from .dampening import ALPHA, LAM, ResNet18, backends
+from .measure import Case, Variant, nothing
 
 Batch = tuple[Tensor, Tensor]
 
 
-def compile_plan(name: str, title: str, nodes: int, device: torch.device) -> Case:
+def compile_plan(name: str, title: str, device: torch.device, nodes: int) -> Case:
     """`ff.plan` for `nodes` linear layers, three requests; every further node has two parents. No bytes to speak of."""
     weights, biases = torch.ones(nodes, 10, 4, device=device), torch.ones(nodes, 10, device=device)
     models = [_Head(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -33,8 +34,8 @@ def compile_plan(name: str, title: str, nodes: int, device: torch.device) -> Cas
     requests = [ff.ForgetRequest(f"n{k}", ff.Fisher(buffers[nodes + k], layout)) for k in range(min(3, nodes))]
     plan = ff.plan(dag, requests)
     variants = [
-        Variant("plan", "ours", lambda: ff.plan(dag, requests), lambda: None, None),
-        Variant("run_", "floor", lambda: plan.run_(dry_run=True), lambda: None, None, len(plan.tables)),
+        Variant("plan", "ours", lambda: ff.plan(dag, requests), nothing, None),
+        Variant("run_", "floor", lambda: plan.run_(dry_run=True), nothing, None, 1),
     ]
     return Case(name, title, None, nodes, variants, None)
 
@@ -95,11 +96,12 @@ class End2End:
 
     def naive(self) -> None:
         """As existing code does it."""
-        forgets = [self._importance(self.models[origin], batches) for origin, batches in self.batches.items()]
+        forgets = [self._importance(origin) for origin in self.batches]
         originals = [list(fisher.as_dict().values()) for fisher in self.originals.values()]
-        baselines.naive(self.thetas, originals, forgets, self.groups, ALPHA, LAM)
+        _, way = baselines.WAYS["naive"]
+        baselines.unlearn(way, (self.thetas, originals, forgets, self.groups), ALPHA, LAM)
 
-    def ours(self, backend: str) -> None:
+    def ours(self, backend: BackendName) -> None:
         """With this package."""
         requests = [
             ff.ForgetRequest(origin, ff.estimate_fisher(self.models[origin], batches, backend=backend))
@@ -114,15 +116,15 @@ class End2End:
                 self.models[origin].zero_grad()
                 functional.cross_entropy(self.models[origin](inputs), targets).backward()
 
-    @staticmethod
-    def _importance(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    def _importance(self, origin: str) -> list[Tensor]:
+        model, batches = self.models[origin], self.batches[origin]
         totals = [torch.zeros_like(p) for p in model.parameters()]
         for inputs, targets in batches:
             model.zero_grad()
             functional.cross_entropy(model(inputs), targets).backward()
             for p, total in zip(model.parameters(), totals, strict=True):
-                if p.grad is not None:
-                    total.data += p.grad.data.clone().pow(2)
+                assert p.grad is not None
+                total.data += p.grad.data.clone().pow(2)
         for total in totals:
             total.data /= float(len(batches))
         return totals
@@ -135,23 +137,20 @@ class End2End:
             self.ours("reference")
             return self.outcome()
 
-        device = self.thetas[0][0].device
         variants = [
-            Variant("forward and backward alone", "floor", self.passes, lambda: None, None),
+            Variant("forward and backward alone", "floor", self.passes, nothing, None),
             Variant("naive", "naive", self.naive, self.restore, self.outcome),
         ]
-        variants += [
-            Variant(backend, "ours", partial(self.ours, backend), self.restore, self.outcome)
-            for backend in usable(device)
-            if backend != "reference"
-        ]
+        for backend, kind in backends(self.thetas[0][0].device):
+            if kind == "ours":
+                variants.append(Variant(backend, kind, partial(self.ours, backend), self.restore, self.outcome))
         elements = sum(t.numel() for tensors in self.thetas for t in tensors)
         return Case(name, title, None, elements, variants, expected, ulps=16, flips=1e-3)
 
 
 def demo(name: str, title: str, device: torch.device, batch: int) -> Case:
     """The demo's federated network: 13 models, two clients ask. The data are noise; that changes no time."""
-    from ..demo.model import fresh
+    from ..demo.data import fresh
 
     models: dict[str, nn.Module] = {"server": fresh(0).to(device)}
     parents: dict[str, list[str]] = {"server": []}
@@ -163,7 +162,7 @@ def demo(name: str, title: str, device: torch.device, batch: int) -> Case:
         above = f"avg{r}"
         models[above], parents[above] = copy.deepcopy(models["server"]), clients
     random = torch.Generator().manual_seed(0)
-    batches = {origin: _noise(4, batch, (1, 8, 8), 10, random, device) for origin in ("A1", "B1")}
+    batches = {origin: _noise((batch, 1, 8, 8), 10, random, device) for origin in ("A1", "B1")}
     return End2End(models, parents, batches).case(name, title)
 
 
@@ -173,54 +172,16 @@ def resnets(name: str, title: str, device: torch.device, nodes: int, width: int,
     models = {f"n{i}": first if i == 0 else copy.deepcopy(first) for i in range(nodes)}
     parents = {name: [] if i < 2 else ["n0", "n1"] for i, name in enumerate(models)}
     random = torch.Generator().manual_seed(0)
-    batches = {origin: _noise(4, batch, (3, 32, 32), 100, random, device) for origin in ("n0", "n1")}
+    batches = {origin: _noise((batch, 3, 32, 32), 100, random, device) for origin in ("n0", "n1")}
     return End2End(models, parents, batches).case(name, title)
 
 
-def _noise(
-    count: int, size: int, shape: tuple[int, ...], classes: int, random: torch.Generator, device: torch.device
-) -> list[Batch]:
+def _noise(shape: tuple[int, ...], classes: int, random: torch.Generator, device: torch.device) -> list[Batch]:
+    """Four mini-batches of images of that shape, and labels."""
     return [
         (
-            torch.randn(size, *shape, generator=random).to(device),
-            torch.randint(classes, (size,), generator=random).to(device),
+            torch.randn(shape, generator=random).to(device),
+            torch.randint(classes, shape[:1], generator=random).to(device),
         )
-        for _ in range(count)
+        for _ in range(4)
     ]
-
-
-class ResNet18(nn.Module):
-    """The usual network; its parameters are those of `dampening.resnet18`."""
-
-    def __init__(self, width: int = 64, classes: int = 100) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-        widths = [width << stage for stage in range(4)]
-        for stage, (n_in, n) in enumerate(zip([width, *widths], widths, strict=False), start=1):
-            self.add_module(f"layer{stage}", nn.Sequential(_Block(n_in, n), _Block(n, n)))
-        self.fc = nn.Linear(widths[-1], classes)
-        assert {k: tuple(p.shape) for k, p in self.named_parameters()} == resnet18(width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [n, 3, h, w] -> logits [n, classes]."""
-        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(images))), 3, 2, 1)
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return self.fc(x.mean((2, 3)))
-
-
-class _Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut; halves the image where the width changes."""
-
-    def __init__(self, n_in: int, n: int) -> None:
-        super().__init__()
-        stride = 1 if n_in == n else 2
-        self.conv1, self.bn1 = nn.Conv2d(n_in, n, 3, stride, 1, bias=False), nn.BatchNorm2d(n)
-        self.conv2, self.bn2 = nn.Conv2d(n, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n)
-        if stride == 2:
-            self.downsample = nn.Sequential(nn.Conv2d(n_in, n, 1, stride, bias=False), nn.BatchNorm2d(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, c, h, w] -> the same or half the image."""
-        y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
-        return functional.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))

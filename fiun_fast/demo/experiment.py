@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from statistics import median
 
 import torch
-from torch import Tensor
 
 import fiun_fast as ff
+from fiun_fast.arguments import Estimator
+from fiun_fast.tuning import tune_plan
 
-from . import textbook
-from .choose import Snapshot, Trial, compile_plan
-from .data import Digits, Samples, batches, jittered, join
-from .model import DigitNet
+from ..bench.baselines import unlearn_named
+from ..bench.measure import Machine
+from .data import DigitNet, Digits, Samples, batches, jittered, join
 from .networks import Recipe, grow
+from .report import Case, Row
+from .score import ClassScore
 
 FISHER_BATCH = 16
 COPIES = {"original": 2, "forget": 6}  # a class is a tenth of the data: its Fisher needs more passes to settle
 SEARCH = {"last-layer": (40, 6), "all": (12, 0)}  # scope -> alphas tried for each lambda, jittered validation copies
-
-
-@dataclass
-class Row:
-    """One node before and after. Accuracies are shares of the test split, over the classes the node knows."""
-
-    node: str
-    parents: tuple[str, ...]
-    forget: tuple[int, ...]  # the classes that reach this node; empty: not touched
-    before: tuple[float, float]  # accuracy on the forgotten classes, on the rest
-    after: tuple[float, float]
-    alpha: float | None = None
-    lam: float | None = None
-    selected: int = 0
-    numel: int = 0
-    retrained: tuple[float, float] | None = None
-
-
-@dataclass
-class Case:
-    """One request, or several merged, in one network."""
-
-    scenario: str
-    seed: int
-    scope: str
-    classes: tuple[int, ...]
-    origins: tuple[str, ...]
-    rows: list[Row]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def touched(self) -> list[Row]:
-        """The nodes that the request reaches."""
-        return [row for row in self.rows if row.forget]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python types, for JSON."""
-        return asdict(self)
+ROUNDS = 21  # of what is timed
 
 
 class Network:
@@ -72,112 +35,107 @@ class Network:
         digits: Digits,
         models: dict[str, DigitNet],
         scope: str,
-        estimator: str = "batch",
+        estimator: Estimator = "batch",
         batch: int = FISHER_BATCH,
     ) -> None:
         self.recipe, self.digits, self.models, self.scope = recipe, digits, models, scope
-        self.estimator, self._batch = estimator, batch
-        self._validation: dict[str, tuple[Tensor, Tensor]] = {}
-        self.params = _scope(models[recipe.steps[0].name], scope)
-        began = time.perf_counter()
-        self.originals = {name: self._fisher(name, recipe.data(name), COPIES["original"]) for name in models}
-        self.seconds = {"original Fishers, all nodes": time.perf_counter() - began}
+        self._estimator, self._batch = estimator, batch
+        self._validation: dict[tuple[str, int], Samples] = {}
+        some, self.seconds = models[recipe.steps[0].name], dict[str, float]()
+        self.params = list(ff.last_layer(some) if scope == "last-layer" else dict(some.named_parameters()))
+        with _timed(self.seconds, "original Fishers, all nodes"):
+            self.originals = {name: self.fisher(name, recipe.data(name), COPIES["original"]) for name in models}
         self.dag = ff.InheritanceDAG()
         for step in recipe.steps:
-            self.dag.add_model(
-                step.name, models[step.name], fisher=self.originals[step.name], parents=list(step.parents)
-            )
+            self.dag.add_model(step.name, models[step.name], fisher=self.originals[step.name], parents=step.parents)
+        touched = [model.get_parameter(name) for model in models.values() for name in self.params]
+        self._kept = [(parameter, parameter.detach().clone()) for parameter in touched]
 
-    def _fisher(self, name: str, samples: Samples, copies: int) -> ff.Fisher:
+    def fisher(self, name: str, samples: Samples, copies: int) -> ff.Fisher:
         """A Fisher at a node, over samples jittered as in training, as the node sees them."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         images, labels = jittered(samples, copies, generator)
         seen = Samples(self.recipe[name].view(images), labels)
         loader = list(batches(seen, self._batch, generator, self.recipe.device))
-        return ff.estimate_fisher(self.models[name], loader, params=self.params, estimator=self.estimator)
+        return ff.estimate_fisher(self.models[name], loader, params=self.params, estimator=self._estimator)
 
-    def _forget_fisher(self, label: int) -> ff.Fisher:
-        """Over the samples of one class, at the node where they entered."""
+    def request(self, label: int) -> ff.ForgetRequest:
+        """To forget one class, by the samples of it where they entered."""
         origin = self.recipe.origin[label]
-        return self._fisher(origin, self.recipe.data(origin).only([label]), COPIES["forget"])
+        return ff.ForgetRequest(origin, self.fisher(origin, self.recipe.data(origin).only([label]), COPIES["forget"]))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the parameters back that dampening may write."""
+        for parameter, value in self._kept:
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def inputs(self, node: str, samples: Samples) -> Samples:
+        """The samples as the node sees them; features, where the last layer is in scope and the body never changes."""
+        images = self.recipe[node].view(samples.images).to(self.recipe.device)
+        images = self.models[node].body(images) if self.scope == "last-layer" else images
+        return Samples(images, samples.labels.to(self.recipe.device))
+
+    def tail(self, model: DigitNet) -> torch.nn.Module:
+        """The part of a model that takes `inputs`."""
+        return model.head if self.scope == "last-layer" else model
+
+    def validation(self, node: str, copies: int) -> Samples:
+        """Validation digits of the classes the node knows, with jittered copies for a finer signal; made once."""
+        if (node, copies) not in self._validation:
+            samples = self.digits.validation.only(self.recipe.data(node).classes)
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            both = join([samples, jittered(samples, copies, generator)]) if copies else samples
+            self._validation[node, copies] = self.inputs(node, both)
+        return self._validation[node, copies]
+
+    def score(self, classes: Sequence[int]) -> ClassScore:
+        """What each node that forgets some of the classes is to be tuned for."""
+        reached = self.recipe.reached(classes)
+        data = {node: self.validation(node, SEARCH[self.scope][1]) for node in reached}
+        return ClassScore(self.models, data, reached, self.tail)
 
     def forget(self, classes: Sequence[int], *, backend: str | None = None, points: int | None = None) -> Case:
         """Forget the classes everywhere, measure, and put the models back."""
-        recipe, seconds = self.recipe, dict(self.seconds)
-        reached = recipe.reached(classes)
-        snapshot = Snapshot({node: self.models[node] for node in reached}, self.params)
-
+        recipe, seconds, reached = self.recipe, dict(self.seconds), self.recipe.reached(classes)
         with _timed(seconds, "forget Fisher, at the origin"):
-            fishers = {label: self._forget_fisher(label) for label in classes}
-        requests = [ff.ForgetRequest(recipe.origin[label], fisher) for label, fisher in fishers.items()]
-        reaching = {node: [fishers[label] for label in labels] for node, labels in reached.items()}
-
-        with _timed(seconds, "choosing alpha and lambda"):
-            default_points, copies = SEARCH[self.scope]
-            trials = {node: self._trial(node, copies, labels) for node, labels in reached.items()}
-            choices = ff.tune(
-                self.dag,
-                requests,
-                lambda node, model: trials[node].score(),
-                points=points or default_points,
-                backend=backend,
-            )
-
+            requests = {label: self.request(label) for label in classes}
         with _timed(seconds, "compiling the plan"):
-            plan = compile_plan(self.dag, requests, choices, backend)
+            plan = ff.plan(self.dag, requests.values(), alpha=0.0, backend=backend)
+        with _timed(seconds, "choosing alpha and lambda"):
+            chosen = tune_plan(plan, self.score(classes), points=points or SEARCH[self.scope][0])
+        plan.set_values_(chosen)
         before = {node: self.accuracy(node, classes) for node in self.models}
-        report = plan.run_()
-        rows = []
+        report, rows = plan.run_(), []
         for step in recipe.steps:
-            row = Row(step.name, step.parents, (), before[step.name], self.accuracy(step.name, classes))
-            if choice := choices.get(row.node):
-                row.forget, row.alpha, row.lam = reached[row.node], choice.alpha, choice.lam
-                row.selected, row.numel = report[row.node].selected, report[row.node].numel
+            node = step.name
+            row = Row(node, step.parents, reached.get(node, ()), before[node], self.accuracy(node, classes))
+            if row.forget:
+                row.alpha, row.lam = chosen[node].alpha, chosen[node].lam
+                row.selected, row.numel = report[node].selected, report[node].numel
             rows.append(row)
-        snapshot.restore()
+        self.restore()
 
-        seconds["one plan.run_()"] = _median(plan.run_, snapshot.restore, recipe.device)
-        chain = self._textbook(reaching, choices)
-        seconds["textbook chain, node by node"] = _median(chain, snapshot.restore, recipe.device)
-        origins = tuple(recipe.origin[label] for label in classes)
+        seconds["one plan.run_()"] = self._median(plan.run_)
+        # dicts of named tensors are made ready here, before anything is timed
+        originals = {node: self.originals[node].as_dict() for node in reached}
+        forget = {node: [requests[label].fisher.as_dict() for label in labels] for node, labels in reached.items()}
+        alphas = {node: choice.alpha for node, choice in chosen.items()}
+        lams = {node: choice.lam for node, choice in chosen.items()}
+        seconds["textbook chain, node by node"] = self._median(
+            lambda: unlearn_named(self.models, originals, forget, alphas, lams)
+        )
+        origins = tuple(request.origin for request in requests.values())
         return Case(recipe.scenario, recipe.seed, self.scope, tuple(classes), origins, rows, seconds)
 
-    def _textbook(
-        self, reaching: Mapping[str, Sequence[ff.Fisher]], choices: Mapping[str, ff.Choice]
-    ) -> Callable[[], None]:
-        """The same work as the plan's, on dicts of named tensors that are made ready here, before anything is timed."""
-        models = {node: self.models[node] for node in reaching}
-        originals = {node: self.originals[node].as_dict() for node in reaching}
-        forget = {node: [fisher.as_dict() for fisher in found] for node, found in reaching.items()}
-        alphas = {node: choice.alpha for node, choice in choices.items()}
-        lams = {node: choice.lam for node, choice in choices.items()}
-        return lambda: textbook.unlearn(models, originals, forget, alphas, lams)
-
-    def retrain(self, case: Case, *, effort: float = 1.0, tick: Callable[[str], None] = lambda name: None) -> None:
+    def retrain(self, case: Case, *, effort: float, tick: Callable[[str], None]) -> None:
         """Really retrain every reached node without the data, and add accuracy and time to the case."""
-        reached = {row.node for row in case.touched}
-        keep = {node: model for node, model in self.models.items() if node not in reached}
+        keep = {row.node: self.models[row.node] for row in case.rows if not row.forget}
         with _timed(case.seconds, "retraining every affected node"):
             models = grow(self.recipe, without=case.classes, keep=keep, effort=effort, tick=tick)
         for row in case.touched:
             row.retrained = self.accuracy(row.node, case.classes, models)
-
-    def _trial(self, node: str, copies: int, forget: Sequence[int]) -> Trial:
-        """Validation digits of the classes the node knows, as it sees them, with jittered copies for a finer signal.
-
-        With the last layer in scope the body never changes, so its features are computed once and kept.
-        """
-        model, device = self.models[node], self.recipe.device
-        if node not in self._validation:
-            samples = self.digits.validation.only(self.recipe.data(node).classes)
-            generator = torch.Generator().manual_seed(self.recipe.seed)
-            images, labels = join([samples, jittered(samples, copies, generator)]) if copies else samples
-            inputs = self.recipe[node].view(images).to(device)
-            if self.scope == "last-layer":
-                with torch.no_grad():
-                    inputs = model.body(inputs)
-            self._validation[node] = inputs, labels.to(device)
-        return Trial(model.head if self.scope == "last-layer" else model, *self._validation[node], forget)
 
     @torch.no_grad()
     def accuracy(
@@ -190,9 +148,13 @@ class Network:
         gone = torch.isin(samples.labels, torch.tensor(list(forgotten)))
         return right[gone].mean().item(), right[~gone].mean().item()
 
-
-def _scope(model: DigitNet, scope: str) -> list[str]:
-    return list(ff.last_layer(model)) if scope == "last-layer" else [name for name, _ in model.named_parameters()]
+    def _median(self, work: Callable[[], object]) -> float:
+        """Median seconds of `work`, undone after each; warmed up once, and on a GPU by its own clock."""
+        machine, times = Machine(torch.device(self.recipe.device), small=True), []
+        for _ in range(ROUNDS + 1):
+            times.append(machine.seconds(work))
+            self.restore()
+        return median(times[1:])
 
 
 @contextmanager
@@ -201,17 +163,3 @@ def _timed(table: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     table[name] = time.perf_counter() - began
-
-
-def _median(work: Callable[[], object], undo: Callable[[], None], device: str, repeats: int = 21) -> float:
-    """Median seconds of `work`, undone after each; warmed up once, and on a GPU waited for."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times = []
-    for _ in range(repeats + 1):
-        wait()
-        began = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - began)
-        undo()
-    return statistics.median(times[1:])

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .data import CLASSES, Digits, Samples, join, shuffled
-from .model import DigitNet, View, average, fresh, train
+from .data import CLASSES, DigitNet, Digits, Samples, View, average, fresh, join, shuffled, train
 
 
 def as_is(images: Tensor) -> Tensor:
@@ -34,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network to be made, and at which node each class may be asked to go: the one where its data entered."""
+    """A network to be made, and the origin of requests to forget each class: the node where its data entered."""
 
     scenario: str
     steps: tuple[Step, ...]
@@ -78,7 +77,7 @@ def grow(
 ) -> dict[str, DigitNet]:
     """Make every model of the recipe, in order.
 
-    Retraining is the same with `without` (classes left out) and `keep` (models that stand as they are). Every node has
+    Retraining is the same with `without` (classes left out) and `keep` (models that stay as they are). Every node has
     a random stream of its own, so that keeping one changes no other. `effort` scales the steps of all nodes.
     """
     models: dict[str, DigitNet] = dict(keep or {})

@@ -3,7 +3,7 @@
 Method: FIUn with MFIM (arXiv 2408.08493); for one model, Selective Synaptic Dampening (arXiv 2308.07707).
 """
 
-from .dag import ForgetRequest, InheritanceDAG
+from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import (
     ArgumentError,
     BackendError,
@@ -20,15 +20,14 @@ from .errors import (
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, Provenance, merge_fishers
 from .kernels import available_backends, use_backend
-from .layout import Layout, Segment, last_layer
-from .memory import flatten_
-from .plan import Plan, dampen_, plan
+from .layout import Layout, Segment, Shard, flatten_, last_layer
+from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
-from .selection import selection_profile
-from .tune import Choice, search_alpha, tune
+from .tuning import search_alpha, tune
 from .undo import UndoLog
+from .unlearning import dampen_, plan, selection_profile
 from .version import __version__
 
 __all__ = [
@@ -47,6 +46,7 @@ __all__ = [
     "InheritanceDAG",
     "Layout",
     "LayoutError",
+    "Node",
     "NodeReport",
     "ParameterReport",
     "Plan",
@@ -55,6 +55,8 @@ __all__ = [
     "Report",
     "Segment",
     "SelectionProfile",
+    "Shard",
+    "Trials",
     "UndoError",
     "UndoFileError",
     "UndoLog",

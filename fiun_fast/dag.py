@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import torch
 
+from .arguments import check_number
 from .errors import ArgumentError, DagError
-from .fisher import Fisher, check_number
+from .fisher import Fisher
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
@@ -31,21 +33,42 @@ class ForgetRequest:
     weight: float = 1.0
 
 
-class InheritanceDAG:
-    """Models and who inherited from whom; the networkx graph itself is at `graph`.
+@dataclass
+class Node:
+    """A model of the DAG: `dag[name]`.
 
-    Node attributes are `model`, `fisher` (the original Fisher I, or None) and `time`. Parents come before children, so
-    a DAG built with `add_model` has no cycle; a graph edited by hand is checked again when it is planned.
+    Attributes:
+        name: unique in its DAG.
+        model: a module, or a dict of tensors.
+        fisher: original Fisher I over the data the model was trained on, or None.
+        time: when the model came to be, or None.
+
+    """
+
+    name: str
+    model: Model
+    fisher: Fisher | None = None
+    time: float | None = None
+
+
+class InheritanceDAG:
+    """Models and who inherited from whom: nodes by name (`dag["u1"]` is a `Node`), edges in the networkx graph `graph`.
+
+    Parents come before children, so a DAG built with `add_model` has no cycle; a graph edited by hand is checked again
+    when it is planned.
     """
 
     def __init__(self) -> None:
-        self.graph = nx.DiGraph()
+        self.graph = nx.DiGraph()  # names and edges; what belongs to a node is in its Node
+        self._nodes: dict[str, Node] = {}
+        self._newest: dict[str, float] = {}  # name -> latest time of the node and its ancestors, when it was added
 
     def add_model(
         self,
         name: str,
         model: Model,
         fisher: Fisher | None = None,
+        *,
         parents: Iterable[str] = (),
         time: float | None = None,
     ) -> None:
@@ -67,22 +90,36 @@ class InheritanceDAG:
             raise ArgumentError(f"node name {name!r} is a {type(name).__name__}, expected a string")
         if name in self.graph:
             raise DagError(f"node {name!r} exists already")
-        if not isinstance(model, (torch.nn.Module, Mapping)):
-            found = type(model).__name__
-            raise ArgumentError(f"node {name!r}: model is a {found}, expected a module or a dict of tensors")
-        if fisher is not None and not isinstance(fisher, Fisher):
-            raise ArgumentError(f"node {name!r}: fisher is a {type(fisher).__name__}, expected a fiun_fast.Fisher")
+        check_model(name, model)
+        check_original(name, fisher)
+        check_time(name, time)
+        if not isinstance(parents, Iterable):
+            raise ArgumentError(f"node {name!r}: parents is a {type(parents).__name__}, expected a list of names")
         above = [parents] if isinstance(parents, str) else list(parents)
         for parent in above:
             if parent not in self.graph:
-                known = ", ".join(list(self.graph)[:8]) or "none yet"
-                raise DagError(f"node {name!r}: unknown parent {parent!r}; known nodes: {known}")
-        latest = max((self.graph.nodes[p]["latest"] for p in above), default=-math.inf)
+                raise DagError(f"node {name!r}: unknown parent {parent!r}; known nodes: {self._known()}")
+        latest = max((self._newest.get(p, -math.inf) for p in above), default=-math.inf)
         if time is not None and not time >= latest:
             raise DagError(f"node {name!r} has time {time}, but inherits from a model of time {latest}")
-        newest = latest if time is None else float(time)
-        self.graph.add_node(name, model=model, fisher=fisher, time=time, latest=newest)
+        self._newest[name] = latest if time is None else float(time)
+        self._nodes[name] = Node(name, model, fisher, time)
+        self.graph.add_node(name)
         self.graph.add_edges_from((parent, name) for parent in above)
+
+    def __getitem__(self, name: str) -> Node:
+        """Return the node of that name.
+
+        Raises:
+            DagError: there is none, or it was added to the graph by hand and has no model.
+
+        """
+        node = self._nodes.get(name) if isinstance(name, str) else None
+        if not isinstance(name, str) or name not in self.graph.adj:
+            raise DagError(f"no node {name!r} in the DAG; known nodes: {self._known()}")
+        if node is None:
+            raise DagError(f"node {name!r} has no model: add it with add_model")
+        return node
 
     def parents(self, name: str) -> list[str]:
         """Names of the models this one inherited from directly."""
@@ -91,7 +128,10 @@ class InheritanceDAG:
     def __contains__(self, name: object) -> bool:
         return name in self.graph
 
-    def __iter__(self):
+    def _known(self) -> str:
+        return ", ".join(map(str, list(self.graph)[:8])) or "none yet"
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self.graph)
 
     def __len__(self) -> int:
@@ -111,23 +151,21 @@ class InheritanceDAG:
         own: dict[str, int] = {}
         for k, request in enumerate(requests):
             if request.origin not in self.graph:
-                known = ", ".join(list(self.graph)[:8]) or "none yet"
-                raise DagError(f"request {k}: unknown origin {request.origin!r}; known nodes: {known}")
+                raise DagError(f"request {k}: unknown origin {request.origin!r}; known nodes: {self._known()}")
             own[request.origin] = own.get(request.origin, 0) | 1 << k
         try:
             order = list(nx.topological_sort(self.graph))
         except nx.NetworkXUnfeasible:
             cycle = " -> ".join(str(edge[0]) for edge in nx.find_cycle(self.graph))
             raise DagError(f"the inheritance graph has a cycle: {cycle}") from None
-        nodes, children = dict(self.graph.nodes(data=True)), dict(self.graph.adjacency())  # plain dicts: views are slow
-        masks = dict.fromkeys(nodes, 0) | own
-        newest = dict.fromkeys(nodes, -math.inf)
+        children = dict(self.graph.adjacency())  # a plain dict: views are slow
+        masks = dict.fromkeys(order, 0) | own
+        newest = dict.fromkeys(order, -math.inf)
         for name in order:
-            node = nodes[name]
-            if "model" not in node:
-                raise DagError(f"node {name!r} has no model: add it with add_model")
-            mask, latest, time = masks[name], newest[name], node.get("time")
+            node = self._nodes.get(name) or self[name]  # the latter says what is wrong
+            mask, latest, time = masks[name], newest[name], node.time
             if time is not None:
+                check_time(name, time)
                 if time < latest:
                     raise DagError(f"node {name!r} has time {time}, but inherits from a model of time {latest}")
                 latest = time
@@ -145,13 +183,43 @@ class InheritanceDAG:
         return reached
 
 
+def check_model(name: str, model: object) -> None:
+    """Raise an ArgumentError where the model of that node is none."""
+    if not isinstance(model, (torch.nn.Module, Mapping)):
+        found = type(model).__name__
+        raise ArgumentError(f"node {name!r}: model is a {found}, expected a module or a dict of tensors")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(f"node {name!r}: model is a TorchScript module; pass the module that it was made from")
+
+
+def check_original(name: str, fisher: object) -> None:
+    """Raise an ArgumentError where the original Fisher of that node is neither None nor a Fisher."""
+    if fisher is not None and not isinstance(fisher, Fisher):
+        raise ArgumentError(f"node {name!r}: fisher is a {type(fisher).__name__}, expected a fiun_fast.Fisher")
+
+
+def check_time(name: str, time: object) -> None:
+    """Raise an ArgumentError where the time of that node is neither None nor a number that a float holds."""
+    if time is None:
+        return
+    if isinstance(time, bool) or not isinstance(time, numbers.Real):
+        raise ArgumentError(f"node {name!r}: time is a {type(time).__name__}, expected a number")
+    try:
+        float(time)
+    except OverflowError:
+        raise ArgumentError(f"node {name!r}: time is too large for a float") from None
+
+
 def check_requests(requests: Iterable[ForgetRequest]) -> list[ForgetRequest]:
     """The requests as a list; an ArgumentError where there are none or one is malformed."""
+    if not isinstance(requests, Iterable):
+        raise ArgumentError(f"requests is a {type(requests).__name__}, expected a list of ForgetRequests")
     listed = list(requests)
     if not listed:
         raise ArgumentError("no forget requests: nothing to plan")
     for k, request in enumerate(listed):
         if not isinstance(request, ForgetRequest) or not isinstance(request.fisher, Fisher):
             raise ArgumentError(f"request {k} is {request!r:.80}, expected ForgetRequest(origin, Fisher)")
-        check_number(f"request {k} ({request.origin!r}): weight", request.weight)
+        request.fisher.check_memory(f"the forget Fisher of request {k}")
+        check_number(f"request {k} ({request.origin!r}): weight", request.weight, request.fisher.dtype)
     return listed

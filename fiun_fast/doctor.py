@@ -11,6 +11,7 @@ from importlib import metadata
 import torch
 
 from . import kernels
+from .errors import BackendError
 from .version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "networkx", "safetensors", "rich", "scikit-learn", "matplotlib")
@@ -31,7 +32,7 @@ def examine() -> dict[str, dict[str, str]]:
         ),
     }
     backends = {}
-    for name in kernels.BACKENDS:
+    for name in kernels.known():
         kinds = ["cuda"] if name == "cuda" else ["cpu", "cuda"] if gpus else ["cpu"]
         reasons = {kind: kernels.load(name).why_not(kind) for kind in kinds}
         works = [kind for kind, reason in reasons.items() if reason is None]
@@ -44,7 +45,7 @@ def examine() -> dict[str, dict[str, str]]:
     for kind in ["cpu", "cuda"] if gpus else ["cpu"]:
         try:
             defaults[f"for {kind} tensors"] = kernels.select(None, kind).name
-        except kernels.BackendError as error:
+        except BackendError as error:
             defaults[f"for {kind} tensors"] = str(error)
     return {
         "fiun_fast": {"version": __version__},
@@ -75,21 +76,22 @@ def _cuda_extension() -> dict[str, str]:
     """What fiun_fast._cuda has inside, what it meets here, and whether the two go together."""
     from .kernels import cuda
 
+    extension = cuda.BACKEND.extension
     try:
-        inside = cuda.architectures()
+        inside = extension.architectures()
         findings = {
             "machine code for": ", ".join(f"sm_{a}" for a in inside if not a.endswith("+PTX")) or "none",
             "PTX for": ", ".join(f"compute_{a.removesuffix('+PTX')}" for a in inside if a.endswith("+PTX")) or "none",
-            "built with": cuda.toolkit(),
-            "driver here": cuda.driver(),
+            "built with": extension.toolkit(),
+            "driver here": extension.driver(),
         }
-    except kernels.BackendError as error:
+    except BackendError as error:
         return {"runs here": f"no: {error}"}
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(i)
         covered = "" if cuda.runs_on(10 * major + minor, inside) else ", which none of this runs on"
         findings[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}{covered}"
-    reason = cuda.why_not("cuda")
+    reason = cuda.BACKEND.why_not("cuda")
     return findings | {"runs here": "yes" if reason is None else f"no: {reason}"}
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from . import fisher_file, optimizer_state
+from . import files, optimizer_state
+from .arguments import FISHER_DTYPES, MERGE_RULES, MergeRule, check_number, check_one_of, short
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .kernels import select
-from .kernels.table import MERGES
+from .kernels.table import Merging
 from .layout import Layout, Params, select_parameters
-
-FISHER_DTYPES = (torch.float32, torch.float64)
+from .memory import check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,15 @@ class Fisher:
         provenance: how they were obtained.
 
     Raises:
-        DTypeError, LayoutError: the buffer is of another dtype, shape or not contiguous.
+        DTypeError, LayoutError, DeviceError: the buffer is of another dtype or shape, not contiguous, or has no memory
+            of its own (a DTensor, on meta, …).
 
     """
 
     def __init__(self, buffer: torch.Tensor, layout: Layout, provenance: Provenance = UNKNOWN) -> None:
-        if buffer.dtype not in FISHER_DTYPES:
-            raise DTypeError(f"Fisher buffer is {buffer.dtype}, expected float32 or float64")
-        if buffer.dim() != 1 or buffer.numel() != layout.numel:
-            raise LayoutError(f"Fisher buffer of shape {list(buffer.shape)}, expected [{layout.numel}] for {layout!r}")
-        if not buffer.is_contiguous():
-            raise LayoutError("Fisher buffer is not contiguous; pass buffer.contiguous()")
+        if not isinstance(layout, Layout):
+            raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
+        check_buffer("Fisher buffer", buffer, layout)
         self.buffer = buffer.detach()
         self.layout = layout
         self.provenance = provenance
@@ -76,6 +74,7 @@ class Fisher:
             ArgumentError: it is empty, a value is not a tensor, or an entry is negative (NaN and inf pass: they are
                 counted when used).
             DTypeError, DeviceError: integers or complex numbers; dtypes or devices that differ from the first one.
+            FiunError: a tensor without plain memory of its own.
 
         """
         if not isinstance(values, Mapping) or not values:
@@ -86,12 +85,15 @@ class Fisher:
         first, like = next(iter(values.items()))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         for name, value in values.items():
+            if has_no_shape(value) or value.is_quantized:
+                check_addressable(repr(name), value)
             if not value.is_floating_point():
                 raise DTypeError(f"{name!r} is {value.dtype}, expected a floating-point tensor")
             if (torch.float64 if value.dtype == torch.float64 else torch.float32) != dtype:
                 raise DTypeError(f"{name!r} is {value.dtype}, expected {like.dtype} as {first!r}")
-            if value.device != like.device:
-                raise DeviceError(f"{name!r} is on {value.device}, expected {like.device} as {first!r}")
+        check_one_device(values, repr)
+        for name, value in values.items():
+            check_addressable(repr(name), value)
         layout = Layout.from_tensors(values)
         buffer = torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()])
         check_non_negative(buffer, layout)
@@ -122,8 +124,19 @@ class Fisher:
         return cls.from_dict(moments, Provenance("optimizer", steps, 0, how))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], layout: Layout | None = None) -> Fisher:
-        """Read a file that `save` wrote; with `layout`, one that does not fit is refused with the difference.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        layout: Layout | None = None,
+    ) -> Fisher:
+        """Read a file that `save` wrote.
+
+        Args:
+            path: the file.
+            device: where the buffer is to lie; None: in main memory.
+            layout: what is expected; a file that does not fit is refused with the difference.
 
         Raises:
             FisherFileError: the file is truncated, foreign or from a newer format.
@@ -131,12 +144,15 @@ class Fisher:
             ArgumentError: it holds a negative entry.
 
         """
-        buffer, found, record = fisher_file.read(path)
+        if layout is not None and not isinstance(layout, Layout):
+            raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
+        buffer, found, record = files.read_fisher(path)
         if layout is not None and layout != found:
             difference = found.difference(layout, "the file", "the expected layout") or "the order of the parameters"
             raise LayoutError(f"{os.fspath(path)}: another layout than expected: {difference}")
         check_non_negative(buffer, found)
-        return cls(buffer, found, Provenance(**record))
+        loaded = cls(buffer, found, Provenance(**record))
+        return loaded if device is None else loaded.to(device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: one tensor a parameter, layout and provenance in the metadata. All or nothing.
@@ -145,21 +161,47 @@ class Fisher:
             OSError: the folder does not exist or cannot be written; no partial file is left.
 
         """
+        self.check_memory("the Fisher to be saved")
         record = {key: getattr(self.provenance, key) for key in ("estimator", "steps", "samples", "how")}
-        fisher_file.write(path, self.as_dict(), record)
+        files.write_fisher(path, self.as_dict(), record)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """View of one parameter's entries, in its shape."""
         segment = self.layout[name]
+        self.check_memory("Fisher")
         return self.buffer[segment.offset : segment.offset + segment.numel].view(segment.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32 or float64."""
+        return self.buffer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffer lies."""
+        return self.buffer.device
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.layout.numel
+
+    def check_memory(self, where: str) -> None:
+        """Raise a FiunError that begins with `where`, if the buffer was replaced by one that does not fit, or freed."""
+        check_buffer(f"{where}: its buffer", vars(self).get("buffer"), self.layout)
 
     def as_dict(self) -> dict[str, torch.Tensor]:
         """Name -> view into the buffer, in the parameter's shape."""
+        self.check_memory("Fisher")
         return self.layout.views(self.buffer)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Fisher:
         """The same Fisher on another device or in float32/float64; itself where nothing changes."""
-        moved = self.buffer.to(device=device, dtype=dtype)
+        self.check_memory("Fisher")
+        try:
+            moved = self.buffer.to(device=device, dtype=dtype)
+        except RuntimeError as error:
+            raise DeviceError(f"Fisher cannot be moved to {device}: {error}") from error
         return self if moved is self.buffer else Fisher(moved, self.layout, self.provenance)
 
     def sha256(self) -> str:
@@ -167,25 +209,26 @@ class Fisher:
 
         The line is `{"dtype": "float32", "layout": [["fc.weight", [10, 64]], …]}` and a newline.
         """
-        kind = str(self.buffer.dtype).removeprefix("torch.")
+        self.check_memory("Fisher")
+        kind = short(self.dtype)
         head = {"dtype": kind, "layout": [[segment.name, list(segment.shape)] for segment in self.layout]}
         digest = hashlib.sha256((json.dumps(head, sort_keys=True) + "\n").encode())
         for piece in self.buffer.split(1 << 24):  # from a GPU piece by piece
-            digest.update(piece.cpu().numpy().astype(f"<f{self.buffer.itemsize}", copy=False).data)
+            digest.update(piece.detach().cpu().numpy().astype(f"<f{self.buffer.itemsize}", copy=False).data)
         return digest.hexdigest()
 
     def __repr__(self) -> str:
         p = self.provenance
-        kind = str(self.buffer.dtype).removeprefix("torch.")
         return (
-            f"Fisher({self.layout.numel:,} elements in {len(self.layout)} parameters, {kind} on {self.buffer.device}, "
+            f"Fisher({self.numel:,} elements in {len(self.layout)} parameters, {short(self.dtype)} on {self.device}, "
             f"estimator {p.estimator}, {p.steps} steps, {p.samples} samples)"
         )
 
 
 def merge_fishers(
     fishers: Sequence[Fisher],
-    how: str = "max",
+    *,
+    how: MergeRule = "max",
     weights: Sequence[float] | None = None,
     scale: float = 1.0,
     backend: str | None = None,
@@ -200,34 +243,69 @@ def merge_fishers(
         BackendError: the backend cannot be used.
 
     """
-    fishers = list(fishers)
+    check_no_mode()
+    fishers = listed_fishers("fishers", fishers)
     if not fishers:
         raise ArgumentError("no Fishers to merge")
-    if how not in MERGES:
-        raise ArgumentError(f"how is {how!r}, expected one of {', '.join(MERGES)}")
+    check_one_of("how", how, MERGE_RULES)
+    if weights is not None and not isinstance(weights, Iterable):
+        raise ArgumentError(f"weights is a {type(weights).__name__}, expected a number for each Fisher")
     factors = [1.0] * len(fishers) if weights is None else list(weights)
     if len(factors) != len(fishers):
         raise ArgumentError(f"{len(factors)} weights for {len(fishers)} Fishers")
-    for k, weight in enumerate(factors):
-        check_number(f"weights[{k}]", weight)
-    check_number("scale", scale)
     first = fishers[0]
-    for k, fisher in enumerate(fishers[1:], start=1):
+    if not isinstance(first, Fisher):
+        raise ArgumentError(f"fishers[0] is a {type(first).__name__}, expected a fiun_fast.Fisher")
+    for k, fisher in enumerate(fishers):
+        check_alike(first, "fishers[0]", fisher, f"fishers[{k}]")
         if fisher.layout != first.layout:
-            difference = first.layout.difference(fisher.layout, "fishers[0]", f"fishers[{k}]")
-            raise LayoutError(f"fishers[{k}] has another layout: {difference or 'the order of the parameters'}")
-        if fisher.buffer.dtype != first.buffer.dtype:
-            raise DTypeError(f"fishers[{k}] is {fisher.buffer.dtype}, expected {first.buffer.dtype} as fishers[0]")
-        if fisher.buffer.device != first.buffer.device:
-            raise DeviceError(
-                f"fishers[{k}] is on {fisher.buffer.device}, expected {first.buffer.device} as fishers[0]"
-            )
+            raise LayoutError(f"fishers[{k}] has the parameters of fishers[0] in another order")
+    factors = [check_number(f"weights[{k}]", weight, first.dtype) for k, weight in enumerate(factors)]
+    merging = Merging(how, check_number("scale", scale, first.dtype))
     out = torch.empty_like(first.buffer)
-    chosen = select(backend, out.device.type)
-    chosen.merge([f.buffer for f in fishers], [float(w) for w in factors], how, float(scale), out)
+    select(backend, out.device.type).merge([f.buffer for f in fishers], factors, merging, out)
     estimators = ", ".join(dict.fromkeys(f.provenance.estimator for f in fishers))
     steps, samples = (sum(getattr(f.provenance, key) for f in fishers) for key in ("steps", "samples"))
     return Fisher(out, first.layout, Provenance(f"{how} of {len(fishers)}: {estimators}", steps, samples))
+
+
+def listed_fishers(what: str, fishers: Any) -> list[Fisher]:
+    """One Fisher or several, as a list; an ArgumentError names `what` where it is neither."""
+    if isinstance(fishers, Fisher):
+        return [fishers]
+    if isinstance(fishers, (str, Mapping)) or not isinstance(fishers, Iterable):
+        raise ArgumentError(f"{what} is a {type(fishers).__name__}, expected a fiun_fast.Fisher or a list of them")
+    return list(fishers)
+
+
+def check_alike(fisher: Fisher, its_name: str, other: Fisher, name: str) -> None:
+    """Raise an error that says how `other` differs: parameters (not their order), dtype, device; or is no Fisher."""
+    for who, one in ((its_name, fisher), (name, other)):
+        if not isinstance(one, Fisher):
+            raise ArgumentError(f"{who} is a {type(one).__name__}, expected a fiun_fast.Fisher")
+        one.check_memory(who)
+    if fisher.layout != other.layout and (difference := fisher.layout.difference(other.layout, its_name, name)):
+        raise LayoutError(f"{its_name} and {name} do not fit: {difference}; estimate both over the same parameters")
+    if other.dtype != fisher.dtype:
+        raise DTypeError(
+            f"{name} is {other.dtype}, expected {fisher.dtype} as {its_name}: convert one, fisher.to(dtype=…)"
+        )
+    if other.device != fisher.device:
+        raise DeviceError(
+            f"{name} is on {other.device}, expected {fisher.device} as {its_name}: move one, fisher.to(…)"
+        )
+
+
+def check_buffer(where: str, buffer: Any, layout: Layout) -> None:
+    """Raise an error that begins with `where`, unless the buffer is plain memory [layout.numel], float32 or float64."""
+    if (flaw := flaw_of(buffer)) is not None:
+        raise flaw.raised(where)
+    if buffer.dtype not in FISHER_DTYPES:
+        raise DTypeError(f"{where} is {buffer.dtype}, expected float32 or float64")
+    if buffer.dim() != 1 or buffer.numel() != layout.numel:
+        raise LayoutError(f"{where} has shape {list(buffer.shape)}, expected [{layout.numel}] for {layout!r}")
+    if not buffer.is_contiguous():
+        raise LayoutError(f"{where} is not contiguous; pass buffer.contiguous()")
 
 
 def check_non_negative(buffer: torch.Tensor, layout: Layout) -> None:
@@ -238,13 +316,3 @@ def check_non_negative(buffer: torch.Tensor, layout: Layout) -> None:
             if negative:
                 lowest = float(view[view < 0].min())
                 raise ArgumentError(f"{name!r} has {negative} negative entries (lowest {lowest:g}); a Fisher has none")
-
-
-def check_number(what: str, value: float, dtype: torch.dtype = torch.float64) -> float:
-    """The value as a float; an ArgumentError names `what` where it is negative, not finite, or too large for dtype."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ArgumentError(f"{what} is a {type(value).__name__}, expected a number")
-    number = float(value)
-    if not 0 <= number <= torch.finfo(dtype).max:
-        raise ArgumentError(f"{what} is {number}, expected a finite number that is not negative")
-    return number

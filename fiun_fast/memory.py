@@ -1,50 +1,374 @@
-"""Memory of parameters: one contiguous buffer for a model, and the check that nothing lies on top of anything else."""
+"""The memory of tensors: whether a kernel may have it, where it lies, whether it moved, and that nothing overlaps.
+
+Kernels take addresses. A DTensor's address is 0, a fake tensor's leads nowhere, a freed storage's to whatever lies
+there now: each of these must be an error before its address is taken. `check_addressable` says what such a tensor is
+and what to pass instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter, is_
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .errors import DeviceError, DTypeError, LayoutError
-from .layout import Layout, Params, select_parameters
+from .arguments import THETA_DTYPES
+from .errors import ArgumentError, DeviceError, DTypeError, FiunError, LayoutError
+
+Container = Mapping[str, Any]
+Place = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
+_CHUNK = 512  # tensors whose fields stay in the cache from one comparison to the next
+_FIELDS: tuple[Callable[[Tensor], Any], ...] = (
+    Tensor.data_ptr,
+    lambda tensor: tensor.untyped_storage().nbytes(),
+    attrgetter("shape"),
+    Tensor.stride,
+    attrgetter("dtype"),
+    attrgetter("device"),
+)
+_FUNCTIONS = ("data_ptr", "storage_size", "dtype", "device_type", "device_index", "dim", "sizes", "strides")
+_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+
+_TYPES = (Tensor, torch.nn.Parameter)
+_dispatch_keys = torch._C._dispatch_keys
+_DTENSOR = "torch.distributed.tensor"
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
-def flatten_(model: torch.nn.Module, params: Params = None) -> torch.Tensor:
-    """Re-home the selected parameters in one contiguous buffer, in layout order, without changing a value.
+def _get(container: Container, key: str) -> object:
+    return container.get(key)
 
-    The parameters stay the same objects (optimisers and ties go on working); only their storage moves. Optional: it
-    makes a whole model one run of memory. Moving the model afterwards (`.to()`) takes the parameters apart again.
 
-    Returns:
-        The buffer, [numel], of the parameters' dtype and device.
+# ---- may a kernel have it? ------------------------------------------------------------------------------------------
 
-    Raises:
-        DTypeError, DeviceError: the parameters differ in dtype or device.
-        LayoutError: two parameters share memory without being the same parameter; or as in `Layout.from_module`.
 
+class Flaw(NamedTuple):
+    """Why a tensor's address may not be taken."""
+
+    error: type[FiunError]
+    text: str
+
+    def raised(self, where: str) -> FiunError:
+        """The error, to be raised by whoever knows where the tensor stands."""
+        return self.error(f"{where}: {self.text}")
+
+
+def check_addressable(where: str, tensor: object) -> None:
+    """Raise a FiunError that begins with `where`, unless the tensor is plain, dense and has all the memory it needs."""
+    if (flaw := flaw_of(tensor)) is not None:
+        raise flaw.raised(where)
+
+
+def flaw_of(tensor: Any) -> Flaw | None:
+    """What is wrong with taking this tensor's address, or None. One or two microseconds where nothing is."""
+    if type(tensor) not in _TYPES or _dispatch_keys(tensor).raw_repr() not in _PLAIN:
+        if not isinstance(tensor, Tensor):
+            return Flaw(ArgumentError, f"a {type(tensor).__name__}, expected a tensor")
+        if (flaw := _kind_of(tensor)) is not None:
+            return flaw
+        if type(tensor) in _TYPES and tensor.is_cuda:
+            _PLAIN.add(_dispatch_keys(tensor).raw_repr())  # all that `_kind_of` finds shows in the keys
+    if not tensor.is_cpu and not tensor.is_cuda:
+        try:  # mps, xpu and others have memory, which the reference backend can use; lazy devices have none
+            tensor.data_ptr()
+        except RuntimeError:
+            return Flaw(DeviceError, f"on {tensor.device}, which has no memory that can be addressed")
+    return flaw_of_storage(tensor)
+
+
+def flaw_of_storage(tensor: Tensor) -> Flaw | None:
+    """What is wrong with the memory of a tensor that is otherwise plain: its storage is too small for it; or None."""
+    held = tensor.untyped_storage().nbytes()
+    if held == tensor.nbytes and tensor.is_contiguous() and tensor.storage_offset() == 0:  # as most are
+        return None
+    if held < (needed := needed_bytes(tensor)):
+        return Flaw(
+            LayoutError,
+            f"its storage holds {held:,} bytes, and shape {list(tensor.shape)} needs {needed:,}: it was freed or "
+            "shortened (storage.resize_, as FSDP does between uses); give it back its memory first",
+        )
+    return None
+
+
+def check_no_mode() -> None:
+    """Raise a LayoutError where tensors that are made now are not real: under FakeTensorMode, inside torch.func."""
+    if flaw_of(torch.empty(0, device="cpu")) is not None:
+        raise LayoutError(
+            "tensors made here have no memory: FakeTensorMode, make_fx or a torch.func transform is active; "
+            "call this package outside it"
+        )
+
+
+def check_one_device(tensors: Mapping[str, Tensor], label: Callable[[str], str]) -> None:
+    """Raise a DeviceError that names the first tensor on another device than the first one."""
+    first, like = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.device != like.device:
+            raise DeviceError(f"{label(name)} is on {tensor.device}, expected {like.device} as {first!r}")
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether it is a parameter or buffer of a lazy module that has no shape yet."""
+    return isinstance(tensor, (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer))
+
+
+def has_no_shape(tensor: Tensor) -> bool:
+    """Whether even asking for its shape is an error: lazy, or nested."""
+    return tensor.is_nested or is_lazy(tensor)
+
+
+def needed_bytes(tensor: Tensor) -> int:
+    """Bytes that the tensor's storage must have, from the storage's start to the tensor's last element."""
+    if tensor.is_contiguous():
+        numel = tensor.numel()
+        return (int(tensor.storage_offset()) + numel) * tensor.itemsize if numel else 0
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
+
+
+def check_writable(labels: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Raise a LayoutError where a tensor lies in memory that the system maps read-only (np.memmap(mode="r"), a file).
+
+    Writing there would end the process. Only storages that torch did not allocate itself are looked up, on Linux.
     """
-    parameters = select_parameters(model, params)
-    (first, like), *_ = parameters.items()
-    for name, p in parameters.items():
-        if p.dtype != like.dtype:
-            raise DTypeError(
-                f"parameter {name!r} is {p.dtype}, expected {like.dtype} as {first!r}: one buffer, one dtype"
-            )
-        if p.device != like.device:
-            raise DeviceError(f"parameter {name!r} is on {p.device}, expected {like.device} as {first!r}")
-    spans = [span(p) for p in parameters.values()]
-    check_disjoint(np.array([s[0] for s in spans]), np.array([s[1] for s in spans]), [repr(n) for n in parameters])
-    layout = Layout({name: p.shape for name, p in parameters.items()})
-    buffer = torch.empty(layout.numel, dtype=like.dtype, device=like.device)
-    for (name, view), p in zip(layout.views(buffer).items(), parameters.values(), strict=True):
-        view.copy_(p.detach())
-        parameters[name].data = view
-    return buffer
+    foreign = [
+        (label, t)
+        for label, t in zip(labels, tensors, strict=True)
+        if not t.untyped_storage().resizable() and t.device.type == "cpu" and t.numel()
+    ]
+    if not foreign:
+        return
+    read_only = _read_only_ranges()
+    for label, t in foreign:
+        first = t.data_ptr()
+        last = first + needed_bytes(t) - t.storage_offset() * t.itemsize
+        if any(start < last and first < end for start, end in read_only):
+            raise LayoutError(f"{label}: its memory is mapped read-only (a file, or np.memmap); pass a copy, t.clone()")
 
 
-def span(tensor: torch.Tensor) -> tuple[int, int]:
+def _read_only_ranges() -> list[tuple[int, int]]:
+    """Address ranges of this process that may be read but not written to; none where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        addresses, permissions = line.split(None, 2)[:2]
+        if "r" in permissions and "w" not in permissions:
+            start, _, end = addresses.partition("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+def _plain() -> set[int]:
+    """Dispatch keys of tensors that are certainly plain: in main memory, with and without autograd.
+
+    A set of keys is an integer, and only those in here skip `_kind_of`.
+    """
+    with torch.device("cpu"):
+        tensors = [torch.empty(0, device="cpu")]
+        with torch.inference_mode():
+            tensors.append(torch.empty(0, device="cpu"))
+    return {_dispatch_keys(t).raw_repr() for t in tensors}
+
+
+_PLAIN = _plain()
+
+
+def _kind_of(tensor: Tensor) -> Flaw | None:
+    """What kind of tensor without memory of its own this is, or None."""
+    kind = type(tensor)
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return Flaw(LayoutError, "it is inside torch.func (vmap, grad or jvp); call this package outside the transform")
+    if _dispatch_keys(tensor).has(torch._C.DispatchKey.Functionalize):
+        return Flaw(LayoutError, "it is inside torch.func.functionalize; call this package outside the transform")
+    if kind.__module__.startswith(_DTENSOR):
+        return Flaw(
+            LayoutError,
+            "it is a DTensor, sharded or replicated over ranks, and this version works on one process's memory; "
+            "pass tensor.full_tensor(), or a model that is not sharded",
+        )
+    if is_lazy(tensor):
+        return Flaw(LayoutError, "it has no shape yet: run the lazy module once on a batch")
+    if _dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+        return Flaw(
+            LayoutError,
+            f"it is a {kind.__name__}, a tensor subclass without plain memory of its own; pass the tensor it wraps",
+        )
+    if tensor.is_meta:
+        return Flaw(
+            DeviceError,
+            "it is on meta and has no numbers: its weights are offloaded or not loaded; load them first (Accelerate: "
+            "accelerate.hooks.remove_hook_from_submodules(model))",
+        )
+    if tensor.is_nested or tensor.layout == torch.jagged:
+        return Flaw(LayoutError, "it is a nested tensor; expected a dense one (tensor.to_padded_tensor(0))")
+    if tensor.layout in _SPARSE:
+        return Flaw(LayoutError, f"it is sparse ({tensor.layout}); expected a dense tensor (tensor.to_dense())")
+    if tensor.layout != torch.strided:
+        return Flaw(LayoutError, f"it is laid out as {tensor.layout}; expected a dense tensor (tensor.to_dense())")
+    if tensor.is_quantized:
+        return Flaw(DTypeError, f"it is quantised ({tensor.dtype}); expected floating point (tensor.dequantize())")
+    if tensor._is_zerotensor():
+        return Flaw(LayoutError, "it is a zero tensor without memory; pass a copy, tensor.clone()")
+    if tensor.is_neg() or tensor.is_conj():
+        return Flaw(LayoutError, "it is negated or conjugated when read, not in memory; pass tensor.resolve_neg()")
+    return None
+
+
+# ---- where does it lie, and has it moved? ---------------------------------------------------------------------------
+
+
+class Home(NamedTuple):
+    """Where one tensor lives: the mapping that holds it, its key there, and how it lies in memory.
+
+    For a parameter the mapping is its module's `_parameters`, or a dict of tensors; for a Fisher its attributes.
+    """
+
+    container: Container
+    key: str
+    place: Place
+
+    @classmethod
+    def of(cls, container: Container, key: str) -> Home:
+        """The home of what lives there now."""
+        return cls(container, key, place_of(container[key]))
+
+    def now(self) -> object:
+        """What lives there now; None where nothing does."""
+        return self.container.get(self.key)
+
+
+def place_of(tensor: Tensor) -> Place:
+    """How a tensor lies in memory: address, bytes of its storage, shape, stride, dtype, device.
+
+    An address alone says little: allocators hand it out again, `.half().bfloat16()` may come back to it with another
+    dtype, and `.data = .data.t()` keeps it.
+    """
+    held = tensor.untyped_storage().nbytes()
+    return tensor.data_ptr(), held, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+class Homes:
+    """The homes of many contiguous tensors: a plan of 100,000 nodes has some hundred thousand.
+
+    What is asked before every launch, whether any has moved, is asked in C++ where torch's own C functions can be
+    reached (csrc/cpu/homes.h), else in Python. Columns, not rows: that many objects would keep the garbage collector
+    busy for longer than compiling takes.
+    """
+
+    def __init__(self) -> None:
+        self._containers: list[Container | None] = []
+        self._keys: list[str] = []
+        self._tensors: list[Tensor] = []
+        self._places: Any = None  # how they lay when it was first asked; None until then
+
+    def add(self, containers: Sequence[Container | None], keys: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Take down that these tensors live there. How they lie is taken down at `settle`."""
+        self._containers += containers
+        self._keys += keys
+        self._tensors += tensors
+
+    def settle(self) -> None:
+        """Take down how all of them lie."""
+        self._places = places() if torch_functions() else PlacesInPython()
+        self._places.take(self._tensors)
+
+    def moved(self) -> bool:
+        """Whether any tensor was replaced or taken away, or lies otherwise than when all were settled."""
+        held = all_held(self._containers, self._keys, self._tensors)
+        return not held or not self._places.unchanged(self._tensors)
+
+
+def all_held(containers: list[Any], keys: list[str], objects: list[Any]) -> bool:
+    """Whether each object is still what its mapping holds under its key."""
+    extension = cpu_extension()
+    if extension is not None:
+        return extension.all_held(containers, keys, objects)
+    return all(map(is_, map(_get, containers, keys), objects))
+
+
+class PlacesInPython:
+    """How tensors lay: what csrc/cpu/homes.h does, by torch's Python functions."""
+
+    def __init__(self) -> None:
+        self._columns: list[list[Any]] = []
+
+    def take(self, tensors: list[Tensor]) -> None:
+        """Take down how each lies."""
+        self._columns = [list(map(field, tensors)) for field in _FIELDS]
+
+    def unchanged(self, tensors: list[Tensor]) -> bool:
+        """Whether each lies as it did."""
+        for at in range(0, len(tensors), _CHUNK):
+            part = slice(at, at + _CHUNK)
+            now = tensors[part]
+            if not all(
+                list(map(field, now)) == column[part] for field, column in zip(_FIELDS, self._columns, strict=True)
+            ):
+                return False
+        return True
+
+
+def places() -> Any:
+    """An empty `_cpu.Places`; torch's functions have been tried."""
+    extension = cpu_extension()
+    assert extension is not None
+    return extension.Places(torch_functions())
+
+
+@functools.cache
+def cpu_extension() -> ModuleType | None:
+    """The extension of the cpu backend, which has the checks too; None where it was not built."""
+    from .kernels.cpu import load
+
+    module = load()
+    return None if isinstance(module, str) else module
+
+
+@functools.cache
+def torch_functions() -> tuple[int, ...]:
+    """Addresses of torch's C functions that csrc/cpu/homes.h calls; none where they cannot be relied on.
+
+    They are tried on tensors of every kind that a home may hold: what they say must be what Python says.
+    """
+    extension = cpu_extension()
+    if extension is None:
+        return ()
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY))
+        found = [getattr(library, f"aoti_torch_get_{name}") for name in _FUNCTIONS]
+    except (OSError, AttributeError):
+        return ()
+    addresses = tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found)
+    probe = extension.Places(addresses)
+    base = torch.arange(24.0, device="cpu")
+    trials = (base, base.view(2, 3, 4), base[5:9], base.view(4, 6).t(), base[3], base[:0].view(0, 3))
+    kinds = set()
+    for dtype in (*THETA_DTYPES, torch.int8):
+        for trial in trials:
+            tensor = trial.to(dtype)
+            address, held, shape, stride, _, _ = place_of(tensor)
+            said = probe.of(tensor)
+            if said[:2] != [address, held] or said[5:] != [len(shape), *shape, *stride]:
+                return ()
+            kinds.add((dtype, tuple(said[2:5])))
+    told_apart = len(kinds) == len({code for _, code in kinds}) == len(THETA_DTYPES) + 1
+    return addresses if told_apart else ()
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that a dense or strided tensor can touch; empty for no elements."""
     start = tensor.data_ptr()
     if tensor.numel() == 0:
@@ -53,14 +377,20 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def check_disjoint(starts: np.ndarray, ends: np.ndarray, labels: Sequence[str]) -> None:
-    """Raise a LayoutError that names the first pair of [start, end) byte ranges that overlap; all are 1-D [n]."""
+def check_disjoint(starts: np.ndarray, ends: np.ndarray, label: Callable[[int], str]) -> None:
+    """Raise a LayoutError that names the first pair of [start, end) byte ranges that overlap; all are 1-D [n].
+
+    Args:
+        starts, ends: [n] int64.
+        label: index of a range -> what it is, for the message.
+
+    """
     keep = np.flatnonzero(ends > starts)
     order = keep[np.argsort(starts[keep], kind="stable")]
     clash = np.flatnonzero(starts[order[1:]] < ends[order[:-1]])
     if clash.size:
         i = clash[0]
         raise LayoutError(
-            f"{labels[order[i]]} and {labels[order[i + 1]]} share memory: each would be dampened twice; "
+            f"{label(int(order[i]))} and {label(int(order[i + 1]))} share memory: each would be dampened twice; "
             "clone one of them, or leave it out"
         )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .arguments import check_number
 from .errors import ArgumentError, DagError
-from .fisher import check_number
 from .kernels.reference import ratio_bins
 from .kernels.table import BINS
 from .ratios import Ratios
@@ -96,7 +96,7 @@ class SelectionProfile:
         edge = int(fits[0]) if len(fits) else len(above) - 1
         return max(0.0, float(self.alphas[edge]))
 
-    def removed(self, alpha: float, lam: float = 1.0, exponent: float = 1.0, cap: float = 1.0) -> float:
+    def removed(self, alpha: float, *, lam: float = 1.0, exponent: float = 1.0, cap: float = 1.0) -> float:
         """‖Δθ‖ / ‖θ‖ of dampening with these numbers, 0..1 for cap <= 1; m / I is taken as its bin's middle.
 
         Raises:
@@ -141,7 +141,7 @@ class SelectionProfile:
             lines.append(f"{octave - 126:>12}  {octaves[octave]:>12,}  {total / self.numel:>18.2%}  {bar}".rstrip())
         return "\n".join(lines)
 
-    def plot(self, axes: Axes | None = None, alpha: float | None = None) -> Axes:
+    def plot(self, axes: Axes | None = None, *, alpha: float | None = None) -> Axes:
         """Draw the histogram and, on the right, the share selected; a line at alpha if given. Needs matplotlib."""
         if axes is None:
             from matplotlib import pyplot
@@ -215,11 +215,11 @@ def _folded(row: np.ndarray) -> np.ndarray:
     return np.append(row[:NORMAL].sum(), row[NORMAL:INFINITE])
 
 
-def with_squares(profiles: Sequence[SelectionProfile], tiles: Callable[[], Iterator[Tile]]) -> list[SelectionProfile]:
+def with_squares(profiles: Sequence[SelectionProfile], tiles: Iterable[Tile]) -> list[SelectionProfile]:
     """The same with theta^2 in each bin: a second pass, in plain torch, tile by tile."""
     squares = np.zeros((len(profiles), BINS))
     totals = np.zeros(len(profiles))
-    for tile in tiles():
+    for tile in tiles:
         dtype = tile.merged.dtype
         has_bin = (tile.merged / tile.original) >= 0
         bins = ratio_bins(tile.original[has_bin], tile.merged[has_bin], BASES[dtype], LOWS[dtype], True)

@@ -13,18 +13,21 @@ is no finite ratio; where I is infinite and m is not, the ratio is 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
-from .fisher import Fisher, check_number
-from .kernels import Backend, select
-from .kernels.table import BINS, MERGES, DampenTable, Group, pack_rows
+from .arguments import MERGE_RULES, MergeRule, check_fraction, check_number, check_one_of, renamed
+from .errors import ArgumentError
+from .fisher import Fisher, check_alike, listed_fishers
+from .kernels import select
+from .kernels.interface import Histogram
+from .kernels.table import BINS, Group, Merging, Table
+from .memory import check_no_mode
 
-Histogram = Callable[[np.ndarray, int, bool, torch.Tensor], None]
+FRACTION = "samples to forget over samples trained on, in (0, 1]"
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,20 @@ class Ratios:
     """The ratios of every node of some work tables. Parameters are not looked at.
 
     Args:
-        parts: table, its backend, and the node of each of its slots; a node may appear in several tables.
+        parts: tables, and a histogram of each; a node may appear in several tables.
         names: of the nodes, for messages.
 
     """
 
-    def __init__(self, parts: Sequence[tuple[DampenTable, Backend, Sequence[int]]], names: Sequence[str]) -> None:
+    def __init__(self, parts: Sequence[tuple[Table, Histogram]], names: Sequence[str]) -> None:
         self.names = list(names)
-        self._parts = [(table, list(nodes), backend.histogram(table)) for table, backend, nodes in parts]
+        self._parts = list(parts)
 
     def dtypes(self) -> list[torch.dtype]:
         """Of the Fishers of each node, [nodes]."""
         found = [torch.float32] * len(self.names)
-        for table, nodes, _ in self._parts:
-            for node in nodes:
+        for table, _ in self._parts:
+            for node in np.unique(table.targets[:, 2]).tolist():
                 found[node] = table.fisher_dtype
         return found
 
@@ -70,13 +73,14 @@ class Ratios:
         A bin is the ratio's bits above the lowest `low`, less the base; what lies beyond the bins is left out, or with
         `nearest` counted at that end. Infinite ratios have bits and are counted like others, NaN are not.
         """
-        counts = np.zeros((len(self.names), BINS), dtype=np.int64)
-        for table, nodes, launch in self._parts:
+        found: dict[torch.device, torch.Tensor] = {}
+        for table, histogram in self._parts:
             if table.fisher_dtype == dtype:
-                found = torch.empty(len(nodes), BINS, dtype=torch.int64, device=table.device)
-                launch(bases[nodes], low, nearest, found)
-                np.add.at(counts, nodes, found.cpu().numpy())
-        return counts
+                if table.device not in found:
+                    found[table.device] = torch.zeros(len(self.names), BINS, dtype=torch.int64, device=table.device)
+                histogram.run(found[table.device], bases, low, nearest)
+        counts = [counted.cpu().numpy() for counted in found.values()]
+        return sum(counts[1:], counts[0]) if counts else np.zeros((len(self.names), BINS), dtype=np.int64)
 
     def percentiles(self, q: np.ndarray) -> np.ndarray:
         """The q-th percentile (0..100) of each node's finite ratios: [nodes] -> [nodes] float64.
@@ -150,7 +154,8 @@ class Ratios:
 def ratios_of(
     original: Fisher,
     forget: Fisher | Sequence[Fisher],
-    merge: str = "max",
+    *,
+    merge: MergeRule = "max",
     scale: float = 1.0,
     backend: str | None = None,
 ) -> Ratios:
@@ -160,104 +165,79 @@ def ratios_of(
         ArgumentError, LayoutError, DTypeError, DeviceError: as `adaptive_alpha`.
 
     """
+    check_no_mode()
     forgets = check_fishers(original, forget)
-    if merge not in MERGES:
-        raise ArgumentError(f"merge is {merge!r}, expected one of {', '.join(MERGES)}")
-    check_number("scale", scale, original.buffer.dtype)
+    check_one_of("merge", merge, MERGE_RULES)
+    merging = Merging(merge, check_number("scale", scale, original.dtype))
     segments = [s for s in original.layout if s.numel]
-    offsets = np.array([s.offset for s in segments], dtype=np.int64)
-    own = original.buffer
-    views = [own[s.offset : s.offset + s.numel] for s in segments]
+    if not segments:
+        raise ArgumentError("the Fishers have no elements")
     group = Group(
+        names=tuple(s.name for s in segments),
         numels=np.array([s.numel for s in segments], dtype=np.int64),
         forgets=[f.buffer for f in forgets],
         forget_offsets=np.array([[f.layout[s.name].offset for s in segments] for f in forgets], dtype=np.int64),
         weights=(1.0,) * len(forgets),
-        originals=[own],
-        original_offsets=offsets,
-        thetas=[views],  # a histogram does not look at parameters
-        theta_addresses=np.array([[view.data_ptr() for view in views]], dtype=np.int64),
-        slots=np.zeros(1, dtype=np.int64),
+        originals=[original.buffer],
+        original_offsets=np.array([s.offset for s in segments], dtype=np.int64),
+        nodes=np.zeros(1, dtype=np.int64),
     )
-    if not segments:
-        raise ArgumentError("the Fishers have no elements")
-    rows, sources, weights, targets = pack_rows([group])
-    one = np.ones(1)
-    counts = torch.zeros(1, 3, dtype=torch.int64, device=own.device)
-    table = DampenTable(
-        own.device, own.dtype, own.dtype, merge, float(scale), 1.0, 1.0,
-        [group], rows, sources, weights, targets, one, one, counts,
-    )  # fmt: skip
-    return Ratios([(table, select(backend, own.device.type), [0])], ["model"])
+    table = Table.pack(original.device, None, original.dtype, [group])
+    return Ratios([(table, select(backend, original.device.type).histogram(table, merging))], ["model"])
 
 
 def check_fishers(original: Fisher, forget: Fisher | Sequence[Fisher]) -> list[Fisher]:
     """The forget Fishers as a list, after it is sure that all fit the original one; errors as `adaptive_alpha`."""
     if not isinstance(original, Fisher):
         raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
-    forgets = [forget] if isinstance(forget, Fisher) else list(forget)
+    forgets = listed_fishers("forget", forget)
     if not forgets:
         raise ArgumentError("no forget Fisher")
     for k, fisher in enumerate(forgets):
-        which = "forget" if len(forgets) == 1 else f"forget[{k}]"
-        if not isinstance(fisher, Fisher):
-            raise ArgumentError(f"{which} is a {type(fisher).__name__}, expected a fiun_fast.Fisher")
-        if difference := original.layout.difference(fisher.layout, "original", which):
-            raise LayoutError(f"original and {which} do not fit: {difference}; estimate both over the same parameters")
-        if fisher.buffer.dtype != original.buffer.dtype:
-            raise DTypeError(
-                f"{which} is {fisher.buffer.dtype}, original is {original.buffer.dtype}; "
-                "convert one with fisher.to(dtype=…)"
-            )
-        if fisher.buffer.device != original.buffer.device:
-            raise DeviceError(
-                f"{which} is on {fisher.buffer.device}, original on {original.buffer.device}; "
-                "move one with fisher.to(…)"
-            )
+        check_alike(original, "original", fisher, "forget" if len(forgets) == 1 else f"forget[{k}]")
     return forgets
 
 
-def check_share(what: str, share: float | None) -> float:
-    """The share |D_f| / |D| as a float; an ArgumentError names `what` where it is not in (0, 1]."""
-    if share is None:
-        raise ArgumentError(f'alpha="auto" needs {what}: samples to forget over samples trained on, in (0, 1]')
-    number = check_number(what, share)
-    if not 0 < number <= 1:
-        raise ArgumentError(f"{what} is {number:g}, expected samples to forget over samples trained on, in (0, 1]")
-    return number
+def check_forget_fraction(what: str, fraction: object) -> float:
+    """|D_f| / |D| as a float; an ArgumentError names `what` where it is not in (0, 1]."""
+    if fraction is None:
+        raise ArgumentError(f'alpha="auto" needs {what}, {FRACTION}')
+    return check_fraction(what, fraction, FRACTION)
 
 
-def adaptive_percentile(share: float) -> float:
-    """q = 100 - ln(1 + 100 share) of ASSD (arXiv 2402.10098): 100 for no data, 95.4 for all."""
-    return 100 - math.log1p(100 * share)
+def adaptive_percentile(forget_fraction: float) -> float:
+    """q = 100 - ln(1 + 100 forget_fraction) of ASSD (arXiv 2402.10098): 100 for no data, 95.4 for all."""
+    return 100 - math.log1p(100 * forget_fraction)
 
 
+@renamed(share="forget_fraction")
 def adaptive_alpha(
     original: Fisher,
     forget: Fisher | Sequence[Fisher],
-    share: float,
-    merge: str = "max",
+    *,
+    forget_fraction: float,
+    merge: MergeRule = "max",
     scale: float = 1.0,
     backend: str | None = None,
 ) -> float:
     """Alpha from the Fishers alone, as ASSD (arXiv 2402.10098) chooses it; its lambda is 1.
 
-    R = all finite F / I, over all parameters together; q = 100 - ln(1 + 100 share); alpha is the q-th percentile of R,
-    exactly, between two ratios linear as numpy.percentile. What counts as finite: the head of this file. Where more
-    than q % of the ratios are 0, so is alpha, and every parameter with F > 0 is selected.
+    R = all finite F / I, over all parameters together; q = 100 - ln(1 + 100 forget_fraction); alpha is the q-th
+    percentile of R, exactly, between two ratios linear as numpy.percentile. docs/semantics.md says what counts as
+    finite. Where more than q % of the ratios are 0, so is alpha, and every parameter with F > 0 is selected.
 
     Args:
         original: Fisher I over the data the model was trained on.
         forget: Fisher F over the data to be forgotten; several are merged on the fly.
-        share: |D_f| / |D|, samples to be forgotten over samples trained on, in (0, 1].
+        forget_fraction: |D_f| / |D|, samples to be forgotten over samples trained on, in (0, 1].
         merge, scale: as in `plan`.
         backend: name of one; None for the default.
 
     Raises:
-        ArgumentError: share outside (0, 1], no finite ratio, or an argument of another type.
+        ArgumentError: forget_fraction outside (0, 1], no finite ratio, or an argument of another type.
         LayoutError, DTypeError, DeviceError: the Fishers differ; the message says in what.
         BackendError: the backend cannot be used.
 
     """
-    q = adaptive_percentile(check_share("share", share))
-    return float(ratios_of(original, forget, merge, scale, backend).percentiles(np.array([q]))[0])
+    q = np.array([adaptive_percentile(check_forget_fraction("forget_fraction", forget_fraction))])
+    return float(ratios_of(original, forget, merge=merge, scale=scale, backend=backend).percentiles(q)[0])

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from .errors import DagError, UndoError
 from .fisher import Fisher
 from .version import __version__
-
-if TYPE_CHECKING:
-    from .undo import UndoLog
 
 _HEAD = ["node", "from", "alpha", "lambda", "elements", "selected", "share", "zeroed", "nonfinite"]
 _SHOWN = 40  # rows that print(report) shows
@@ -48,10 +47,34 @@ class ParameterReport:
         return self.selected / self.numel if self.numel else 0.0
 
 
+class Undo(Protocol):
+    """The way back that a run with `undo=True` leaves: an `UndoLog`."""
+
+    def undo_(self, models: Any = None, *, force: bool = False) -> None:
+        """Put the old bits back."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file."""
+
+    @property
+    def numel(self) -> int:
+        """Elements kept."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes with a selection."""
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What a plan says about itself, for the record; Fishers are not kept alive by it."""
+    """What a plan says about itself, for the record; models and Fishers are not kept alive by it."""
 
+    nodes: Sequence[tuple[str, tuple[str, ...], tuple[str, ...], int]]  # reached: name, origins, skipped, elements
+    known: frozenset[str]  # all nodes of the DAG
     options: Mapping[str, float | str]
     backends: tuple[str, ...]
     requests: tuple[tuple[str, float, weakref.ref[Fisher]], ...]  # origin, weight, F
@@ -124,42 +147,46 @@ class Report:
 
     def __init__(
         self,
-        nodes: Sequence[tuple],  # what a NodeReport begins with: name, sources, skipped, alpha, lam, numel
-        known: frozenset[str],
-        counts: list[tuple[torch.Tensor, list[int]]],  # per launch: [slots, 3] counts, index into nodes of each slot
-        dry_run: bool,
         facts: Facts,
+        counts: Sequence[torch.Tensor],
+        alpha: np.ndarray,
+        lam: np.ndarray,
+        *,
+        dry_run: bool,
         audit: Audit | None = None,
-        undo: UndoLog | None = None,
+        undo: Undo | None = None,
     ) -> None:
+        """Keep what is needed to say it all later.
+
+        Args:
+            facts: of the plan.
+            counts: for each device [nodes, 3] int64: selected, zeroed, nonfinite; this run's own, added up when read.
+            alpha, lam: [nodes] float64, as the run used them.
+            dry_run: whether nothing was written.
+            audit, undo: what a run with these options adds.
+
+        """
         self.dry_run, self.undo = dry_run, undo
-        self._nodes, self._known, self._pending = nodes, known, counts
         self._facts, self._audit = facts, audit
+        self._counts, self._alpha, self._lam = counts, alpha, lam
         self._read: dict[str, NodeReport] | None = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether the counts are still on the device only."""
-        return self._read is None
-
-    def keep(self) -> None:
-        """Take a copy of counts that the next run will overwrite; on a GPU without waiting for it."""
-        if self._read is None:
-            self._pending = [(counts.clone(), slots) for counts, slots in self._pending]
 
     @property
     def nodes(self) -> dict[str, NodeReport]:
         """Name -> report of each node reached, in the order of the DAG. The first look waits for the device."""
         if self._read is None:
-            totals: list[list] = [[0, 0, 0] for _ in self._nodes]
-            for counts, slots in self._pending:
-                for index, row in zip(slots, counts.tolist(), strict=True):
-                    totals[index] = [a + b for a, b in zip(totals[index], row, strict=True)]
-            if self._audit is not None:
-                for n, total in zip(self._nodes, totals, strict=True):
-                    total.append(self._audit.parameters[n[0]])
-            self._read = {n[0]: NodeReport(*n, *total) for n, total in zip(self._nodes, totals, strict=True)}
-            self._pending = []
+            counts = sum(
+                (counts.cpu() for counts in self._counts), torch.zeros(len(self), 3, dtype=torch.int64, device="cpu")
+            )
+            audited = {} if self._audit is None else self._audit.parameters
+            values = zip(self._alpha.tolist(), self._lam.tolist(), counts.tolist(), strict=True)
+            self._read = {
+                name: NodeReport(
+                    name, origins, skipped, alpha, lam, numel, row[0], row[1], row[2], audited.get(name, ())
+                )
+                for (name, origins, skipped, numel), (alpha, lam, row) in zip(self._facts.nodes, values, strict=True)
+            }
+            self._counts = []
         return self._read
 
     def __getitem__(self, name: str) -> NodeReport:
@@ -171,7 +198,7 @@ class Report:
         """
         if name in self.nodes:
             return self.nodes[name]
-        if name in self._known:
+        if name in self._facts.known:
             return NodeReport(name)
         raise DagError(f"no node {name!r} in this report; nodes reached: {', '.join(list(self.nodes)[:8])}")
 
@@ -179,7 +206,7 @@ class Report:
         return iter(self.nodes.values())
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._facts.nodes)
 
     @property
     def numel(self) -> int:
@@ -201,7 +228,7 @@ class Report:
         """Elements with a NaN or infinity in m or I, in all nodes."""
         return sum(n.nonfinite for n in self)
 
-    def undo_(self, force: bool = False) -> None:
+    def undo_(self, *, force: bool = False) -> None:
         """Restore every bit that the run changed: `report.undo.undo_()`, which says when it refuses.
 
         Raises:
@@ -213,7 +240,7 @@ class Report:
             raise UndoError(f"this run {why}")
         self.undo.undo_(force=force)
 
-    def to_dict(self, sha256: bool = True) -> dict[str, Any]:
+    def to_dict(self, *, sha256: bool = True) -> dict[str, Any]:
         """Plain data, ready for json.dump: what was done, to what, by what (docs/audit.md lists the keys).
 
         Args:

@@ -1,4 +1,4 @@
-"""A work table tile by tile in plain torch: what `audit` and `undo` look at before a run changes anything.
+"""A plan's tables tile by tile in plain torch: what an audit and an undo log look at before a run changes anything.
 
 A tile is a stretch of one parameter of one node. The forget Fishers of a stretch are merged once for all nodes of the
 group, and temporaries are a few times the size of a tile, whatever the size of the models.
@@ -6,15 +6,17 @@ group, and temporaries are a few times the size of a tile, whatever the size of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .kernels.reference import merge_elements
-from .kernels.table import DampenTable
-from .resolve import Batch
+from .arguments import short
+from .binding import Part
+from .kernels.reference import dampen_elements, merge_elements
+from .kernels.table import Dampening
+from .report import ParameterReport
 
 TILE = 1 << 18  # elements: temporaries stay in the cache of a CPU
 TILE_GPU = 1 << 24  # fewer and larger: each tile waits for the device once
@@ -24,7 +26,7 @@ TILE_GPU = 1 << 24  # fewer and larger: each tile waits for the device once
 class Tile:
     """Elements `start` to `start + n` of one parameter of one node."""
 
-    node: int  # index among the plan's targets
+    node: int  # index among the program's nodes
     name: str
     parameter: Tensor  # whole, in its shape
     start: int
@@ -32,28 +34,26 @@ class Tile:
     original: Tensor  # [n] view
     merged: Tensor  # [n]
     alpha: float
-    lam: float
+    how: Dampening
     exact: bool  # m has the same bits on every backend
 
 
-def tiles(table: DampenTable, batches: Sequence[Batch]) -> Iterator[Tile]:
-    """All tiles of a table, parameter after parameter; `batches` are what the table's groups were made from."""
-    size = TILE if table.device.type == "cpu" else TILE_GPU
-    for group, batch in zip(table.groups, batches, strict=True):
-        exact = table.merge == "max" or len(group.forgets) == 1
-        nodes = list(zip(batch.nodes, group.thetas, group.originals, group.slots.tolist(), strict=True))
-        for s, numel in enumerate(group.numels.tolist()):
-            name, first = batch.match.names[batch.segments[s]], int(group.original_offsets[s])
-            offsets = group.forget_offsets[:, s].tolist()
-            for start in range(0, numel, size):
-                n = min(size, numel - start)
-                forgets = [f[o + start : o + start + n] for f, o in zip(group.forgets, offsets, strict=True)]
-                merged = merge_elements(forgets, group.weights, table.merge, table.scale)
-                for node, parameters, fisher, slot in nodes:
-                    theta = parameters[s].detach().view(-1)[start : start + n]
-                    original = fisher[first + start : first + start + n]
-                    alpha, lam = float(table.alpha[slot]), float(table.lam[slot])
-                    yield Tile(node, name, parameters[s], start, theta, original, merged, alpha, lam, exact)
+def tiles(parts: Iterable[Part]) -> Iterator[Tile]:
+    """All tiles of these parts, parameter after parameter."""
+    for part in parts:
+        table, merging, how = part.table, part.merging, part.dampening
+        size = TILE if table.device.type == "cpu" else TILE_GPU
+        for group in table.groups:
+            assert group.thetas is not None
+            exact = merging.how == "max" or len(group.forgets) == 1
+            for s, numel in enumerate(group.numels.tolist()):
+                for start in range(0, numel, size):
+                    stop = min(start + size, numel)
+                    merged = merge_elements(group.forget(s, start, stop), group.weights, merging)
+                    for n, node in enumerate(group.nodes.tolist()):
+                        theta, original = group.theta(n, s, start, stop), group.original(n, s, start, stop)
+                        alpha, whole = float(how.alpha[node]), group.thetas[n][s]
+                        yield Tile(node, group.names[s], whole, start, theta, original, merged, alpha, how, exact)
 
 
 def selection(tile: Tile) -> Tensor:
@@ -67,3 +67,39 @@ def possible_selection(tile: Tile) -> Tensor:
         return selection(tile)
     threshold, tiny = tile.original * tile.alpha, torch.finfo(tile.merged.dtype).tiny
     return (tile.merged * (1 + 1e-5) > threshold) | ((tile.merged > 0) & (tile.merged <= tiny))
+
+
+@torch.no_grad()
+def examine(parts: Iterable[Part]) -> dict[int, list[ParameterReport]]:
+    """What a run would do to each parameter of each node; nothing is changed.
+
+    One pass over Fishers and parameters, with temporaries of a few tiles; it ends by waiting for the devices.
+
+    Returns:
+        Index of the node among the program's nodes -> its parameters, grouped by dtype and forget Fishers.
+
+    """
+    sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # -> the parameter; selected, zeroed, nonfinite, change^2
+    for tile in tiles(parts):
+        chosen, how = selection(tile), tile.how
+        lam = float(how.lam[tile.node])
+        new, _ = dampen_elements(tile.theta, tile.original, tile.merged, tile.alpha, lam, how.exponent, how.cap)
+        finite = tile.merged.isfinite() & tile.original.isfinite()
+        change = (new.double() - tile.theta.double()).masked_fill(~chosen, 0)
+        terms = [chosen.sum(), (chosen & (new == 0)).sum(), (~finite).sum(), change.square().sum()]
+        figures = torch.stack([term.double() for term in terms])
+        _, so_far = sums.get((tile.node, tile.name), (tile.parameter, None))
+        sums[tile.node, tile.name] = tile.parameter, figures if so_far is None else so_far + figures
+    found: dict[int, list[ParameterReport]] = {}
+    by_device: dict[torch.device, list[tuple[int, str]]] = {}
+    for key, (_, figures) in sums.items():
+        by_device.setdefault(figures.device, []).append(key)
+    for keys in by_device.values():  # one wait a device
+        for (node, name), row in zip(keys, torch.stack([sums[key][1] for key in keys]).tolist(), strict=True):
+            parameter = sums[node, name][0]
+            selected, zeroed, nonfinite = (int(count) for count in row[:3])
+            size = tuple(parameter.shape), short(parameter.dtype), parameter.numel()
+            found.setdefault(node, []).append(
+                ParameterReport(name, *size, selected, zeroed, nonfinite, change=row[3] ** 0.5)
+            )
+    return found

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from . import whole_file
-from .dag import InheritanceDAG, Model
-from .errors import DTypeError, LayoutError, UndoError, UndoFileError
-from .kernels.table import DampenTable
-from .resolve import Batch, Home, Link, Resolved
+from . import undo_file
+from .binding import Part
+from .dag import InheritanceDAG, Model, check_model
+from .errors import ArgumentError, DTypeError, LayoutError, UndoError
+from .live import Links, LiveMemory
+from .memory import check_addressable, check_writable, place_of
 from .tiles import possible_selection, tiles
-from .version import __version__
-
-FORMAT = "fiun_fast.undo/1"
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # restored as integers: no NaN loses its payload on the way
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-_PIECE = 1 << 22  # elements of a loaded log that are restored at a time
-
-
-@dataclass
-class Entry:
-    """One parameter of one node: pieces of (start, index [k] int32 from there, old bits [k])."""
-
-    node: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    home: Home | None = None  # where the parameter lives, and its address during the run; None in a loaded log
-    address: int = 0
-    pieces: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-    after: Tensor = field(
-        default_factory=lambda: torch.zeros((), dtype=torch.int64)
-    )  # fingerprint of what the run left
-
-    @property
-    def where(self) -> str:
-        """As error messages name it."""
-        return f"node {self.node!r}, parameter {self.name!r}"
-
-    @property
-    def numel(self) -> int:
-        """Elements kept."""
-        return sum(len(index) for _, index, _ in self.pieces)
+from .undo_file import BITS, Entry
 
 
 class UndoLog:
@@ -63,7 +30,7 @@ class UndoLog:
     later one first). A saved log is applied with `undo_(dag)` to models that hold the state the run left.
     """
 
-    def __init__(self, entries: list[Entry], links: Sequence[Link] | None = None) -> None:
+    def __init__(self, entries: list[Entry], links: Links | None = None) -> None:
         self._entries, self._links = entries, links  # links: submodules on the way to the parameters; None when loaded
         self._done = False
 
@@ -76,7 +43,7 @@ class UndoLog:
             FileNotFoundError: there is none.
 
         """
-        return cls(list(_read(path)))
+        return cls(undo_file.read(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: indices and old values of each parameter that has any. All or nothing.
@@ -88,25 +55,10 @@ class UndoLog:
             OSError: the folder does not exist or cannot be written; no partial file is left.
 
         """
-        tensors: dict[str, Tensor] = {}
-        listed = []
-        for i, entry in enumerate(self._entries):
-            wide = torch.int32 if torch.Size(entry.shape).numel() < 1 << 31 else torch.int64
-            tensors[f"{i}.index"] = torch.cat([index.cpu().to(wide) + start for start, index, _ in entry.pieces])
-            tensors[f"{i}.old"] = torch.cat([old.cpu() for _, _, old in entry.pieces]).view(entry.dtype)
-            listed.append(
-                {
-                    "node": entry.node,
-                    "name": entry.name,
-                    "shape": entry.shape,
-                    "dtype": str(entry.dtype).removeprefix("torch."),
-                    "after": int(entry.after),
-                }
-            )
-        whole_file.save(path, tensors, {"format": FORMAT, "version": __version__, "entries": json.dumps(listed)})
+        undo_file.write(path, self._entries)
 
     @torch.no_grad()
-    def undo_(self, models: InheritanceDAG | Mapping[str, Model] | Model | None = None, force: bool = False) -> None:
+    def undo_(self, models: InheritanceDAG | Mapping[str, Model] | Model | None = None, *, force: bool = False) -> None:
         """Put the old bits back, in every node of the run; all is checked before anything is written.
 
         Args:
@@ -117,12 +69,14 @@ class UndoLog:
 
         Raises:
             UndoError: called twice, or the parameters were moved, replaced or changed since the run.
-            LayoutError, DTypeError: they have another shape, memory layout or dtype now, or are not in the models.
+            LayoutError, DTypeError, DeviceError: they have another shape, memory layout or dtype now, no memory of
+                their own, or are not in the models.
 
         """
         if self._done:
             raise UndoError("this run was undone already")
         parameters = self._at_home() if models is None else self._look_up(models)
+        check_writable((entry.where for entry in self._entries), parameters)
         flats = [_bits(parameter) for parameter in parameters]
         if not force:
             self._check_unchanged(flats)
@@ -131,7 +85,7 @@ class UndoLog:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put the old bits back where the parameters were, whatever they are now; any number of times (`ff.tune`)."""
+        """Put the old bits back where the parameters were, whatever they are now; any number of times (`Trials`)."""
         self._write([_bits(parameter) for parameter in self._at_home()])
 
     def _write(self, flats: list[Tensor]) -> None:
@@ -162,18 +116,16 @@ class UndoLog:
         """The parameters where the run found them."""
         if self._links is None:
             raise UndoError("this log was loaded from a file: say where the models are, log.undo_(dag)")
-        for owner, child, module in self._links:
-            if owner.get(child) is not module:
-                raise UndoError(f"submodule {child!r} was replaced since the run; {_BY_NAME}")
+        if (key := self._links.replaced()) is not None:
+            raise UndoError(f"submodule {key!r} was replaced since the run; {_BY_NAME}")
         parameters: list[Tensor] = []
         for entry in self._entries:
             assert entry.home is not None
-            container, key = entry.home
-            parameter = container.get(key)
+            parameter = entry.home.now()
             if not isinstance(parameter, Tensor):
-                raise UndoError(f"{entry.where}: taken away since the run; {_BY_NAME}")
+                raise UndoError(f"{entry.where}: removed since the run; {_BY_NAME}")
             _check(entry, parameter)
-            if parameter.data_ptr() != entry.address:
+            if place_of(parameter) != entry.home.place:
                 raise UndoError(f"{entry.where}: moved since the run, to {parameter.device}; {_BY_NAME}")
             parameters.append(parameter)
         return parameters
@@ -209,30 +161,22 @@ class Recorder:
     """Takes down what a run is about to select, then seals it with a fingerprint of what the run left."""
 
     @torch.no_grad()
-    def __init__(
-        self,
-        tables: Sequence[DampenTable],
-        batches: Sequence[Sequence[Batch]],
-        names: Sequence[str],
-        resolved: Resolved,
-    ) -> None:
+    def __init__(self, parts: Iterable[Part], names: Sequence[str], memory: LiveMemory) -> None:
+        """Copy what may change: `names` are those of the program's nodes, `memory` is what the parts were bound to."""
         self._entries: dict[tuple[int, str], Entry] = {}
         self._flats: list[Tensor] = []  # beside the entries
-        self._links = resolved.links
-        homes = _homes(batches, len(names), resolved.homes)
-        for table, parts in zip(tables, batches, strict=True):
-            for tile in tiles(table, parts):
-                index = possible_selection(tile).nonzero().view(-1)
-                if len(index) == 0:
-                    continue
-                key, whole = (tile.node, tile.name), tile.parameter
-                if key not in self._entries:
-                    entry = Entry(names[tile.node], tile.name, tuple(whole.shape), whole.dtype, homes[key])
-                    entry.address = whole.data_ptr()
-                    self._entries[key] = entry
-                    self._flats.append(_bits(whole))
-                old = tile.theta.view(_BITS[tile.theta.itemsize]).index_select(0, index)
-                self._entries[key].pieces.append((tile.start, index.to(torch.int32), old))
+        self._links = memory.links
+        for tile in tiles(parts):
+            index = possible_selection(tile).nonzero().view(-1)
+            if len(index) == 0:
+                continue
+            key, whole = (tile.node, tile.name), tile.parameter
+            if key not in self._entries:
+                home = memory.home(*key)
+                self._entries[key] = Entry(names[tile.node], tile.name, tuple(whole.shape), whole.dtype, home)
+                self._flats.append(_bits(whole))
+            old = tile.theta.view(BITS[tile.theta.itemsize]).index_select(0, index)
+            self._entries[key].pieces.append((tile.start, index.to(torch.int32), old))
 
     @torch.no_grad()
     def seal(self) -> UndoLog:
@@ -243,26 +187,23 @@ class Recorder:
         return UndoLog(entries, self._links)
 
 
-def _homes(batches: Sequence[Sequence[Batch]], nodes: int, homes: Sequence[Home]) -> dict[tuple[int, str], Home]:
-    """(node, parameter) -> where it lives; `homes` lists them node after node."""
-    matches = {node: batch.match for parts in batches for batch in parts for node in batch.nodes}
-    keys = [(node, name) for node in range(nodes) if node in matches for name in matches[node].names]
-    return dict(zip(keys, homes, strict=True))
-
-
 def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, nodes: Sequence[str]) -> Model:
     """The model of a node, in whatever the caller named models by."""
     if isinstance(models, InheritanceDAG):
         if node in models:
-            return models.graph.nodes[node]["model"]
+            return models[node].model
         raise UndoError(f"node {node!r} is in the log, but not in the DAG")
+    if not isinstance(models, (torch.nn.Module, Mapping)):
+        raise ArgumentError(f"models is a {type(models).__name__}, expected the DAG, {{node: model}} or one model")
     if isinstance(models, torch.nn.Module) or any(isinstance(value, Tensor) for value in models.values()):
         if len(nodes) == 1:
             return models  # type: ignore[return-value]
         raise UndoError(f"the log has {len(nodes)} nodes ({', '.join(nodes[:8])}), expected {{node: model}} or the DAG")
     if node not in models:
         raise UndoError(f"node {node!r} is in the log, but not among the models: {', '.join(list(models)[:8])}")
-    return models[node]  # type: ignore[return-value]
+    model = models[node]
+    check_model(node, model)
+    return model  # type: ignore[return-value]
 
 
 def _tensors(model: Model) -> Mapping[str, Tensor]:
@@ -272,6 +213,7 @@ def _tensors(model: Model) -> Mapping[str, Tensor]:
 
 
 def _check(entry: Entry, parameter: Tensor) -> None:
+    check_addressable(entry.where, parameter)
     if tuple(parameter.shape) != entry.shape:
         raise LayoutError(f"{entry.where}: shape {list(parameter.shape)} now, {list(entry.shape)} during the run")
     if parameter.dtype != entry.dtype:
@@ -282,7 +224,7 @@ def _check(entry: Entry, parameter: Tensor) -> None:
 
 def _bits(parameter: Tensor) -> Tensor:
     """The parameter as flat integers of its width; writing there writes to the parameter and autograd hears of it."""
-    return parameter.detach().view(-1).view(_BITS[parameter.itemsize])
+    return parameter.detach().view(-1).view(BITS[parameter.itemsize])
 
 
 def _fingerprint(entry: Entry, flat: Tensor) -> Tensor:
@@ -302,32 +244,3 @@ def _values(scalars: Sequence[Tensor]) -> list[int]:
         here = [i for i, scalar in enumerate(scalars) if scalar.device == device]
         values.update(zip(here, torch.stack([scalars[i] for i in here]).tolist(), strict=True))
     return [values[i] for i in range(len(scalars))]
-
-
-def _read(path: str | os.PathLike[str]) -> Iterator[Entry]:
-    from safetensors import SafetensorError, safe_open
-
-    where = os.fspath(path)
-    if not Path(where).exists():
-        raise FileNotFoundError(f"no undo log at {where}")
-    try:
-        with safe_open(where, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                found = metadata.get("format", "none")
-                raise UndoFileError(f"{where}: not an undo log of this package (format {found}, expected {FORMAT})")
-            for i, record in enumerate(json.loads(metadata["entries"])):
-                shape, dtype = tuple(record["shape"]), _DTYPES[record["dtype"]]
-                entry = Entry(record["node"], record["name"], shape, dtype, after=torch.tensor(record["after"]))
-                index, old = file.get_tensor(f"{i}.index"), file.get_tensor(f"{i}.old")
-                numel = torch.Size(shape).numel()
-                fits = index.dtype in (torch.int32, torch.int64) and index.dim() == 1 and old.shape == index.shape
-                if not fits or old.dtype != dtype or (len(index) and not 0 <= index.min() <= index.max() < numel):
-                    raise UndoFileError(f"{where}: {entry.where}: indices or values do not fit a {dtype} {list(shape)}")
-                bits = old.view(_BITS[dtype.itemsize])
-                entry.pieces = [(0, *piece) for piece in zip(index.split(_PIECE), bits.split(_PIECE), strict=True)]
-                yield entry
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, OSError, RuntimeError) as error:
-        if isinstance(error, UndoFileError):
-            raise
-        raise UndoFileError(f"{where}: truncated or not an undo log: {error}") from error

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from .arguments import MergeRule, OnMismatch, check_count, check_number
 from .dag import ForgetRequest, InheritanceDAG, Model
 from .errors import ArgumentError
-from .fisher import check_number
-from .plan import Plan, plan
+from .planning import Choice, Plan, Trials
+from .unlearning import plan
 
 Evaluate = Callable[[str, Model], float]
 LAMBDAS = (1.0, 0.1, 0.01)
@@ -21,25 +20,17 @@ POINTS = 32
 MOST = 0.7  # the largest share that the default grid selects
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a node is to be dampened with, and what `evaluate` said of it."""
-
-    alpha: float
-    lam: float
-    score: float
-
-
 def tune(
     dag: InheritanceDAG,
     requests: Iterable[ForgetRequest],
     evaluate: Evaluate,
+    *,
     alphas: Iterable[float] | Mapping[str, Iterable[float]] | None = None,
     lams: Iterable[float] | None = None,
     points: int = POINTS,
-    merge: str = "max",
+    merge: MergeRule = "max",
     scale: float = 1.0,
-    on_mismatch: str = "error",
+    on_mismatch: OnMismatch = "error",
     backend: str | None = None,
 ) -> dict[str, Choice]:
     """Choose alpha and lambda of every node that the requests reach: the pair with the highest score.
@@ -60,33 +51,41 @@ def tune(
         merge, scale, on_mismatch, backend: as in `plan`.
 
     Returns:
-        {node: Choice}. All models are as before, also when `evaluate` raises. To apply it:
-        `plan(dag, requests, alpha={n: c.alpha for n, c in chosen.items()}, lam={n: c.lam for n, c in chosen.items()})`.
+        {node: Choice}; `Plan.set_values_` takes it. All models are as before, also when `evaluate` raises.
 
     Raises:
         ArgumentError: an empty grid, a number out of range, or a score that is no number or NaN.
         FiunError: as `plan`.
 
     """
-    listed = list(requests)
-    compiled = plan(dag, listed, 0.0, 1.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    compiled = plan(dag, requests, alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    return tune_plan(compiled, evaluate, alphas=alphas, lams=lams, points=points)
+
+
+def tune_plan(
+    compiled: Plan,
+    evaluate: Evaluate,
+    *,
+    alphas: Iterable[float] | Mapping[str, Iterable[float]] | None = None,
+    lams: Iterable[float] | None = None,
+    points: int = POINTS,
+) -> dict[str, Choice]:
+    """`tune` on a plan that there is already; its values are afterwards as before."""
     lambdas = _numbers("lams", LAMBDAS if lams is None else lams)
     grids = {name: sorted(set(grid), reverse=True) for name, grid in _grids(compiled, alphas, points).items()}
-    models = {name: dag.graph.nodes[name]["model"] for name in compiled.nodes}
-    candidates = _distinct(compiled, grids, lambdas)
-    best: dict[str, Choice] = {}
-    with _undoing(compiled, {name: grid[-1] for name, grid in grids.items()}) as undo:
+    models, best = compiled.models, dict[str, Choice]()
+    with compiled.trials(alpha={name: grid[-1] for name, grid in grids.items()}) as trials:
+        candidates = _distinct(trials, grids, lambdas)
         for k in range(max(map(len, candidates.values()))):
-            tried = {name: found[k] for name, found in candidates.items() if k < len(found)}
-            idle = {name: found[0] for name, found in candidates.items() if k >= len(found)}
-            both = tried | idle
-            compiled.set_values_({n: alpha for n, (alpha, _) in both.items()}, {n: lam for n, (_, lam) in both.items()})
-            compiled.run_()
-            for name, (alpha, lam) in tried.items():
+            # a node that has no more to try repeats its first point, and is not scored again
+            both = {name: found[k if k < len(found) else 0] for name, found in candidates.items()}
+            trials.run(alpha={n: alpha for n, (alpha, _) in both.items()}, lam={n: lam for n, (_, lam) in both.items()})
+            for name, found in candidates.items():
+                if k >= len(found):
+                    continue
                 score = _score(name, evaluate(name, models[name]))
                 if name not in best or score > best[name].score:
-                    best[name] = Choice(alpha, lam, score)
-            undo()
+                    best[name] = Choice(*found[k], score)
     return best
 
 
@@ -94,13 +93,14 @@ def search_alpha(
     dag: InheritanceDAG,
     requests: Iterable[ForgetRequest],
     evaluate: Evaluate,
+    *,
     rho: float = 0.2,
     start: float = 99.0,
     step: float = 0.5,
     lam: float = 1.0,
-    merge: str = "max",
+    merge: MergeRule = "max",
     scale: float = 1.0,
-    on_mismatch: str = "error",
+    on_mismatch: OnMismatch = "error",
     backend: str | None = None,
 ) -> dict[str, Choice]:
     """Choose alpha with no other data than what is to be forgotten, as PTN searches (Potion, arXiv 2406.09173).
@@ -126,28 +126,29 @@ def search_alpha(
         FiunError: as `plan`.
 
     """
+    lam = check_number("lam", lam)
     for what, value, least, most in (("rho", rho, 0, 1), ("start", start, 0, 100), ("step", step, 0, 100)):
         if not least < check_number(what, value) <= most:
             raise ArgumentError(f"{what} is {value:g}, expected more than {least} and at most {most}")
-    compiled = plan(dag, list(requests), 0.0, lam, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
-    names = compiled.nodes
-    models = {name: dag.graph.nodes[name]["model"] for name in names}
+    compiled = plan(
+        dag, requests, alpha=0.0, lam=lam, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend
+    )
+    names, models = compiled.nodes, compiled.models
     goal = {name: rho * _score(name, evaluate(name, models[name])) for name in names}
-    ratios, found = compiled._ratios(), dict[str, Choice]()
-    levels = [start - k * step for k in range(math.floor(start / step) + 1)]
+    ratios, found = compiled.ratios(), dict[str, Choice]()
 
     def there(name: str) -> bool:
         return name in found and (found[name].score < goal[name] or goal[name] == 0)
 
-    for q in levels:
-        alphas = dict(zip(names, ratios.percentiles(np.full(len(names), q)).tolist(), strict=True))
+    for k in range(math.floor(start / step) + 1):
+        q = np.full(len(names), start - k * step)
+        alphas = dict(zip(names, ratios.percentiles(q).tolist(), strict=True))
         alphas |= {name: choice.alpha for name, choice in found.items() if there(name)}
-        with _undoing(compiled, alphas) as undo:
-            compiled.run_()
+        with compiled.trials(alpha=alphas) as trials:  # a log for each level: it holds what that level selects
+            trials.run()
             for name in names:
                 if not there(name):
                     found[name] = Choice(alphas[name], float(lam), _score(name, evaluate(name, models[name])))
-            undo()
         if all(there(name) for name in names):
             break
     return found
@@ -166,7 +167,7 @@ def default_grids(compiled: Plan, points: int = POINTS) -> dict[str, list[float]
             shares = np.logspace(-math.log10(selectable), math.log10(MOST), points)
             above = np.minimum((shares * selectable + 1e-9).astype(np.int64), selectable - 1)
             row[:] = int(profile.counts[0]) + selectable - 1 - above
-    grids = compiled._ratios().smallest(ranks).tolist()
+    grids = compiled.ratios().smallest(ranks).tolist()
     pairs = zip(profiles.items(), grids, strict=True)
     return {name: grid if profile.counts[1:].any() else [1.0] for (name, profile), grid in pairs}
 
@@ -175,9 +176,7 @@ def _grids(
     compiled: Plan, alphas: Iterable[float] | Mapping[str, Iterable[float]] | None, points: int
 ) -> dict[str, list[float]]:
     if alphas is None:
-        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-            raise ArgumentError(f"points is {points!r}, expected a whole number from 1 on")
-        return default_grids(compiled, points)
+        return default_grids(compiled, check_count("points", points))
     if not isinstance(alphas, Mapping):
         grid = _numbers("alphas", alphas)
         return dict.fromkeys(compiled.nodes, grid)
@@ -188,7 +187,7 @@ def _grids(
 
 
 def _distinct(
-    compiled: Plan, grids: Mapping[str, Sequence[float]], lambdas: Sequence[float]
+    trials: Trials, grids: Mapping[str, Sequence[float]], lambdas: Sequence[float]
 ) -> dict[str, list[tuple[float, float]]]:
     """Pairs (alpha, lambda) of each node that differ in what they do, by dry runs: equal counts are equal selections.
 
@@ -196,25 +195,13 @@ def _distinct(
     """
     counts: dict[str, dict[int, float]] = {name: {} for name in grids}
     for k in range(max(map(len, grids.values()))):
-        compiled.set_values_({name: grid[min(k, len(grid) - 1)] for name, grid in grids.items()})
-        for node in compiled.run_(dry_run=True):
+        alphas = {name: grid[min(k, len(grid) - 1)] for name, grid in grids.items()}
+        for node in trials.run(alpha=alphas, dry_run=True):
             counts[node.name].setdefault(node.selected, float(node.alpha or 0.0))
     return {
         name: [(alpha, lam) for lam in lambdas for selected, alpha in found.items() if selected or lam == lambdas[0]]
         for name, found in counts.items()
     }
-
-
-@contextmanager
-def _undoing(compiled: Plan, lowest: Mapping[str, float]) -> Iterator[Callable[[], None]]:
-    """A function that takes back every run since, for alphas from `lowest` on; called after an error as well."""
-    compiled.set_values_(alpha=lowest)
-    undo = compiled._recorded()
-    try:
-        yield undo
-    except BaseException:
-        undo()
-        raise
 
 
 def _numbers(what: str, values: Iterable[float]) -> list[float]:
@@ -231,7 +218,7 @@ def _score(name: str, score: object) -> float:
         score = score.item()
     try:
         number = float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentError(f"evaluate({name!r}, …) gave a {type(score).__name__}, expected a number") from None
     if math.isnan(number):
         raise ArgumentError(f"evaluate({name!r}, …) gave NaN, which no score compares with")

@@ -1,0 +1,89 @@
+"""What arguments may be: closed sets of strings, dtypes, numbers; each is defined and checked here and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+
+from .errors import ArgumentError
+
+MergeRule = Literal["max", "mean", "sum"]
+OnMismatch = Literal["error", "skip"]
+Estimator = Literal["batch", "sample", "expected", "label_free"]
+BackendName = Literal["reference", "cpu", "triton", "cuda"]
+
+MERGE_RULES: tuple[str, ...] = get_args(MergeRule)
+MISMATCH_RULES: tuple[str, ...] = get_args(OnMismatch)
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+
+THETA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of parameters and their gradients
+FISHER_DTYPES = (torch.float32, torch.float64)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def listed(dtypes: Iterable[torch.dtype]) -> str:
+    """Names of dtypes, as error messages list them: "float32, float64 or bfloat16"."""
+    *names, last = map(short, dtypes)
+    return f"{', '.join(names)} or {last}" if names else last
+
+
+def check_one_of(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise an ArgumentError that lists what is known, where `value` is not among it."""
+    known = tuple(known)
+    if value not in known:
+        raise ArgumentError(f"{what} is {value!r}, expected one of {', '.join(known)}")
+
+
+def check_number(what: str, value: object, dtype: torch.dtype = torch.float64) -> float:
+    """The value as a float; an ArgumentError names `what` where it is negative, not finite, or too large for dtype."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgumentError(f"{what} is a {type(value).__name__}, expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ArgumentError(f"{what} is too large for a float, expected a finite number") from None
+    if not 0 <= number <= torch.finfo(dtype).max:
+        raise ArgumentError(f"{what} is {number}, expected a finite number that is not negative")
+    return number
+
+
+def check_fraction(what: str, value: object, meaning: str) -> float:
+    """The value as a float; an ArgumentError names `what` and its meaning where it is not in (0, 1]."""
+    number = check_number(what, value)
+    if not 0 < number <= 1:
+        raise ArgumentError(f"{what} is {number:g}, expected {meaning}")
+    return number
+
+
+def check_count(what: str, value: object, least: int = 1) -> int:
+    """The value, a whole number of at least `least`; an ArgumentError names `what` where it is anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{what} is {value!r}, expected a whole number of at least {least}")
+    return value
+
+
+def renamed(**names: str) -> Callable[[Function], Function]:
+    """For a function some of whose arguments had another name in version 0.1: the old one is an error that says so."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for old, new in names.items():
+                if old in kwargs:
+                    raise TypeError(f"{function.__name__}() has no argument {old!r} any more: it is now {new!r}")
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate

@@ -1,0 +1,280 @@
+"""Compile: which nodes meet which forget Fishers over which parameters. Names, shapes, dtypes and numbers only.
+
+No memory is looked at here: a parameter is its shape, dtype and device, wherever it lies. All that can be wrong with
+these is raised here; what can be wrong with memory, by `binding.bind`, which makes parts of a program that a backend
+runs. One program may be bound again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .arguments import MISMATCH_RULES, THETA_DTYPES, OnMismatch, check_number, check_one_of, listed
+from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_original
+from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
+from .fisher import Fisher
+from .kernels.table import Dampening
+from .layout import Layout, Segment
+
+PerNode = float | Mapping[str, float]
+
+
+class Described(Protocol):
+    """What a program needs to know of a parameter: a tensor will do, and so will the line of a file's header."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+
+Describe = Callable[[int, Sequence[str]], Sequence[Described | None]]  # index of a node, names -> None: has none
+
+
+@dataclass(slots=True)
+class ReachedNode:
+    """A node that at least one request reaches."""
+
+    name: str
+    model: Model
+    fisher: Fisher  # original
+    requests: tuple[int, ...]  # S(n), indices of requests
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the forget Fishers of a node fit its own: S segments, the same for all nodes of that layout and S(n)."""
+
+    segments: tuple[Segment, ...]  # [S] of the original Fisher
+    names: tuple[str, ...]  # [S]
+    requests: tuple[tuple[int, ...], ...]  # [S] requests whose Fisher has the segment
+    skipped: tuple[str, ...]  # names left out, by on_mismatch="skip"
+    numel: int  # of all segments together
+
+
+@dataclass
+class GroupPlan:
+    """Nodes that meet the same forget Fishers over the same segments, with one dtype and device."""
+
+    device: torch.device
+    theta_dtype: torch.dtype
+    fisher_dtype: torch.dtype
+    requests: tuple[int, ...]
+    match: Match
+    segments: tuple[int, ...]  # indices into the match
+    nodes: list[int] = field(default_factory=list)  # indices into the program's nodes
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to be done to whom; knows no address."""
+
+    nodes: list[ReachedNode]
+    requests: list[ForgetRequest]
+    groups: list[GroupPlan]
+    matches: list[Match]  # of each node
+
+
+def reached_nodes(dag: InheritanceDAG, requests: Sequence[ForgetRequest]) -> list[ReachedNode]:
+    """The nodes that the requests reach, in the order of the DAG.
+
+    Raises:
+        DagError: as `InheritanceDAG.reached_by`.
+        ArgumentError: one of them has no original Fisher.
+
+    """
+    reached = []
+    for name, reaching in dag.reached_by(requests).items():
+        node = dag[name]
+        if not isinstance(node.model, (torch.nn.Module, dict)):  # most are; asking for a Mapping takes longer
+            check_model(name, node.model)
+        if not isinstance(node.fisher, Fisher):
+            check_original(name, node.fisher)
+        if node.fisher is None:
+            raise ArgumentError(
+                f"node {name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…)"
+            )
+        reached.append(ReachedNode(name, node.model, node.fisher, reaching))
+    return reached
+
+
+def compile_program(
+    nodes: list[ReachedNode], requests: list[ForgetRequest], on_mismatch: OnMismatch, describe: Describe
+) -> Program:
+    """Match names and shapes, and put nodes that may share a launch into groups.
+
+    Args:
+        nodes: with their original Fishers.
+        requests: what `ReachedNode.requests` counts.
+        on_mismatch: "error", or "skip" to leave out what a forget Fisher does not have in that shape.
+        describe: (index of a node, names) -> what its model has under each name, None where it has nothing.
+
+    Raises:
+        LayoutError: names or shapes differ, or a model has no parameter of a name that its Fisher has.
+        DTypeError, DeviceError: dtypes or devices of a node that do not go together.
+        ArgumentError: `on_mismatch` is neither.
+
+    """
+    check_one_of("on_mismatch", on_mismatch, MISMATCH_RULES)
+    matches: dict[tuple[Layout, tuple[int, ...]], Match] = {}
+    groups: dict[tuple, GroupPlan] = {}
+    fitting: set[tuple[tuple[int, ...], torch.dtype]] = set()  # requests whose Fishers have this dtype
+    program = Program(nodes, requests, [], [])
+    for index, node in enumerate(nodes):
+        fisher = node.fisher
+        key = (fisher.layout, node.requests)
+        match = matches.get(key)
+        if match is None:
+            match = matches[key] = _match(node, requests, on_mismatch)
+        dtype, device = fisher.dtype, fisher.device
+        if (node.requests, dtype) not in fitting:
+            _check_dtypes(node, requests)
+            fitting.add((node.requests, dtype))
+        parts: dict[tuple, list[int]] = {}
+        for s, theta in enumerate(describe(index, match.names)):
+            segment = match.segments[s]
+            if theta is None:
+                raise LayoutError(
+                    f"node {node.name!r}: the model has no parameter {segment.name!r}, its original Fisher has"
+                )
+            if theta.shape != segment.shape or theta.dtype not in THETA_DTYPES or theta.device != device:
+                _refuse(node, segment, theta)
+            parts.setdefault((theta.dtype, match.requests[s]), []).append(s)
+        for (theta_dtype, reaching), segments in parts.items():
+            group_key = (*key, device, dtype, theta_dtype, reaching, *segments)
+            group = groups.get(group_key)
+            if group is None:
+                group = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments))
+                groups[group_key] = group
+            group.nodes.append(index)
+        program.matches.append(match)
+    program.groups.extend(groups.values())
+    return program
+
+
+def _match(node: ReachedNode, requests: list[ForgetRequest], on_mismatch: str) -> Match:
+    layout = node.fisher.layout
+    skipped: dict[str, None] = {}
+    for k in node.requests:
+        forget = requests[k].fisher.layout
+        difference = layout.difference(forget, f"the original Fisher of {node.name!r}", "the forget Fisher")
+        if difference is None:
+            continue
+        if on_mismatch == "error":
+            raise LayoutError(
+                f"node {node.name!r}: the forget Fisher of request {k} (from {requests[k].origin!r}) does not fit: "
+                f'{difference}; estimate both over the same parameters, or pass on_mismatch="skip" to leave these out'
+            )
+        skipped.update(dict.fromkeys(s.name for s in forget if s.name not in layout or not layout[s.name].fits(s)))
+    kept, reaching = [], []
+    for segment in layout:
+        fit = tuple(
+            k
+            for k in node.requests
+            if segment.name in (forget := requests[k].fisher.layout) and forget[segment.name].fits(segment)
+        )
+        if not fit:
+            skipped[segment.name] = None
+        elif segment.numel:
+            kept.append(segment)
+            reaching.append(fit)
+    names = tuple(segment.name for segment in kept)
+    return Match(tuple(kept), names, tuple(reaching), tuple(skipped), sum(segment.numel for segment in kept))
+
+
+def _check_dtypes(node: ReachedNode, requests: list[ForgetRequest]) -> None:
+    for k in node.requests:
+        if requests[k].fisher.dtype != node.fisher.dtype:
+            raise DTypeError(
+                f"node {node.name!r}: its original Fisher is {node.fisher.dtype}, the forget Fisher of request {k} is "
+                f"{requests[k].fisher.dtype}; convert one with fisher.to(dtype=…)"
+            )
+
+
+def _refuse(node: ReachedNode, segment: Segment, theta: Described) -> None:
+    where, device = f"node {node.name!r}, parameter {segment.name!r}", node.fisher.device
+    if theta.shape != segment.shape:
+        raise LayoutError(f"{where}: shape {list(theta.shape)} in the model, {list(segment.shape)} in its Fisher")
+    if theta.dtype not in THETA_DTYPES:
+        raise DTypeError(f"{where}: {theta.dtype}, expected {listed(THETA_DTYPES)}")
+    advice = "move it with fisher.to(…)"
+    if theta.device.type == "meta":
+        advice = (
+            "its weights are offloaded or were never loaded; load them first (Accelerate: "
+            "accelerate.hooks.remove_hook_from_submodules(model))"
+        )
+    raise DeviceError(f"{where}: on {theta.device}, its original Fisher on {device}; {advice}")
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def narrowest(fishers: Iterable[Fisher]) -> torch.dtype:
+    """The dtype that numbers must fit into."""
+    return min((fisher.dtype for fisher in fishers), key=lambda dtype: dtype.itemsize)
+
+
+def values_per_node(what: str, value: PerNode, known: Iterable[str], check: Callable[[str, object], float]) -> PerNode:
+    """One number, or {node: number} of which each node is known; all checked.
+
+    Raises:
+        ArgumentError: a number out of range, or of a node that there is not.
+
+    """
+    if not isinstance(value, Mapping):
+        return check(what, value)
+    names = known if isinstance(known, (dict, set, frozenset, InheritanceDAG)) else set(known)
+    for name in value:
+        if name not in names:
+            raise ArgumentError(f"{what} has a value for {name!r}, which is no node of the DAG")
+    return {name: check(f"{what}[{name!r}]", number) for name, number in value.items()}
+
+
+def per_node(what: str, value: PerNode, nodes: Sequence[ReachedNode]) -> np.ndarray:
+    """[nodes] float64 of what `values_per_node` returned.
+
+    Raises:
+        ArgumentError: a node has no value.
+
+    """
+    if not isinstance(value, Mapping):
+        return np.full(len(nodes), value)
+    for node in nodes:
+        if node.name not in value:
+            raise ArgumentError(f"{what} has no value for node {node.name!r}, which a request reaches")
+    return np.array([value[node.name] for node in nodes], dtype=np.float64)
+
+
+def dampening(
+    nodes: Sequence[ReachedNode],
+    known: Iterable[str],
+    dtype: torch.dtype,
+    *,
+    alpha: PerNode,
+    lam: PerNode,
+    exponent: float,
+    cap: float,
+) -> Dampening:
+    """The numbers of a dampening, checked; `dtype`: of the Fishers, which the numbers must fit into.
+
+    Raises:
+        ArgumentError: a number that is negative, not finite or too large, or a node without one.
+
+    """
+
+    def check(what: str, value: object) -> float:
+        return check_number(what, value, dtype)
+
+    return Dampening(
+        per_node("alpha", values_per_node("alpha", alpha, known, check), nodes),
+        per_node("lam", values_per_node("lam", lam, known, check), nodes),
+        check("exponent", exponent),
+        check("cap", cap),
+    )

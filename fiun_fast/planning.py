@@ -1,0 +1,411 @@
+"""The plan: a compiled program bound to live models, run as often as wanted."""
+
+from __future__ import annotations
+
+import datetime
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .arguments import OnMismatch, check_number, short
+from .binding import Part, bind
+from .compiling import PerNode, Program, ReachedNode, compile_program, narrowest, values_per_node
+from .dag import ForgetRequest, Model
+from .errors import ArgumentError, UndoError
+from .kernels.table import Dampening, Merging
+from .live import LiveMemory
+from .memory import check_no_mode
+from .profile import Profiles, profiles_of, with_squares
+from .ratios import Ratios
+from .report import Audit, Facts, Report
+from .tiles import examine, tiles
+from .undo import Recorder, UndoLog
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a node is to be dampened with, and what `evaluate` said of it."""
+
+    alpha: float
+    lam: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one run moves where everything is selected; with nothing selected, `theta` falls away."""
+
+    forget: int  # each forget Fisher once a group
+    original: int  # each original Fisher once
+    theta: int  # read and written
+
+    @property
+    def total(self) -> int:
+        """Dense bytes of one run."""
+        return self.forget + self.original + self.theta
+
+
+class Plan:
+    """What `plan` returns. It refers to the models and Fishers it was made from and keeps them alive.
+
+    `print(plan)` says how many nodes, groups, launches and bytes. Parameters whose memory moved or changed since the
+    last run (`.to()`, `flatten_`, `load_state_dict(assign=True)`) are noticed, and the plan is built anew before
+    anything runs.
+
+    Attributes:
+        parts: the launches, a `binding.Part` for each device, parameter dtype and Fisher dtype.
+
+    """
+
+    def __init__(
+        self,
+        nodes: list[ReachedNode],
+        requests: list[ForgetRequest],
+        known: frozenset[str],
+        merging: Merging,
+        dampening: Dampening,
+        *,
+        on_mismatch: OnMismatch = "error",
+        backend: str | None = None,
+    ) -> None:
+        """Compile and bind. `plan` and `dampen_` make these from what a user has.
+
+        Args:
+            nodes: what the requests reach.
+            requests: at least one.
+            known: names of all nodes of the DAG.
+            merging, dampening: the numbers, checked.
+            on_mismatch, backend: as in `plan`.
+
+        Raises:
+            FiunError: as `plan`.
+
+        """
+        self._nodes, self._requests, self._known = nodes, requests, known
+        self._merging, self._dampening = merging, dampening
+        self._on_mismatch, self._backend = on_mismatch, backend
+        self._trying = False  # inside `with plan.trials()`
+        self._build()
+
+    def _build(self) -> None:
+        check_no_mode()
+        memory = LiveMemory(self._nodes, self._requests)
+        program = compile_program(self._nodes, self._requests, self._on_mismatch, memory.describe)
+        parts = bind(program, memory, self._merging, self._dampening, self._backend)
+        memory.settle()
+        self.parts: list[Part] = parts
+        self._program, self._memory = program, memory
+        self._facts = _facts(program, parts, self._known, self._merging, self._dampening)
+
+    def run_(self, *, dry_run: bool = False, undo: bool = False, audit: bool = False) -> Report:
+        """Dampen every node a request reaches, in place, all from the state before the call.
+
+        Without `undo` and `audit` this does not wait for the device, and all it takes there are 24 bytes a node for the
+        counts, which belong to the report. Each of the two adds a pass in plain torch that does wait, before the run
+        (docs/audit.md has the cost).
+
+        Args:
+            dry_run: count only; nothing is written.
+            undo: keep what is needed to restore every bit with `report.undo_()`: 4 bytes and one parameter's element
+                for each element selected.
+            audit: count each parameter, measure ‖Δθ‖ and hash every Fisher; `report.to_dict()` has it all.
+
+        Returns:
+            Counts per node, read from the device when first looked at.
+
+        Raises:
+            ArgumentError: undo of a dry run, or trials are under way on this plan.
+            LayoutError, DTypeError, DeviceError: memory changed so that it does not fit any more; nothing ran.
+
+        """
+        if dry_run and undo:
+            raise ArgumentError("a dry run changes nothing, so there is nothing to undo: leave out dry_run or undo")
+        if self._trying and not dry_run:
+            raise ArgumentError("trials are under way on this plan, and take back only what their own run() did")
+        return self._run(bool(dry_run), undo, audit)
+
+    def _run(self, dry_run: bool, undo: bool = False, audit: bool = False) -> Report:
+        self._refresh()
+        if not dry_run:
+            self._memory.check_writable()
+        audited = self._audit() if audit else None
+        recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
+        counts = self._launch(dry_run)
+        log = recorder.seal() if recorder else None
+        alpha, lam = self._dampening.alpha.copy(), self._dampening.lam.copy()
+        return Report(self._facts, counts, alpha, lam, dry_run=dry_run, audit=audited, undo=log)
+
+    def _launch(self, dry_run: bool) -> list[torch.Tensor]:
+        """Launch everything; the counts of this run, [nodes, 3] for each device."""
+        counts: dict[torch.device, torch.Tensor] = {}
+        for part in self.parts:
+            device = part.table.device
+            if device not in counts:
+                counts[device] = torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=device)
+            part.launch.run(counts[device], dry_run)
+        if not dry_run:  # kernels write through addresses; autograd must hear of it
+            torch.autograd.graph.increment_version(self._memory.parameters)
+        return list(counts.values())
+
+    def _refresh(self) -> None:
+        check_no_mode()
+        if self._memory.moved():
+            self._build()
+
+    def set_values_(
+        self,
+        chosen: Mapping[str, Choice] | None = None,
+        *,
+        alpha: PerNode | None = None,
+        lam: PerNode | None = None,
+    ) -> None:
+        """Change alpha or lambda of the runs to come; nothing is compiled anew.
+
+        Args:
+            chosen: {node: Choice}, as `tune` and `search_alpha` return it.
+            alpha, lam: a number for all nodes, or {node: number} for those to be changed; None: as they are, or as
+                `chosen` says.
+
+        Raises:
+            ArgumentError: a value that is negative or not finite, or of a node that the DAG does not have.
+
+        """
+        if chosen is not None:
+            if not isinstance(chosen, Mapping) or not all(isinstance(one, Choice) for one in chosen.values()):
+                raise ArgumentError(
+                    f"chosen is {chosen!r:.80}, expected {{node: Choice}}; numbers go into alpha= and lam="
+                )
+            alpha = {name: one.alpha for name, one in chosen.items()} if alpha is None else alpha
+            lam = {name: one.lam for name, one in chosen.items()} if lam is None else lam
+        self._take_values(*self._values(alpha, lam))
+
+    def _values(self, alpha: PerNode | None, lam: PerNode | None) -> tuple[np.ndarray, np.ndarray]:
+        """Alpha and lambda of each node as they would be, [nodes] each; all is checked."""
+        dtype = narrowest(request.fisher for request in self._requests)
+        found = []
+        for what, given, now in (("alpha", alpha, self._dampening.alpha), ("lam", lam, self._dampening.lam)):
+            values = now.copy()
+            if given is not None:
+                checked = values_per_node(what, given, self._known, lambda w, v: check_number(w, v, dtype))
+                if isinstance(checked, Mapping):
+                    for i, node in enumerate(self._nodes):
+                        values[i] = checked.get(node.name, values[i])
+                else:
+                    values[:] = checked
+            found.append(values)
+        return found[0], found[1]
+
+    def _take_values(self, alpha: np.ndarray, lam: np.ndarray) -> None:
+        self._dampening.alpha[:], self._dampening.lam[:] = alpha, lam
+        for part in self.parts:
+            part.launch.refresh()
+
+    @contextmanager
+    def trials(self, *, alpha: PerNode | None = None) -> Iterator[Trials]:
+        """Try values out: inside `with`, runs that are taken back; afterwards parameters and values are as before.
+
+            with plan.trials(alpha=1.0) as trials:
+                report = trials.run(alpha=3.0, lam=0.1)
+                score = evaluate(model)
+                trials.restore()
+
+        One undo log serves all runs: what the lowest alpha selects holds what every higher one does. Fishers must stay
+        as they are meanwhile, and parameters where they are. The plan's own `run_` is refused inside, unless dry.
+
+        Args:
+            alpha: the lowest that will be tried, a number or {node: number}; None: the present ones.
+
+        Raises:
+            ArgumentError: trials are under way on this plan already; or as `set_values_`.
+            UndoError: at the end, parameters were moved or replaced meanwhile: the last trial could not be taken back.
+            FiunError: as `run_`.
+
+        """
+        if self._trying:
+            raise ArgumentError("trials are under way on this plan already")
+        before = self._dampening.alpha.copy(), self._dampening.lam.copy()
+        lowest = self._values(alpha, None)
+        self._refresh()
+        self._memory.check_writable()
+        self._take_values(*lowest)
+        try:
+            trials = Trials(self, Recorder(self.parts, self.nodes, self._memory).seal())
+            self._trying = True
+            try:
+                yield trials
+            finally:
+                trials.end()
+        finally:
+            self._trying = False
+            self._take_values(*before)
+
+    def profile(self, *, norms: bool = False) -> Profiles:
+        """How many elements any alpha would select at each node: {node: SelectionProfile}, in one pass over the plan.
+
+        Args:
+            norms: also what norm of the parameters would go (`SelectionProfile.removed`): a second pass in plain torch.
+
+        """
+        found = profiles_of(self.ratios(), [numel for *_, numel in self._facts.nodes])
+        if norms:
+            found = with_squares(found, tiles(self.parts))
+        return Profiles(dict(zip(self.nodes, found, strict=True)))
+
+    def ratios(self) -> Ratios:
+        """The ratios m / I of every node: histograms and exact percentiles."""
+        self._refresh()
+        return Ratios([(part.table, part.histogram()) for part in self.parts], self.nodes)
+
+    def _audit(self) -> Audit:
+        """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
+        time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        references = [fisher for _, _, fisher in self._facts.requests] + list(self._facts.originals.values())
+        fishers = {id(reference): fisher for reference in references if (fisher := reference()) is not None}
+        digests = {id(fisher): fisher.sha256() for fisher in fishers.values()}
+        figures = examine(self.parts)
+        parameters = {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)}
+        return Audit(time, parameters, {reference: digests[id(fisher)] for reference, fisher in fishers.items()})
+
+    def warmup(self) -> None:
+        """Compile ahead what a run needs, where the backend compiles at run time (Triton); otherwise nothing to do."""
+        for part in self.parts:
+            part.launch.warmup()
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes that a run dampens, in the order of the DAG."""
+        return [node.name for node in self._nodes]
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Name -> model of each node that a run dampens."""
+        return {node.name: node.model for node in self._nodes}
+
+    @property
+    def traffic(self) -> Traffic:
+        """Dense bytes of one run, over all launches (docs/architecture.md, cost model)."""
+        forget = original = theta = 0
+        for table in (part.table for part in self.parts):
+            length, k, n = (table.rows[:, column].astype(object) for column in (0, 2, 4))  # Python ints: no overflow
+            assert table.theta_dtype is not None
+            forget += table.fisher_dtype.itemsize * int((length * k).sum())
+            original += table.fisher_dtype.itemsize * int((length * n).sum())
+            theta += 2 * table.theta_dtype.itemsize * int((length * n).sum())
+        return Traffic(forget, original, theta)
+
+    def __str__(self) -> str:
+        traffic, elements = self.traffic, sum(numel for *_, numel in self._facts.nodes)
+        groups, rows = (sum(len(getattr(part.table, what)) for part in self.parts) for what in ("groups", "rows"))
+        launches = ", ".join(
+            f"{part.backend.name} on {part.table.device} "
+            f"({short(part.table.theta_dtype)}, Fishers {short(part.table.fisher_dtype)})"
+            for part in self.parts
+            if part.table.theta_dtype is not None
+        )
+        lines = [
+            f"{_count(len(self._nodes), 'node')} of {len(self._known):,}, {_count(elements, 'element')}, "
+            f"{_count(len(self._requests), 'request')}, merged by {self._merging.how}",
+            f"{_count(groups, 'group')}, {_count(rows, 'contiguous run')}, "
+            f"{_count(len(self.parts), 'launch')}: {launches}",
+            f"moves at most {_bytes(traffic.total)} a run: {_bytes(traffic.forget)} forget Fishers, "
+            f"{_bytes(traffic.original)} original Fishers, {_bytes(traffic.theta)} parameters read and written",
+        ]
+        left_out = {name: None for _, _, skipped, _ in self._facts.nodes for name in skipped}
+        if left_out:
+            lines.append(f"left out for another shape or no counterpart: {', '.join(left_out)}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self._nodes)} nodes, {len(self.parts)} launches)"
+
+
+class Trials:
+    """What `with plan.trials()` gives: run with values, look at the models, restore; as often as wanted."""
+
+    def __init__(self, plan: Plan, log: UndoLog) -> None:
+        self._plan, self._log = plan, log
+        self._memory, self._lowest = plan._memory, plan._dampening.alpha.copy()
+        self._changed = self._ended = False
+
+    def run(self, *, alpha: PerNode | None = None, lam: PerNode | None = None, dry_run: bool = False) -> Report:
+        """Restore what an earlier trial changed, then run the plan with these values.
+
+        Args:
+            alpha, lam: as in `Plan.set_values_`; they stay for later trials.
+            dry_run: count only.
+
+        Raises:
+            ArgumentError: an alpha below the lowest that was announced, which the log could not take back.
+            UndoError: the `with` block has ended; or memory was moved or replaced since it began.
+            FiunError: as `Plan.run_` and `Plan.set_values_`.
+
+        """
+        if self._ended:
+            raise UndoError("these trials have ended: a run after the `with` block would not be taken back")
+        self.restore()
+        plan = self._plan
+        values = plan._values(alpha, lam)
+        if not dry_run:
+            for name, lowest, now in zip(plan.nodes, self._lowest, values[0], strict=True):
+                if now < lowest:
+                    raise ArgumentError(
+                        f"node {name!r}: alpha {now:g} is below {lowest:g}, the lowest that trials(alpha=…) announced"
+                    )
+            if plan._memory is not self._memory or self._memory.moved():
+                raise UndoError("parameters or Fishers were moved or replaced since these trials began")
+        plan._take_values(*values)
+        self._changed = not dry_run
+        return plan._run(bool(dry_run))
+
+    def restore(self) -> None:
+        """Put back every bit that the last trial changed.
+
+        Raises:
+            UndoError: the parameters were moved or replaced meanwhile.
+
+        """
+        if self._changed:
+            self._log.restore_()
+            self._changed = False
+
+    def end(self) -> None:
+        """Restore, and refuse further runs."""
+        self._ended = True
+        self.restore()
+
+
+def _facts(program: Program, parts: list[Part], known: frozenset[str], merging: Merging, dampening: Dampening) -> Facts:
+    """What a report says of a plan beside the counts."""
+    origins = {
+        reaching: tuple(program.requests[k].origin for k in reaching)
+        for reaching in {node.requests for node in program.nodes}
+    }
+    options = {"exponent": dampening.exponent, "cap": dampening.cap, "scale": merging.scale, "merge": merging.how}
+    return Facts(
+        [
+            (node.name, origins[node.requests], match.skipped, match.numel)
+            for node, match in zip(program.nodes, program.matches, strict=True)
+        ],
+        known,
+        options,
+        tuple(dict.fromkeys(part.backend.name for part in parts)),
+        tuple((r.origin, float(r.weight), weakref.ref(r.fisher)) for r in program.requests),
+        {node.name: weakref.ref(node.fisher) for node in program.nodes},
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("ch") else "s")
+
+
+def _bytes(n: int) -> str:
+    size, unit = float(n), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{n} B" if unit == "B" else f"{size:.3g} {unit}"

@@ -1,0 +1,187 @@
+"""The ways in: `plan` for the models of a DAG, `dampen_` and `selection_profile` for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arguments import MERGE_RULES, MergeRule, OnMismatch, check_number, check_one_of, renamed
+from .compiling import PerNode, ReachedNode, dampening, narrowest, per_node, reached_nodes, values_per_node
+from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_requests
+from .errors import ArgumentError
+from .fisher import Fisher, listed_fishers
+from .kernels.table import Merging
+from .planning import Plan
+from .profile import SelectionProfile, profiles_of
+from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
+from .report import Report
+
+
+@renamed(share="forget_fraction")
+def plan(
+    dag: InheritanceDAG,
+    requests: Iterable[ForgetRequest],
+    *,
+    alpha: PerNode | str = 10.0,
+    lam: PerNode = 1.0,
+    exponent: float = 1.0,
+    cap: float = 1.0,
+    merge: MergeRule = "max",
+    scale: float = 1.0,
+    on_mismatch: OnMismatch = "error",
+    backend: str | None = None,
+    forget_fraction: PerNode | None = None,
+) -> Plan:
+    """Compile the unlearning of all requests in all models they reach (FIUn with MFIM, arXiv 2408.08493).
+
+    In every node n with a request at itself or an ancestor: m = scale * reduce_k (w_k F_k) over those requests; where
+    m > alpha I, theta <- theta * min((lam I / m)^exponent, cap). docs/semantics.md has the edges.
+
+    Args:
+        dag: models, their original Fishers and who inherited from whom.
+        requests: origin and forget Fisher of what is to be forgotten.
+        alpha: selection threshold; one number, or {node: number} that covers every node reached; "auto" chooses each
+            node's as `adaptive_alpha` does, from its own ratios m / I.
+        lam: dampening constant; likewise.
+        exponent, cap: shape and upper bound of the factor.
+        merge: "max" (MFIM), "mean" or "sum".
+        scale: applied to the merged Fisher, last.
+        on_mismatch: "error", or "skip" to leave out parameters that a forget Fisher does not have in that shape.
+        backend: name of one; None for use_backend, FIUN_FAST_BACKEND, or the default, in this order.
+        forget_fraction: for alpha="auto": |D_f| / |D| in (0, 1], one number or {node: number}.
+
+    Raises:
+        FiunError: a subclass for each kind of bad input, naming node, parameter, expected and found. Nothing has been
+            changed by then.
+
+    """
+    if not isinstance(dag, InheritanceDAG):
+        raise ArgumentError(f"dag is a {type(dag).__name__}, expected an InheritanceDAG")
+    listed = check_requests(requests)
+    options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
+    return _made(reached_nodes(dag, listed), listed, frozenset(dag), options)
+
+
+@renamed(share="forget_fraction")
+def dampen_(
+    model: Model,
+    original: Fisher,
+    forget: Fisher | Sequence[Fisher],
+    *,
+    alpha: float | str = 10.0,
+    lam: float = 1.0,
+    exponent: float = 1.0,
+    cap: float = 1.0,
+    merge: MergeRule = "max",
+    scale: float = 1.0,
+    on_mismatch: OnMismatch = "error",
+    backend: str | None = None,
+    forget_fraction: float | None = None,
+    dry_run: bool = False,
+    undo: bool = False,
+    audit: bool = False,
+) -> Report:
+    """Dampen one model in place: Selective Synaptic Dampening (arXiv 2308.07707), the one-node case of `plan`.
+
+    Args:
+        model: module, or dict of tensors.
+        original: Fisher over the data the model was trained on.
+        forget: Fisher over the data to be forgotten; several are merged on the fly.
+        alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction: as in `plan`; alpha, lam and
+            forget_fraction are numbers here, alpha may be "auto".
+        dry_run, undo, audit: as in `Plan.run_`.
+
+    Returns:
+        A report whose totals (`.selected`, `.zeroed`, …) are those of the model; its node is called "model".
+
+    Raises:
+        FiunError: as `plan`.
+
+    """
+    options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
+    return _plan_of_one(model, original, forget, options).run_(dry_run=dry_run, undo=undo, audit=audit)
+
+
+def selection_profile(
+    original: Fisher,
+    forget: Fisher | Sequence[Fisher],
+    model: Model | None = None,
+    *,
+    merge: MergeRule = "max",
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> SelectionProfile:
+    """One pass over two Fishers: how many elements any alpha would select, and with a model what norm would go.
+
+    Args:
+        original: Fisher I over the data the model was trained on.
+        forget: Fisher F over the data to be forgotten; several are merged on the fly.
+        model: whose parameters the Fishers belong to; for `removed` only, and costs a second pass in plain torch.
+        merge, scale: as in `plan`.
+        backend: name of one; None for the default.
+
+    Raises:
+        ArgumentError, LayoutError, DTypeError, DeviceError, BackendError: as `adaptive_alpha`.
+
+    """
+    if model is None:
+        ratios = ratios_of(original, forget, merge=merge, scale=scale, backend=backend)
+        return profiles_of(ratios, [original.numel])[0]
+    forgets = check_fishers(original, forget)
+    options = Options(merge=merge, scale=scale, backend=backend)
+    return _plan_of_one(model, original, forgets, options).profile(norms=True)["model"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `plan`, as they were given."""
+
+    alpha: PerNode | str = 10.0
+    lam: PerNode = 1.0
+    exponent: float = 1.0
+    cap: float = 1.0
+    merge: MergeRule = "max"
+    scale: float = 1.0
+    on_mismatch: OnMismatch = "error"
+    backend: str | None = None
+    forget_fraction: PerNode | None = None
+
+
+def _plan_of_one(model: Model, original: Fisher, forget: Fisher | Sequence[Fisher], options: Options) -> Plan:
+    """A plan for one model without a DAG; its node is called "model"."""
+    check_model("model", model)
+    if not isinstance(original, Fisher):
+        raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
+    requests = check_requests([ForgetRequest("model", one) for one in listed_fishers("forget", forget)])
+    node = ReachedNode("model", model, original, tuple(range(len(requests))))
+    return _made([node], requests, frozenset({"model"}), options)
+
+
+def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], known: frozenset[str], o: Options) -> Plan:
+    """Check the options, compile, bind; with alpha="auto" choose each node's alpha from its ratios."""
+    check_one_of("merge", o.merge, MERGE_RULES)
+    dtype = narrowest(request.fisher for request in requests)
+    fractions = _forget_fractions(o, nodes, known)
+    alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
+    how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
+    merging = Merging(o.merge, check_number("scale", o.scale, dtype))
+    made = Plan(nodes, requests, known, merging, how, on_mismatch=o.on_mismatch, backend=o.backend)
+    if fractions is not None:
+        q = np.array([adaptive_percentile(fraction) for fraction in fractions])
+        made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))
+    return made
+
+
+def _forget_fractions(o: Options, nodes: Sequence[ReachedNode], known: frozenset[str]) -> np.ndarray | None:
+    """Of each node, where alpha is "auto"."""
+    if not isinstance(o.alpha, str):
+        if o.forget_fraction is not None:
+            raise ArgumentError('forget_fraction is for alpha="auto" only')
+        return None
+    if o.alpha != "auto":
+        raise ArgumentError(f'alpha is a str, {o.alpha!r}, expected a number, {{node: number}} or "auto"')
+    given: PerNode = check_forget_fraction("forget_fraction", None) if o.forget_fraction is None else o.forget_fraction
+    checked = values_per_node("forget_fraction", given, known, check_forget_fraction)
+    return per_node("forget_fraction", checked, nodes)

@@ -141,12 +141,11 @@ class Problem:
         """The public API, from DAG to plan; `order` is the order in which nodes are added."""
         case, dag = self.case, ff.InheritanceDAG()
         for name in order or list(case.parents):
-            dag.add_model(name, self.models[name], self.originals[name], case.parents[name])
+            dag.add_model(name, self.models[name], self.originals[name], parents=case.parents[name])
         weights = case.weights or (1.0,) * len(case.origins)
         requests = [ff.ForgetRequest(o, f, w) for o, f, w in zip(case.origins, self.forgets, weights, strict=True)]
-        return ff.plan(
-            dag, requests, case.alpha, case.lam, case.exponent, case.cap, case.merge, case.scale, backend=backend
-        )
+        numbers = {key: getattr(case, key) for key in ("alpha", "lam", "exponent", "cap", "merge", "scale")}
+        return ff.plan(dag, requests, **numbers, backend=backend)
 
     def state(self) -> dict[tuple[str, str], torch.Tensor]:
         """A copy of every parameter."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from types import ModuleType
-from typing import cast
 
 import pytest
 import shim
 import torch
 
 from fiun_fast import kernels
+from fiun_fast.kernels.interface import Backend
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -27,31 +28,30 @@ class Place:
     device: str
 
     @property
-    def kernels(self) -> ModuleType:
-        """The backend module."""
-        return shim.backend() if self.name == shim.NAME else cast(ModuleType, kernels.load(self.name))
+    def kernels(self) -> Backend:
+        """The backend itself."""
+        return shim.backend() if self.name == shim.NAME else kernels.load(self.name)
 
 
 def _places() -> list[Place]:
     """Each backend on every device it works on; one that works on none appears once, to be skipped by name."""
     places = []
-    for name in kernels.BACKENDS:
+    for name in kernels.known():
         usable = [d for d in DEVICES if kernels.load(name).why_not(d) is None]
         places += [Place(name, device) for device in usable or DEVICES[-1:]]
     return [*places, Place(shim.NAME, "cpu")]
 
 
 @pytest.fixture(params=_places(), ids=lambda place: f"{place.name}@{place.device}")
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def backend(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Every backend in turn; one that cannot be used here is skipped with its reason."""
     place: Place = request.param
     reason = place.kernels.why_not(place.device)
     request.node.user_properties.append(("backend", (f"{place.name} on {place.device}", reason)))
     if reason is not None:
         pytest.skip(f"backend {place.name}: {reason}")
-    if place.name == shim.NAME:
-        monkeypatch.setattr(kernels, "BACKENDS", (*kernels.BACKENDS, shim.NAME))
-    return place
+    with shim.registered() if place.name == shim.NAME else nullcontext():
+        yield place
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
     python tests/sanitize_shim.py
 
-Runs tests/test_parity.py on the backend `cuda_shim`: every tensor of the case table is a block of memory that ends
-where its data ends, so that an access beyond it is found. Changed copies of the source show that it would be.
+Runs tests/kernels/test_parity.py on the backend `cuda_shim`: every tensor of the case table is a block of memory that
+ends where its data ends, so that an access beyond it is found. Changed copies of the source show that it would be.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def parity(csrc: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "-p",
         "no:cacheprovider",
         *options,
-        "tests/test_parity.py",
+        "tests/kernels/test_parity.py",
     ]
     return subprocess.run(
         command, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -27,8 +27,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 
-from fiun_fast.kernels import triton as backend
-from fiun_fast.kernels import triton_aot, triton_kernels
+from fiun_fast.kernels import triton_host as host
+from fiun_fast.kernels import triton_kernels
 from fiun_fast.kernels.triton_aot import Variant, accumulate_variant, compile_variant, dampen_variant, merge_variant
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
@@ -184,19 +184,19 @@ def changed(replacements: dict[str, str]):
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        with mock.patch.object(triton_aot, "device_code", return_value=module):
+        with mock.patch.object(host, "device_code", return_value=module):
             yield
 
 
 def mutant_figures(name: str, target: str = "cuda:90") -> dict[str, int | None]:
     """Figures of one deliberately bad kernel."""
     variant, replacements, flags = MUTANTS[name]
-    original = backend.options
+    original = host.options
 
     def options(*arguments) -> dict[str, object]:
         return original(*arguments) | flags
 
-    with changed(replacements), mock.patch.object(triton_aot, "options", options):
+    with changed(replacements), mock.patch.object(host, "options", options):
         return figures(compile_variant(VARIANTS[variant], target))
 
 
@@ -251,8 +251,8 @@ COLUMNS = {
 def show(found: dict) -> None:
     """Print the figures, a table for each target, and what the columns are."""
     print(
-        f"Triton {found['triton']}: tiles of {backend.BLOCK:,} elements, {backend.NUM_WARPS} warps, "
-        f"at most {backend.MAX_REGISTERS} registers ({backend.MAX_REGISTERS_WIDE} where it computes in float64)"
+        f"Triton {found['triton']}: tiles of {host.BLOCK:,} elements, {host.NUM_WARPS} warps, "
+        f"at most {host.MAX_REGISTERS} registers ({host.MAX_REGISTERS_WIDE} where it computes in float64)"
     )
     names = max(map(len, VARIANTS))
     for target, kernels in found["kernels"].items():

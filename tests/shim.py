@@ -11,9 +11,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fiun_fast.kernels.cuda import CudaBackend
 
 NAME = "cuda_shim"
 ROOT = Path(__file__).parent.parent
@@ -87,23 +93,8 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def backend() -> ModuleType:
-    """A copy of fiun_fast.kernels.cuda whose kernels run on the CPU; `control()` is the other end."""
-    from fiun_fast.kernels import cuda
-
-    spec = importlib.util.spec_from_file_location(f"fiun_fast.kernels.{NAME}", cuda.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.name, module.DEVICE = NAME, "cpu"  # type: ignore[attr-defined]
-    module._load = _extension  # type: ignore[attr-defined]
-    module._why_not_here = lambda: None  # type: ignore[attr-defined]
-    return module
-
-
-@functools.cache
-def _extension() -> ModuleType | str:
+def extension() -> ModuleType | str:
+    """The kernels built for the CPU, or the reason why they cannot be."""
     if reason := why_not():
         return reason
     spec = importlib.util.spec_from_file_location(NAME, library())
@@ -111,6 +102,32 @@ def _extension() -> ModuleType | str:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def backend() -> CudaBackend:
+    """The `cuda` backend with that extension, on CPU tensors; `control()` is the other end."""
+    from fiun_fast.kernels.cuda import CudaBackend, CudaExtension
+
+    class Shim(CudaExtension):
+        """Needs no driver and no GPU."""
+
+        def why_not_here(self) -> None:
+            return None
+
+    return CudaBackend(Shim(NAME, extension), "cpu")
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Inside, `cuda_shim` is one of the backends that fiun_fast knows."""
+    from fiun_fast import kernels
+
+    kernels.register(backend())
+    try:
+        yield
+    finally:
+        kernels.unregister(NAME)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ VERSIONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.
 PINS = {"3.2.0": "2.6", "3.7.1": "2.13", "3.8.0": "2.14"}
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "bench" / "results" / "triton-versions.json"
-TESTS = ("test_triton_aot.py", "test_triton_schedule.py", "test_parity.py")
+TESTS = ("test_triton_aot.py", "test_triton_schedule.py", "test_interface.py", "test_parity.py")
 
 
 def run(folder: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +39,7 @@ def examine(version: str, test: bool = True) -> dict:
         subprocess.run([sys.executable, *pip, *old], check=True)
         counts = []
         if test:
-            tests = run(folder, "-m", "pytest", "-q", "-k", "triton", *(str(HERE / name) for name in TESTS))
+            tests = run(folder, "-m", "pytest", "-q", "-k", "triton", *(str(HERE / "kernels" / name) for name in TESTS))
             counts = re.findall(r"(\d+) (passed|failed|skipped|error)", tests.stdout.splitlines()[-1])
         figures = run(folder, str(HERE / "sass.py"), "--json")
         if figures.returncode:

@@ -3,8 +3,8 @@
     python tests/wheel_check.py dist/fiun_fast-….whl --torch 2.13.0
 
 It looks at what is inside (size, libraries needed, GPU architectures), installs the wheel beside that torch, runs
-tests/test_parity.py and the demo's short mode on what was installed, and `fiun-fast doctor`. Exit status 1 if anything
-is not as it should be.
+tests/kernels/test_parity.py and the demo's short mode on what was installed, and `fiun-fast doctor`. Exit status 1 if
+anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ MOST_BYTES = 20e6
 # What every Linux has. Nothing of torch or CUDA: the wheel goes with any torch, and imports where there is no driver.
 SYSTEM = re.compile(r"(libc|libm|libpthread|libdl|librt|libgcc_s|libstdc\+\+|ld-linux-[\w-]+)\.so\.\d+")
 SAY_ARCHITECTURES = (
-    "import fiun_fast.kernels.cuda as c; print(*([] if isinstance(c._load(), str) else c.architectures()))"
+    "from fiun_fast.kernels import cuda; "
+    "print(*([] if isinstance(cuda.load(), str) else cuda.BACKEND.extension.architectures()))"
 )
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "ptxas")
 
@@ -96,7 +97,7 @@ def check_installed(programs: Path, folder: Path, gpu_code: set[str] | None) -> 
     environment = {"PATH": str(programs), "HOME": str(folder), "LANG": "C.UTF-8"}
     if compilers := [name for name in COMPILERS if shutil.which(name, path=environment["PATH"])]:
         fail(f"{programs} has {', '.join(compilers)}")
-    for name in ("test_parity.py", "cases.py", "conftest.py", "shim.py"):
+    for name in ("kernels/test_parity.py", "cases.py", "conftest.py", "shim.py"):
         shutil.copy(TESTS / name, folder)
 
     def run(*command: str) -> str:

@@ -100,7 +100,7 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
         alpha.push_back(double(below(8)) / 4);
         lam.push_back(double(below(8)) / 4);
     }
-    std::vector<int64_t> rows, sources, targets, counts(size_t(3 * nodes), -1), expected(size_t(3 * nodes), 0);
+    std::vector<int64_t> rows, sources, targets, counts(size_t(3 * nodes), 5), expected = counts;
     std::vector<std::vector<Block<F>>> forgets(static_cast<size_t>(row_count)), originals = forgets;
     std::vector<std::vector<Block<T>>> thetas(static_cast<size_t>(row_count));
     for (int64_t r = 0; r < row_count; ++r) {
@@ -140,10 +140,9 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
             }
         }
     }
-    const DampenTable table{rows.data(),  row_count,      sources.data(), weights.data(),   targets.data(),
-                            alpha.data(), lam.data(),     counts.data(),  nodes,            kind_of<T>(),
-                            kind_of<F>(), int(how),       scale,          exponent,         cap};
-    run_dampen(kernels, table, write, threads);
+    const Table table{rows.data(), row_count, sources.data(), weights.data(), targets.data(), kind_of<F>()};
+    const Limits limits{kind_of<T>(), alpha.data(), lam.data(), exponent, cap};
+    DampenLaunch(table, Merging{int(how), scale}, limits, threads).run(kernels, counts.data(), write);
     expect(counts == expected, "counts", kernels);
     for (int64_t r = 0; r < row_count; ++r) {
         for (int64_t n = 0; n < nodes; ++n) {
@@ -241,7 +240,7 @@ void check_histogram(const Kernels& kernels, int threads) {
         bases.push_back(below(2) ? 0 : below(1500));
         for (int64_t v : {int64_t(0), originals.back().address(), n}) targets.push_back(v);
     }
-    std::vector<int64_t> counts(size_t(nodes * common::histogram_bins), -1), expected(counts.size(), 0);
+    std::vector<int64_t> counts(size_t(nodes * common::histogram_bins), 5), expected = counts;
     for (int64_t n = 0; n < nodes; ++n) {
         for (int64_t i = 0; i < length; ++i) {
             const F m = merged_element(forgets, weights.data(), i, common::Merge::max, scale);
@@ -252,9 +251,8 @@ void check_histogram(const Kernels& kernels, int threads) {
             if (bin >= 0 && bin < common::histogram_bins) ++expected[size_t(n * common::histogram_bins + bin)];
         }
     }
-    const DampenTable table{rows.data(), 1,       sources.data(), weights.data(), targets.data(), nullptr, nullptr, nullptr,
-                            nodes,       kind_of<F>(), kind_of<F>(), 0,           scale,          1,       1};
-    run_histogram(kernels, table, bases.data(), low, nearest, counts.data(), threads);
+    const Table table{rows.data(), 1, sources.data(), weights.data(), targets.data(), kind_of<F>()};
+    run_histogram(kernels, table, Merging{int(common::Merge::max), scale}, bases.data(), low, nearest, counts.data(), threads);
     expect(counts == expected, "histogram", kernels);
 }
 

@@ -117,7 +117,6 @@ cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
-cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream);
 
 namespace shim {
 bool fails(const char* call);  // whether a test asked for this call to fail

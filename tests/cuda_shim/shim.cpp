@@ -176,7 +176,3 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount ? machine.processors : 9 * (attribute == cudaDevAttrComputeCapabilityMajor);
     return fails("cudaDeviceGetAttribute") ? cudaErrorLaunchFailure : cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
-    memset(address, value, bytes);
-    return fails("cudaMemsetAsync") ? cudaErrorLaunchFailure : cudaSuccess;
-}

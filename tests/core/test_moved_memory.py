@@ -1,0 +1,224 @@
+"""Memory that moved, changed or was exchanged after a plan was made is noticed before anything is read or written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from memory_kinds import SHAPE, fake, fisher
+from torch import nn
+
+import fiun_fast as ff
+from fiun_fast import memory
+
+
+@pytest.fixture(params=["torch's C functions", "Python"])
+def watch(request, monkeypatch) -> None:
+    """Both ways in which moved memory is noticed."""
+    if request.param == "Python":
+        monkeypatch.setattr(memory, "torch_functions", lambda: ())
+        monkeypatch.setattr(memory, "cpu_extension", lambda: None)
+    elif not memory.torch_functions():
+        pytest.skip("the extension was not built, or this torch has no such functions")
+
+
+def half_and_back(model: nn.Module) -> None:
+    """The allocator is likely to hand the first address out again, for half the bytes."""
+    model.half()
+    model.bfloat16()
+
+
+def shrink(model: nn.Module) -> None:
+    model.weight.data = model.weight.data.view(-1)[:2]
+
+
+def turn(model: nn.Module) -> None:
+    model.weight.data = model.weight.data.t()
+
+
+def reshape(model: nn.Module) -> None:
+    model.weight.data = model.weight.data.view(2, 8)
+
+
+def free(model: nn.Module) -> None:
+    model.weight.untyped_storage().resize_(0)
+
+
+def reinterpret(model: nn.Module) -> None:
+    model.weight.data = model.weight.data.view(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shrink, r"shape \[2\] in the model, \[4, 4\]"),
+        (turn, "not contiguous"),
+        (reshape, r"shape \[2, 8\] in the model"),
+        (free, "its storage holds 0 bytes"),
+        (reinterpret, "int32, expected float32"),
+    ],
+)
+def test_what_changed_under_the_same_address_is_noticed(change, message, watch):
+    model = nn.Linear(4, 4, bias=False).requires_grad_(False)
+    layout = ff.Layout({"weight": (4, 4)})
+    dag = ff.InheritanceDAG()
+    dag.add_model("m", model, ff.Fisher(torch.ones(16), layout))
+    plan = ff.plan(dag, [ff.ForgetRequest("m", ff.Fisher(torch.full((16,), 50.0), layout))])
+    plan.run_(dry_run=True)
+    address = model.weight.data_ptr()
+    change(model)
+    assert change is free or model.weight.data_ptr() == address, "the address tells, so this proves nothing"
+    for use in (plan.run_, plan.profile, lambda: plan.trials(alpha=1.0).__enter__()):
+        with pytest.raises(ff.FiunError, match=f"node 'm', parameter 'weight': .*{message}"):
+            use()
+
+
+def test_swapped_tensors_are_noticed(watch):
+    """torch.utils.swap_tensors leaves the object and exchanges what it stands for; the other may be gone by then."""
+    model, other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    layout = ff.Layout({"weight": (4, 4)})
+    dag = ff.InheritanceDAG()
+    dag.add_model("m", model, ff.Fisher(torch.ones(16), layout))
+    plan = ff.plan(dag, [ff.ForgetRequest("m", ff.Fisher(torch.full((16,), 50.0), layout))], lam=5.0)
+    torch.utils.swap_tensors(model.weight, other.weight)
+    expected = model.weight.detach() * torch.tensor(0.1)
+    untouched = other.weight.detach().clone()
+    plan.run_()
+    assert torch.equal(model.weight, expected)
+    assert torch.equal(other.weight, untouched)
+
+
+def test_both_ways_agree_on_random_changes():
+    if not memory.torch_functions():
+        pytest.skip("the extension was not built, or this torch has no such functions")
+    generator = torch.Generator().manual_seed(0)
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+    def tensor() -> torch.Tensor:
+        draw = lambda high: int(torch.randint(high, (), generator=generator))
+        base = torch.zeros(64, dtype=kinds[draw(4)])
+        shaped = base[draw(4) :][: 4 * (1 + draw(8))].view(-1, 2 + 2 * draw(2))
+        return shaped.t() if draw(3) == 0 else shaped
+
+    changed = 0
+    for _ in range(300):
+        tensors = [tensor() for _ in range(3)]
+        fast, plain = memory.places(), memory.PlacesInPython()
+        fast.take(tensors)
+        plain.take(tensors)
+        assert fast.unchanged(tensors)
+        assert plain.unchanged(tensors)
+        at = int(torch.randint(3, (), generator=generator))
+        other = tensor()
+        base = tensors[at]
+        tensors[at].data = (other, base[:1], base.view(other.dtype) if other.itemsize == base.itemsize else other)[at]
+        assert fast.unchanged(tensors) == plain.unchanged(tensors)
+        changed += not plain.unchanged(tensors)
+    assert 200 < changed < 300
+
+
+def test_another_dtype_at_the_same_address_builds_the_plan_anew(watch):
+    torch.manual_seed(0)
+    for _ in range(20):
+        model = nn.Linear(64, 64, bias=False)
+        layout = ff.Layout({"weight": (64, 64)})
+        dag = ff.InheritanceDAG()
+        dag.add_model("m", model, ff.Fisher(torch.ones(4096), layout))
+        plan = ff.plan(dag, [ff.ForgetRequest("m", ff.Fisher(torch.full((4096,), 50.0), layout))], lam=5.0)
+        half_and_back(model)
+        expected = (model.weight.detach().float() * torch.tensor(0.1)).bfloat16()
+        assert plan.run_().selected == 4096
+        assert torch.equal(model.weight, expected)
+
+
+def test_an_entry_of_a_dict_replaced_by_a_part_of_itself(watch):
+    base = torch.ones(1000)
+    model = {"w": base}
+    layout = ff.Layout({"w": (1000,)})
+    dag = ff.InheritanceDAG()
+    dag.add_model("m", model, ff.Fisher(torch.ones(1000), layout))
+    plan = ff.plan(dag, [ff.ForgetRequest("m", ff.Fisher(torch.full((1000,), 50.0), layout))])
+    model["w"] = base[:2]
+    with pytest.raises(ff.LayoutError, match=r"shape \[2\] in the model, \[1000\] in its Fisher"):
+        plan.run_()
+    assert base.eq(1).all()
+
+
+# ---- Fishers changed in place ----------------------------------------------------------------------------------------
+
+
+def expand(f: ff.Fisher) -> None:
+    f.buffer.data = torch.full((1,), 50.0).expand(1_000_000)
+
+
+def every_second(f: ff.Fisher) -> None:
+    f.buffer.data = torch.zeros(24)[::2]
+
+
+def one_for_all(f: ff.Fisher) -> None:
+    f.buffer.as_strided_((12,), (0,))
+
+
+def swap_for_fake(f: ff.Fisher) -> None:
+    torch.utils.swap_tensors(f.buffer, fake().reshape(-1))
+
+
+def swap_for_sparse(f: ff.Fisher) -> None:
+    torch.utils.swap_tensors(f.buffer, torch.ones(12).to_sparse())
+
+
+def integers(f: ff.Fisher) -> None:
+    f.buffer.data = torch.ones(12, dtype=torch.int32)
+
+
+def remove(f: ff.Fisher) -> None:
+    del f.buffer
+
+
+def number(f: ff.Fisher) -> None:
+    f.buffer = 5
+
+
+@pytest.mark.parametrize(
+    "spoil", [expand, every_second, one_for_all, swap_for_fake, swap_for_sparse, integers, remove, number]
+)
+def test_a_buffer_changed_in_place_is_refused(spoil, tmp_path):
+    good, bad = fisher(), fisher(50.0)
+    model = {"w": torch.ones(SHAPE)}
+    dag = ff.InheritanceDAG()
+    dag.add_model("m", model, good)
+    plan = ff.plan(dag, [ff.ForgetRequest("m", bad)])
+    spoil(bad)
+    for use in (
+        plan.run_,
+        plan.profile,
+        lambda: ff.dampen_(model, good, bad),
+        lambda: ff.merge_fishers([good, bad]),
+        lambda: ff.adaptive_alpha(good, bad, forget_fraction=0.1),
+        lambda: bad.to(dtype=torch.float64),
+        lambda: bad.save(tmp_path / "f"),
+        bad.sha256,
+        lambda: bad["w"],
+    ):
+        with pytest.raises(ff.FiunError, match="buffer"):
+            use()
+    assert model["w"].eq(1).all()
+    assert not (tmp_path / "f").exists()
+
+
+def test_models_may_be_mappings_of_any_kind(watch):
+    from collections import OrderedDict, UserDict, defaultdict
+    from types import MappingProxyType
+
+    entries = {"w": torch.ones(SHAPE)}
+    for model in (OrderedDict(entries), UserDict(entries), MappingProxyType(entries), defaultdict(list, entries)):
+        entries["w"].fill_(1.0)
+        dag = ff.InheritanceDAG()
+        dag.add_model("m", model, fisher())
+        plan = ff.plan(dag, [ff.ForgetRequest("m", fisher(50.0))], lam=5.0)
+        assert plan.run_().selected == 12
+        assert plan.run_().selected == 12
+        assert entries["w"].allclose(torch.tensor(0.01))
+    del model["w"]  # a defaultdict would make a new entry for whoever looks by index
+    with pytest.raises(ff.LayoutError, match="node 'm': the model has no parameter 'w'"):
+        plan.run_()
+    assert "w" not in model

@@ -1,0 +1,94 @@
+"""Work tables over random tensors, packed without a DAG or a plan: what a backend is handed, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cases import EDGES
+
+from fiun_fast.kernels.table import BINS, Dampening, Group, Merging, Table
+
+WEIGHTS = (1.0, 0.5, 3.0, 1.0)
+
+
+@dataclass
+class Work:
+    """A table of groups that are given as (nodes, K, sizes of the segments); `nodes` are indices in the counts."""
+
+    table: Table
+    nodes: int  # of the whole plan, which may have more than this table
+
+    def counts(self) -> torch.Tensor:
+        """Zeros, one line for each node of the plan."""
+        return torch.zeros(self.nodes, 3, dtype=torch.int64, device=self.table.device)
+
+    def bins(self) -> torch.Tensor:
+        """Zeros, a histogram for each node of the plan."""
+        return torch.zeros(self.nodes, BINS, dtype=torch.int64, device=self.table.device)
+
+    def dampening(self, alpha: float = 1.5, lam: float = 0.7, exponent: float = 1.0, cap: float = 1.0) -> Dampening:
+        """The same numbers for all nodes."""
+        return Dampening(np.full(self.nodes, alpha), np.full(self.nodes, lam), exponent, cap)
+
+    def thetas(self) -> list[torch.Tensor]:
+        """All parameters of the table."""
+        return [tensor for group in self.table.groups for node in group.thetas or () for tensor in node]
+
+    def numels(self) -> torch.Tensor:
+        """Elements of each node of the plan in this table, [nodes]."""
+        found = torch.zeros(self.nodes, dtype=torch.int64)
+        for group in self.table.groups:
+            found[torch.from_numpy(group.nodes)] += int(group.numels.sum())
+        return found
+
+
+def work(
+    groups: Sequence[tuple[Sequence[int], int, Sequence[int]]],
+    nodes: int,
+    *,
+    theta: torch.dtype | None = torch.float32,
+    fisher: torch.dtype = torch.float32,
+    edges: bool = True,
+    shift: int = 0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Work:
+    """Fresh values; parameters and Fishers lie `shift` elements off the alignment of their storage."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(n: int, dtype: torch.dtype) -> torch.Tensor:
+        found = torch.rand(n + shift, dtype=torch.float64, generator=generator).square().square()
+        if edges:
+            edge = torch.tensor(EDGES, dtype=found.dtype)[torch.randint(len(EDGES), found.shape, generator=generator)]
+            found = torch.where(torch.rand(found.shape, generator=generator) < 0.4, edge, found)
+        return found.to(device, dtype)[shift:]
+
+    def group(its_nodes: Sequence[int], k: int, sizes: Sequence[int]) -> Group:
+        numels = np.array(sizes, dtype=np.int64)
+        offsets = np.cumsum(numels) - numels
+        total = int(numels.sum())
+        forgets, originals = ([values(total, fisher) for _ in range(count)] for count in (k, len(its_nodes)))
+        thetas, addresses = None, None
+        if theta is not None:
+            thetas = [[values(n, theta) for n in sizes] for _ in its_nodes]
+            addresses = np.array([[tensor.data_ptr() for tensor in node] for node in thetas])
+        names = tuple(f"p{s}" for s in range(len(sizes)))
+        places = np.tile(offsets, (k, 1))
+        its = np.array(its_nodes, dtype=np.int64)
+        return Group(names, numels, forgets, places, WEIGHTS[:k], originals, offsets, its, thetas, addresses)
+
+    table = Table.pack(torch.device(device), theta, fisher, [group(*each) for each in groups])
+    return Work(table, nodes)
+
+
+def dampened(backend, work: Work, merging: Merging, dampening: Dampening) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Counts and parameters after a run; the parameters are put back as they were."""
+    before, counts = [tensor.clone() for tensor in work.thetas()], work.counts()
+    backend.dampen(work.table, merging, dampening).run(counts)
+    after = [tensor.clone() for tensor in work.thetas()]
+    for tensor, value in zip(work.thetas(), before, strict=True):
+        tensor.copy_(value)
+    return counts, after

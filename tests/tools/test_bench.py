@@ -1,0 +1,185 @@
+"""The benchmarks at tiny sizes: every case and variant runs and agrees with the reference; no number is looked at."""
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from fiun_fast import cli
+from fiun_fast.bench import measure, results, run
+from fiun_fast.bench.files import fill, markdown, write_json
+
+CPU = torch.device("cpu")
+TINY = run.select(None, "tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny work on several threads of a busy machine waits for the scheduler, not for memory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    torch._dynamo.reset()
+    return run.Bench("tiny", CPU, compiler="eager", weigh=False)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_variant_runs_and_agrees(bench, name):
+    case, rows = bench.measure(name)
+    assert [row.variant for row in rows] == [variant.name for variant in case.variants]
+    for row in rows:
+        assert row.p20 <= row.ms <= row.p80
+        if row.kind in ("naive", "torch", "ours") and not name.startswith("i-"):
+            assert row.agrees is not None, row.variant
+            if case.ulps == 0:  # the bit contract
+                assert row.agrees == "same bits"
+    if not name.startswith("i-"):
+        assert {"naive", "ours"} <= {row.kind for row in rows}, "our rows need something to be compared with"
+
+
+def test_the_modes_have_the_same_cases():
+    families = {mode: {name.split("-")[0] for name in run.listed(mode)} for mode in run.SIZES}
+    assert families["full"] == families["tiny"] == set("abcdefghijk") | {"nodes", "parameters"}
+    assert families["quick"] == set("abcdefghijk")
+
+
+def test_a_wrong_variant_is_not_timed():
+    case = run.listed("tiny")["d"](CPU, None)
+    case.variants[0].run = lambda: None
+    with pytest.raises(measure.DisagreementError, match=r"case d: naive differs from the reference in \d+ of"):
+        measure.check(case)
+
+
+def test_ulps():
+    one = torch.tensor([1.0, -1.0, 0.0, 2.0])
+    next_up = torch.tensor([1.0000001, -1.0000001, -0.0, 2.0])
+    assert measure.ulps(one, next_up).tolist() == [1, 1, 0, 0]
+    assert measure.ulps(one, one).sum() == 0
+
+
+def test_floors_are_those_of_the_cost_model():
+    p = run.listed("tiny")["a"](CPU, None).elements
+    floors = {name: run.listed("tiny")[name](CPU, None).floor for name in ("a", "g", "g-zero", "h-3")}
+    assert floors == {"a": 16 * p, "g": 12 * p, "g-zero": 16 * p, "h-3": 16 * p}
+
+
+def test_memory_of_a_variant_is_seen():
+    if not measure.CLEAR.exists():
+        pytest.skip("the system does not tell a process its peak memory")
+    block = 8 << 20
+    variant = measure.Variant("", "", lambda: torch.ones(block).sum(), lambda: None, None)
+    assert 0.9 * 4 * block < measure.extra_bytes(variant, CPU) < 1.5 * 4 * block
+    idle = measure.Variant("", "", lambda: None, lambda: None, None)
+    assert measure.extra_bytes(idle, CPU) < 1 << 20
+
+
+def test_memory_is_weighed_in_a_process_of_its_own():
+    if not measure.CLEAR.exists():
+        pytest.skip("the system does not tell a process its peak memory")
+    found = measure.alone(run.weights_of, "a", "tiny", CPU, None)
+    assert set(found) == {variant.name for variant in run.listed("tiny")["a"](CPU, None).variants}
+    with pytest.raises(KeyError, match="zebra"):
+        measure.alone(run.weights_of, "zebra", "tiny", CPU, None)
+
+
+def test_cases_are_selected_by_name_and_by_family():
+    assert run.select(["g", "h-2"], "tiny") == ["g", "g-zero", "g-hooks", "h-2"]
+    assert run.select(["k-head", "a"], "tiny") == ["a", "a-all", "k-head"]
+
+
+def test_a_record_survives_being_kept_and_has_no_names_of_places(bench, tmp_path):
+    if not bench.record.rows:
+        bench.measure("a")
+    path = run.path_for(bench.record, tmp_path)
+    bench.record.save(path)
+    again = results.Record.load(path)
+    assert [(r.case, r.variant, r.kind) for r in again.rows] == [(r.case, r.variant, r.kind) for r in bench.record.rows]
+    assert again.ours("a").kind == "ours"
+    assert set(json.loads(path.read_text())) == {"mode", "environment", "skipped", "rows"}
+    assert str(tmp_path.home()) not in path.read_text()
+    printed = io.StringIO()
+    run.show(again, Console(file=printed, width=140))
+    assert "dampen one ResNet-18" in printed.getvalue()
+
+
+def test_pictures_and_tables_from_a_record(bench, tmp_path):
+    plots = load("plots")
+    for name in ("a", "c", "g", "nodes-1", "nodes-3", "parameters-100", "parameters-1000", "f-fp32"):
+        if bench.record.ours(name) is None:
+            bench.measure(name)
+    with plots.plt.rc_context(plots.STYLE):
+        for draw in (plots.speed, plots.roofline, plots.scaling):
+            draw(bench.record).savefig(tmp_path / "picture.svg")
+            assert (tmp_path / "picture.svg").stat().st_size > 5000
+            plots.plt.close("all")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    assert fill(page, "bench", plots.table([bench.record], few=True))
+    assert "old" not in page.read_text()
+    assert "| a | dampen one ResNet-18" in page.read_text()
+    assert page.read_text().endswith("<!-- /bench -->\nafter\n")
+
+
+def test_files_are_plain_json_with_a_row_a_line(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    write_json(path, {"rows": [{"a": 1 / 3}, (1, float("nan"))], "settings": {7: "x"}}, digits=3)
+    assert json.loads(path.read_text()) == {"settings": {"7": "x"}, "rows": [{"a": 0.333}, [1, None]]}
+    assert '  {"a": 0.333},\n' in path.read_text()
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"], "no temporary file is left"
+    with pytest.raises(TypeError):
+        write_json(path, {"rows": [object()]})
+    assert json.loads(path.read_text())["rows"][0] == {"a": 0.333}
+
+
+def test_a_page_without_the_mark_stays(tmp_path):
+    page = tmp_path / "page.md"
+    assert not fill(page, "bench", "text")
+    page.write_text("<!-- other -->\nold\n<!-- /other -->\n")
+    assert not fill(page, "bench", "text")
+    assert fill(page, "other", markdown(["name", "ms"], [("a", 1.5)]))
+    assert page.read_text() == "<!-- other -->\n| name | ms |\n| --- | ---: |\n| a | 1.5 |\n<!-- /other -->\n"
+
+
+def test_a_machine_can_count_by_another_clock():
+    ticks = iter([3.0, 5.5])
+    assert measure.Machine(CPU, small=True, clock=lambda: next(ticks)).seconds(lambda: None) == 2.5
+
+
+def test_the_guard_sees_a_drop_and_only_that(bench):
+    check = load("check")
+    if bench.record.ours("a") is None:
+        bench.measure("a")
+    before = check.ratios(bench.record)
+    assert ("a", "vs_naive") in before
+    assert ("a", "vs_torch") in before
+    assert not list(check.dropped(before, {key: 0.71 * value for key, value in before.items()}))
+    now = {**before, ("a", "vs_torch"): 0.69 * before["a", "vs_torch"]}
+    assert list(check.dropped(before, now)) == [("a", "vs_torch")]
+
+
+def load(name):
+    """A script of bench/; it is no part of the installed package."""
+    path = Path(__file__).parents[2] / "bench" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"bench_{name}", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_command_line(capsys, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(run, "bench", lambda *a, **k: seen.update(a=a) or [])
+    assert cli.main(["bench", "--quick", "--case", "a", "--no-compile"]) == 0
+    assert seen["a"] == (["a"], "quick", None, None)
+    monkeypatch.undo()
+    assert cli.main(["bench", "--case", "zebra"]) == 1
+    assert "no case 'zebra' in full mode; known are a, a-all" in capsys.readouterr().err

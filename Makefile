@@ -13,10 +13,10 @@ help:  ## this list
 
 install: $(STAMP)  ## virtual environment with the package, editable, and all that the other targets need
 
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+$(STAMP): Makefile pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[demo,test,bench,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,test,bench,docs,dev]"
 	@touch $@
 
 demo: install  ## train four inheritance networks on real data, unlearn a class in all their models, show the result
@@ -62,8 +62,7 @@ sanitize: install  ## the C++ and CUDA sources under AddressSanitizer and Undefi
 memcheck: install  ## the CUDA kernels under compute-sanitizer; needs an NVIDIA GPU
 	sh tests/memcheck.sh $(BIN)/python
 
-docs: $(STAMP)  ## the documentation as a site, in site/
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+docs: install  ## the documentation as a site, in site/; a warning is an error
 	$(BIN)/mkdocs build --strict --site-dir site
 
 clean:  ## all that the other targets made, but not the virtual environment

@@ -27,14 +27,17 @@ from .memory import check_disjoint
 class Memory(Protocol):
     """Where the numbers of a program are. Names and indices are those of the program."""
 
-    def original(self, node: int) -> Fisher:
-        """The original Fisher of a node, whole or over a window; names of the program that it lacks are left out."""
+    def originals(self, nodes: Sequence[int]) -> list[Fisher]:
+        """The original Fisher of each node, whole or over a window; names of the program that it lacks are left out."""
 
     def forget(self, request: int, device: torch.device) -> Fisher:
         """The forget Fisher of a request, over the same elements, on that device."""
 
-    def thetas(self, node: int, names: Sequence[str]) -> list[Tensor]:
-        """The parameters of a node under these names, contiguous, with the elements that its original Fisher has."""
+    def thetas(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Tensor]]:
+        """For each name the parameter of each node, contiguous, with the elements that the original Fishers have.
+
+        The nodes are of one layout.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def bind(
 
 def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
     """What backends see of a group; None where the memory has none of its elements now."""
-    originals = [memory.original(i) for i in plan.nodes]
+    originals = memory.originals(plan.nodes)
     layout = originals[0].layout
     segments = [plan.match.segments[s] for s in plan.segments]
     if layout is not program.nodes[plan.nodes[0]].fisher.layout:
@@ -94,7 +97,7 @@ def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
     whole = len(segments) == len(plan.match.segments)
     names = plan.match.names if whole else tuple(segment.name for segment in segments)
     forgets = [memory.forget(k, plan.device) for k in plan.requests]
-    thetas = [memory.thetas(i, names) for i in plan.nodes]
+    thetas = memory.thetas(plan.nodes, names)
     return Group(
         names=names,
         numels=np.array([segment.numel for segment in segments], dtype=np.int64),
@@ -105,7 +108,7 @@ def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
         original_offsets=np.array([segment.offset for segment in segments], dtype=np.int64),
         nodes=np.array(plan.nodes, dtype=np.int64),
         thetas=thetas,
-        addresses=np.array([[theta.data_ptr() for theta in tensors] for tensors in thetas], dtype=np.int64),
+        addresses=np.array([list(map(Tensor.data_ptr, tensors)) for tensors in thetas], dtype=np.int64).T.copy(),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -24,18 +25,22 @@ from .layout import Layout, Segment
 PerNode = float | Mapping[str, float]
 
 
+_DTYPE, _FACTS = attrgetter("dtype"), attrgetter("shape", "dtype", "device")
+
+
 class Described(Protocol):
     """What a program needs to know of a parameter: a tensor will do, and so will the line of a file's header."""
 
     @property
-    def shape(self) -> Sequence[int]: ...  # noqa: D102
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
     def dtype(self) -> torch.dtype: ...  # noqa: D102
     @property
     def device(self) -> torch.device: ...  # noqa: D102
 
 
-Describe = Callable[[int, Sequence[str]], Sequence[Described | None]]  # index of a node, names -> None: has none
+# (indices of nodes, names) -> for each name a column, what each node has under it; None: has none
+Describe = Callable[[Sequence[int], Sequence[str]], Sequence[Sequence[Described | None]]]
 
 
 @dataclass(slots=True)
@@ -79,29 +84,27 @@ class Program:
     nodes: list[ReachedNode]
     requests: list[ForgetRequest]
     groups: list[GroupPlan]
-    matches: list[Match]  # of each node
+    matches: list[Match]  # [nodes]
 
 
 def reached_nodes(dag: InheritanceDAG, requests: Sequence[ForgetRequest]) -> list[ReachedNode]:
     """The nodes that the requests reach, in the order of the DAG.
 
     Raises:
-        DagError: as `InheritanceDAG.reached_by`.
+        DagError: as `InheritanceDAG.reached`.
         ArgumentError: one of them has no original Fisher.
 
     """
     reached = []
-    for name, reaching in dag.reached_by(requests).items():
-        node = dag[name]
+    for node, reaching in dag.reached(requests):
         if not isinstance(node.model, (torch.nn.Module, dict)):  # most are; asking for a Mapping takes longer
-            check_model(name, node.model)
+            check_model(node.name, node.model)
         if not isinstance(node.fisher, Fisher):
-            check_original(name, node.fisher)
-        if node.fisher is None:
+            check_original(node.name, node.fisher)
             raise ArgumentError(
-                f"node {name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…)"
+                f"node {node.name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…)"
             )
-        reached.append(ReachedNode(name, node.model, node.fisher, reaching))
+        reached.append(ReachedNode(node.name, node.model, node.fisher, reaching))
     return reached
 
 
@@ -114,7 +117,7 @@ def compile_program(
         nodes: with their original Fishers.
         requests: what `ReachedNode.requests` counts.
         on_mismatch: "error", or "skip" to leave out what a forget Fisher does not have in that shape.
-        describe: (index of a node, names) -> what its model has under each name, None where it has nothing.
+        describe: what the models of some nodes have under some names. Asked once for all nodes of a layout.
 
     Raises:
         LayoutError: names or shapes differ, or a model has no parameter of a name that its Fisher has.
@@ -123,40 +126,58 @@ def compile_program(
 
     """
     check_one_of("on_mismatch", on_mismatch, MISMATCH_RULES)
-    matches: dict[tuple[Layout, tuple[int, ...]], Match] = {}
-    groups: dict[tuple, GroupPlan] = {}
-    fitting: set[tuple[tuple[int, ...], torch.dtype]] = set()  # requests whose Fishers have this dtype
-    program = Program(nodes, requests, [], [])
+    alike: dict[tuple[Layout, tuple[int, ...], torch.dtype, torch.device], list[int]] = {}
     for index, node in enumerate(nodes):
-        fisher = node.fisher
-        key = (fisher.layout, node.requests)
-        match = matches.get(key)
-        if match is None:
-            match = matches[key] = _match(node, requests, on_mismatch)
-        dtype, device = fisher.dtype, fisher.device
-        if (node.requests, dtype) not in fitting:
-            _check_dtypes(node, requests)
-            fitting.add((node.requests, dtype))
-        parts: dict[tuple, list[int]] = {}
-        for s, theta in enumerate(describe(index, match.names)):
-            segment = match.segments[s]
-            if theta is None:
-                raise LayoutError(
-                    f"node {node.name!r}: the model has no parameter {segment.name!r}, its original Fisher has"
-                )
-            if theta.shape != segment.shape or theta.dtype not in THETA_DTYPES or theta.device != device:
-                _refuse(node, segment, theta)
-            parts.setdefault((theta.dtype, match.requests[s]), []).append(s)
-        for (theta_dtype, reaching), segments in parts.items():
-            group_key = (*key, device, dtype, theta_dtype, reaching, *segments)
-            group = groups.get(group_key)
-            if group is None:
-                group = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments))
-                groups[group_key] = group
-            group.nodes.append(index)
-        program.matches.append(match)
-    program.groups.extend(groups.values())
-    return program
+        buffer = node.fisher.buffer
+        alike.setdefault((node.fisher.layout, node.requests, buffer.dtype, buffer.device), []).append(index)
+    groups: list[GroupPlan] = []
+    matches: list[Match | None] = [None] * len(nodes)
+    for (_, _, dtype, device), indices in alike.items():
+        first = nodes[indices[0]]
+        match = _match(first, requests, on_mismatch)
+        _check_dtypes(first, requests)
+        columns = describe(indices, match.names)
+        _check_parameters([nodes[i] for i in indices], match, columns)
+        found: dict[tuple, GroupPlan] = {}
+        for dtypes, members in _by_dtypes(indices, columns).items():
+            parts: dict[tuple[torch.dtype, tuple[int, ...]], list[int]] = {}
+            for s, part in enumerate(zip(dtypes, match.requests, strict=True)):
+                parts.setdefault(part, []).append(s)
+            for (theta_dtype, reaching), segments in parts.items():
+                key = (theta_dtype, reaching, *segments)
+                if key not in found:
+                    found[key] = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments))
+                found[key].nodes += members
+        groups += found.values()
+        for index in indices:
+            matches[index] = match
+    return Program(nodes, requests, groups, matches)  # type: ignore[arg-type]
+
+
+def _by_dtypes(
+    indices: Sequence[int], columns: Sequence[Sequence[Described | None]]
+) -> dict[tuple[torch.dtype, ...], list[int]]:
+    """Nodes by the dtypes of their parameters."""
+    found: dict[tuple[torch.dtype, ...], list[int]] = {}
+    dtypes = zip(*(map(_DTYPE, column) for column in columns), strict=True)
+    for index, one in zip(indices, dtypes, strict=bool(columns)):
+        found.setdefault(one, []).append(index)
+    return found
+
+
+def _check_parameters(
+    nodes: Sequence[ReachedNode], match: Match, columns: Sequence[Sequence[Described | None]]
+) -> None:
+    """Parameters must have the shape and device of their Fishers, and a dtype that kernels know."""
+    device = nodes[0].fisher.device
+    for segment, column in zip(match.segments, columns, strict=True):
+        if type(None) not in set(map(type, column)) and all(
+            shape == segment.shape and dtype in THETA_DTYPES and where == device
+            for shape, dtype, where in set(map(_FACTS, column))
+        ):
+            continue
+        for node, theta in zip(nodes, column, strict=True):
+            _check_parameter(node, segment, theta)
 
 
 def _match(node: ReachedNode, requests: list[ForgetRequest], on_mismatch: str) -> Match:
@@ -198,12 +219,16 @@ def _check_dtypes(node: ReachedNode, requests: list[ForgetRequest]) -> None:
             )
 
 
-def _refuse(node: ReachedNode, segment: Segment, theta: Described) -> None:
+def _check_parameter(node: ReachedNode, segment: Segment, theta: Described | None) -> None:
     where, device = f"node {node.name!r}, parameter {segment.name!r}", node.fisher.device
+    if theta is None:
+        raise LayoutError(f"node {node.name!r}: the model has no parameter {segment.name!r}, its original Fisher has")
     if theta.shape != segment.shape:
         raise LayoutError(f"{where}: shape {list(theta.shape)} in the model, {list(segment.shape)} in its Fisher")
     if theta.dtype not in THETA_DTYPES:
         raise DTypeError(f"{where}: {theta.dtype}, expected {listed(THETA_DTYPES)}")
+    if theta.device == device:
+        return
     advice = "move it with fisher.to(…)"
     if theta.device.type == "meta":
         advice = (

@@ -144,6 +144,15 @@ class InheritanceDAG:
         """S(n) for every node that has one: node -> indices of the requests whose origin is the node or an ancestor.
 
         Raises:
+            DagError: as `reached`.
+
+        """
+        return {node.name: reaching for node, reaching in self.reached(requests)}
+
+    def reached(self, requests: Sequence[ForgetRequest]) -> list[tuple[Node, tuple[int, ...]]]:
+        """Every node that has a non-empty S(n), with it, in the order of the DAG.
+
+        Raises:
             DagError: an origin is unknown; or the graph, edited by hand, has a cycle, a node without a model, or a time
                 that runs backwards.
 
@@ -174,12 +183,12 @@ class InheritanceDAG:
                 if newest[child] < latest:
                     newest[child] = latest
         indices: dict[int, tuple[int, ...]] = {}  # few distinct masks, many nodes
-        reached = {}
+        reached = []
         for name in self.graph:
             if mask := masks[name]:
                 if mask not in indices:
                     indices[mask] = tuple(k for k in range(len(requests)) if mask >> k & 1)
-                reached[name] = indices[mask]
+                reached.append((self._nodes[name], indices[mask]))
         return reached
 
 

@@ -17,7 +17,7 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .kernels import select
 from .kernels.table import Merging
 from .layout import Layout, Params, select_parameters
-from .memory import check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
+from .memory import all_plain, check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,15 @@ def check_buffer(where: str, buffer: Any, layout: Layout) -> None:
         raise LayoutError(f"{where} has shape {list(buffer.shape)}, expected [{layout.numel}] for {layout!r}")
     if not buffer.is_contiguous():
         raise LayoutError(f"{where} is not contiguous; pass buffer.contiguous()")
+
+
+def all_fit(fishers: Sequence[Fisher]) -> bool:
+    """Whether each has the memory that its layout needs: `Fisher.check_memory` for many; False where unsure."""
+    buffers: list[Any] = [vars(fisher).get("buffer") for fisher in fishers]
+    return all_plain(buffers) and all(
+        buffer.dtype in FISHER_DTYPES and buffer.shape == (fisher.layout.numel,)
+        for buffer, fisher in zip(buffers, fishers, strict=True)
+    )
 
 
 def check_non_negative(buffer: torch.Tensor, layout: Layout) -> None:

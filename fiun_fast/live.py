@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .compiling import ReachedNode
-from .dag import ForgetRequest
+from .dag import ForgetRequest, Model
 from .errors import LayoutError
-from .fisher import Fisher
-from .memory import Container, Home, Homes, all_held, check_addressable, check_writable, flaw_of, has_no_shape
+from .fisher import Fisher, all_fit
+from .memory import Container, Home, Homes, all_held, all_plain, check_addressable, check_writable, has_no_shape
+
+_IS_NESTED = attrgetter("is_nested")
 
 
 class Links:
@@ -22,11 +28,11 @@ class Links:
         self._keys: list[str] = []
         self._modules: list[nn.Module] = []
 
-    def add(self, container: Mapping[str, nn.Module | None], key: str, module: nn.Module) -> None:
-        """Take one down."""
-        self._containers.append(container)
-        self._keys.append(key)
-        self._modules.append(module)
+    def add(self, containers: Sequence[Mapping[str, nn.Module | None]], key: str, modules: Sequence[nn.Module]) -> None:
+        """Take these down: each mapping holds one of the modules under that key."""
+        self._containers += containers
+        self._keys += [key] * len(modules)
+        self._modules += modules
 
     def replaced(self) -> str | None:
         """The key of one that was replaced or removed since; None where none was."""
@@ -36,11 +42,22 @@ class Links:
         return next(key for container, key, module in held if container.get(key) is not module)
 
 
+@dataclass
+class Described:
+    """Nodes of one layout, and where their models keep the parameters of its names: a column for each name."""
+
+    nodes: Sequence[int]
+    names: Sequence[str]
+    containers: list[list[Container | None]]  # [names][nodes]
+    keys: list[list[str]]  # [names][nodes]
+
+
 class LiveMemory:
     """Models and Fishers of this process, as `binding.Memory` wants them.
 
     It remembers the home of all that was asked for. Submodules on the way to a parameter are remembered too: after
-    `model.fc = nn.Linear(…)` the old parameters live on, at the old addresses, in a layer that is dead.
+    `model.fc = nn.Linear(…)` the old parameters live on, at the old addresses, in a layer that is dead. Everything is
+    asked and kept in columns: nodes may be 100,000.
 
     Raises:
         FiunError: the buffer of a Fisher was replaced by one that does not fit, or freed.
@@ -51,74 +68,89 @@ class LiveMemory:
         self._nodes, self._requests = nodes, requests
         self.links = Links()
         self.parameters: list[Tensor] = []  # all that were bound
-        self._described: list[tuple[Sequence[str], int]] = [((), 0)] * len(nodes)  # names, and where the first is below
-        self._containers: list[Container | None] = []
-        self._paths: dict[int, tuple[Sequence[str], list[str], list[str]]] = {}  # by id of the names, which are kept
-        self._keys: list[str] = []
+        self._described: list[Described] = []
+        self._place = np.zeros((len(nodes), 2), dtype=np.int64)  # of each node: which of those, and where in it
         self._homes = Homes()  # of parameters and Fishers
         self._fishers: set[int] = set()  # ids of those whose homes are known
         self._copies: dict[tuple[int, torch.device], Fisher] = {}
         self._foreign: list[tuple[str, Tensor]] = []  # parameters in memory that torch did not allocate
         self._check_fishers()
 
-    def describe(self, node: int, names: Sequence[str]) -> list[Tensor | None]:
-        """The tensor under each name in the node's model, None where there is none; its memory is not looked at.
+    def describe(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Tensor | None]]:
+        """For each name the tensor in each node's model, None where there is none; its memory is not looked at.
 
         Raises:
             ArgumentError: what is there is no tensor.
             LayoutError: it has no shape.
 
         """
-        self._described[node] = names, len(self._keys)
-        containers, keys = self._places(node, names)
-        found = [
-            None if container is None else container.get(key) for container, key in zip(containers, keys, strict=True)
-        ]
-        for name, tensor in zip(names, found, strict=True):
-            if (type(tensor) is nn.Parameter and not tensor.is_nested) or tensor is None:
-                continue
-            if not isinstance(tensor, Tensor) or has_no_shape(tensor):
-                check_addressable(self._label(node, name), tensor)
-        self._containers += containers
-        self._keys += keys
-        return found
+        models = [self._nodes[i].model for i in nodes]
+        described = Described(nodes, names, *self._places(models, names))
+        self._place[nodes, 0] = len(self._described)
+        self._place[nodes, 1] = np.arange(len(nodes))
+        self._described.append(described)
+        columns: list[list[Tensor | None]] = []
+        for containers, keys in zip(described.containers, described.keys, strict=True):
+            columns.append([None if c is None else c.get(key) for c, key in zip(containers, keys, strict=True)])
+        flat = list(chain.from_iterable(columns))
+        if not set(map(type, flat)) <= {nn.Parameter, Tensor} or any(map(_IS_NESTED, flat)):
+            for name, column in zip(names, columns, strict=True):
+                for i, tensor in zip(nodes, column, strict=True):
+                    if tensor is not None and (not isinstance(tensor, Tensor) or has_no_shape(tensor)):
+                        check_addressable(self._label(i, name), tensor)
+        return columns
 
-    def thetas(self, node: int, names: Sequence[str]) -> list[Tensor]:
-        """The parameters under these names, among those described; their homes are remembered.
+    def thetas(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Tensor]]:
+        """For each name the parameters of these nodes, which were described together; their homes are remembered.
 
         Raises:
             FiunError: a tensor without plain memory of its own.
             LayoutError: one that is not contiguous.
 
         """
-        described, first = self._described[node]
-        containers = self._containers[first : first + len(described)]
-        keys = self._keys[first : first + len(described)]
-        if names is not described:
-            at = [described.index(name) for name in names]
-            containers, keys = [containers[i] for i in at], [keys[i] for i in at]
-        found: list[Tensor] = [container[key] for container, key in zip(containers, keys, strict=True)]  # type: ignore[index]
-        for name, tensor in zip(names, found, strict=True):
-            if (flaw := flaw_of(tensor)) is not None:
-                raise flaw.raised(self._label(node, name))
-            if not tensor.is_contiguous():
-                raise LayoutError(
-                    f"{self._label(node, name)}: not contiguous (shape {list(tensor.shape)}, stride "
-                    f"{list(tensor.stride())}); call fiun_fast.flatten_(model) or make it contiguous"
-                )
-            if not tensor.untyped_storage().resizable():
-                self._foreign.append((self._label(node, name), tensor))
+        described = self._described[self._place[nodes[0], 0]]
+        at = None if len(nodes) == len(described.nodes) else self._place[nodes, 1].tolist()
+        of = {name: s for s, name in enumerate(described.names)}
+        containers: list[Container] = []
+        keys: list[str] = []
+        for s in (of[name] for name in names):
+            column, its_keys = described.containers[s], described.keys[s]
+            containers += column if at is None else [column[i] for i in at]
+            keys += its_keys if at is None else [its_keys[i] for i in at]
+        found: list[Tensor] = [container[key] for container, key in zip(containers, keys, strict=True)]
+        self._check(nodes, names, found)
         self._homes.add(containers, keys, found)
         self.parameters += found
-        return found
+        return [found[i : i + len(nodes)] for i in range(0, len(found), len(nodes))]
 
-    def original(self, node: int) -> Fisher:
-        """The node's original Fisher; its home is remembered."""
-        return self._watch(self._nodes[node].fisher)
+    def _check(self, nodes: Sequence[int], names: Sequence[str], tensors: list[Tensor]) -> None:
+        """Refuse what has no plain memory or is not contiguous; note what torch did not allocate. [names x nodes]."""
+
+        def label(k: int) -> str:
+            return self._label(nodes[k % len(nodes)], names[k // len(nodes)])
+
+        if not all_plain(tensors):
+            for k, tensor in enumerate(tensors):
+                check_addressable(label(k), tensor)
+                if not tensor.is_contiguous():
+                    raise LayoutError(
+                        f"{label(k)}: not contiguous (shape {list(tensor.shape)}, stride {list(tensor.stride())}); "
+                        "call fiun_fast.flatten_(model) or make it contiguous"
+                    )
+        for k, tensor in enumerate(tensors):
+            if not tensor.untyped_storage().resizable():
+                self._foreign.append((label(k), tensor))
+
+    def originals(self, nodes: Sequence[int]) -> list[Fisher]:
+        """The original Fisher of each node; their homes are remembered."""
+        fishers = [self._nodes[i].fisher for i in nodes]
+        self._watch(fishers)
+        return fishers
 
     def forget(self, request: int, device: torch.device) -> Fisher:
         """The forget Fisher of a request on that device, copied there if it was taken elsewhere."""
-        fisher = self._watch(self._requests[request].fisher)
+        fisher = self._requests[request].fisher
+        self._watch([fisher])
         if fisher.device == device:
             return fisher
         if (request, device) not in self._copies:
@@ -127,11 +159,12 @@ class LiveMemory:
 
     def home(self, node: int, name: str) -> Home:
         """Where a described parameter lives, and how it lies there now."""
-        described, first = self._described[node]
-        i = first + described.index(name)
-        container = self._containers[i]
+        block, i = self._place[node].tolist()
+        described = self._described[block]
+        s = described.names.index(name)
+        container = described.containers[s][i]
         assert container is not None
-        return Home.of(container, self._keys[i])
+        return Home.of(container, described.keys[s][i])
 
     def settle(self) -> None:
         """Take down how all that was asked for lies now."""
@@ -149,44 +182,57 @@ class LiveMemory:
         return f"node {self._nodes[node].name!r}, parameter {name!r}"
 
     def _check_fishers(self) -> None:
-        checked: set[int] = set()
         named = [(node.fisher, f"the original Fisher of {node.name!r}") for node in self._nodes]
         named += [(request.fisher, f"the forget Fisher of request {k}") for k, request in enumerate(self._requests)]
-        for fisher, where in named:
-            if id(fisher) not in checked:
-                checked.add(id(fisher))
+        unique = {id(fisher): (fisher, where) for fisher, where in reversed(named)}
+        if not all_fit([fisher for fisher, _ in unique.values()]):
+            for fisher, where in named:
                 fisher.check_memory(where)
 
-    def _watch(self, fisher: Fisher) -> Fisher:
-        if id(fisher) not in self._fishers:
-            self._fishers.add(id(fisher))
-            self._homes.add([vars(fisher)], ["buffer"], [fisher.buffer])
-        return fisher
+    def _watch(self, fishers: Sequence[Fisher]) -> None:
+        new = {id(fisher): fisher for fisher in fishers if id(fisher) not in self._fishers}
+        self._fishers |= new.keys()
+        self._homes.add(
+            [vars(fisher) for fisher in new.values()], ["buffer"] * len(new), [fisher.buffer for fisher in new.values()]
+        )
 
-    def _places(self, node: int, names: Sequence[str]) -> tuple[list[Container | None], list[str]]:
-        """For each name the mapping that holds such a tensor, None where there is no such module, and the key there."""
-        model = self._nodes[node].model
-        if not isinstance(model, nn.Module):
-            return [model] * len(names), list(names)
-        if id(names) not in self._paths:  # one tuple serves all nodes of a layout
-            split = [name.rpartition(".") for name in names]
-            self._paths[id(names)] = names, [path for path, _, _ in split], [key for _, _, key in split]
-        _, paths, keys = self._paths[id(names)]
-        owners: dict[str, nn.Module | None] = {"": model}
-        containers: list[Container | None] = []
-        for path in paths:
-            owner = owners[path] if path in owners else self._owner(owners, path)
-            containers.append(None if owner is None else owner._parameters)
+    def _places(
+        self, models: Sequence[Model], names: Sequence[str]
+    ) -> tuple[list[list[Container | None]], list[list[str]]]:
+        """For each name and model the mapping that holds such a tensor, and its key there; None where no mapping does.
+
+        In a module that is the `_parameters` of a submodule, and the last part of the name.
+        """
+        containers: list[list[Container | None]] = []
+        keys: list[list[str]] = []
+        inside = [isinstance(model, nn.Module) for model in models]
+        owned: dict[str, list[Container | None]] = {}
+        owners: dict[str, list[nn.Module | None]] = {
+            "": [model if i else None for model, i in zip(models, inside, strict=True)]  # type: ignore[misc]
+        }
+        for name in names:
+            path, _, key = name.rpartition(".")
+            if path not in owned:
+                owned[path] = [None if owner is None else owner._parameters for owner in self._owners(owners, path)]
+            if all(inside):
+                containers.append(owned[path])
+                keys.append([key] * len(models))
+            else:
+                containers.append([o if i else m for o, i, m in zip(owned[path], inside, models, strict=True)])  # type: ignore[misc]
+                keys.append([key if i else name for i in inside])
         return containers, keys
 
-    def _owner(self, owners: dict[str, nn.Module | None], path: str) -> nn.Module | None:
-        """The module at that path, None where there is none; it and those above it become owners, and links."""
-        above, _, key = path.rpartition(".")
-        parent = owners[above] if above in owners else self._owner(owners, above)
-        child = None if parent is None else parent._modules.get(key)
-        if not isinstance(child, nn.Module):
-            child = None
-        if parent is not None and child is not None:
-            self.links.add(parent._modules, key, child)
-        owners[path] = child
-        return child
+    def _owners(self, owners: dict[str, list[nn.Module | None]], path: str) -> list[nn.Module | None]:
+        """The modules at that path, None where there is none; they and those above them become owners, and links."""
+        if path not in owners:
+            above, _, key = path.rpartition(".")
+            held = [None if parent is None else parent._modules for parent in self._owners(owners, above)]
+            children = [None if mapping is None else mapping.get(key) for mapping in held]
+            if all(isinstance(child, nn.Module) for child in children):
+                self.links.add(held, key, children)  # type: ignore[arg-type]
+            else:
+                children = [child if isinstance(child, nn.Module) else None for child in children]
+                there = [(h, c) for h, c in zip(held, children, strict=True) if h is not None and c is not None]
+                self.links.add([mapping for mapping, _ in there], key, [child for _, child in there])
+            owners[path] = children
+        return owners[path]

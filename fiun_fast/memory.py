@@ -34,7 +34,17 @@ _FIELDS: tuple[Callable[[Tensor], Any], ...] = (
     attrgetter("dtype"),
     attrgetter("device"),
 )
-_FUNCTIONS = ("data_ptr", "storage_size", "dtype", "device_type", "device_index", "dim", "sizes", "strides")
+_FUNCTIONS = (
+    "data_ptr",
+    "storage_size",
+    "dtype",
+    "device_type",
+    "device_index",
+    "dim",
+    "sizes",
+    "strides",
+    "storage_offset",
+)
 _LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
 
 _TYPES = (Tensor, torch.nn.Parameter)
@@ -82,6 +92,20 @@ def flaw_of(tensor: Any) -> Flaw | None:
         except RuntimeError:
             return Flaw(DeviceError, f"on {tensor.device}, which has no memory that can be addressed")
     return flaw_of_storage(tensor)
+
+
+def all_plain(tensors: list[Any]) -> bool:
+    """Whether all are tensors without a flaw, contiguous and of one dtype; False where that is not certain.
+
+    A tenth of a microsecond each, if torch's functions can be reached, where `flaw_of` takes one or two.
+    """
+    if not tensors:
+        return True
+    if not torch_functions() or not set(map(type, tensors)) <= set(_TYPES):
+        return False
+    if not {keys.raw_repr() for keys in map(_dispatch_keys, tensors)} <= _PLAIN:
+        return False
+    return places().fit(tensors, tensors[0].itemsize)
 
 
 def flaw_of_storage(tensor: Tensor) -> Flaw | None:
@@ -362,6 +386,9 @@ def torch_functions() -> tuple[int, ...]:
             address, held, shape, stride, _, _ = place_of(tensor)
             said = probe.of(tensor)
             if said[:2] != [address, held] or said[5:] != [len(shape), *shape, *stride]:
+                return ()
+            empty = tensor.numel() == 0
+            if probe.fit([tensor], tensor.itemsize) != tensor.is_contiguous() or probe.fit([tensor], held + 1) != empty:
                 return ()
             kinds.add((dtype, tuple(said[2:5])))
     told_apart = len(kinds) == len({code for _, code in kinds}) == len(THETA_DTYPES) + 1

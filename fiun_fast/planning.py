@@ -98,7 +98,7 @@ class Plan:
         parts = bind(program, memory, self._merging, self._dampening, self._backend)
         memory.settle()
         self.parts: list[Part] = parts
-        self._program, self._memory = program, memory
+        self._memory = memory
         self._facts = _facts(program, parts, self._known, self._merging, self._dampening)
 
     def run_(self, *, dry_run: bool = False, undo: bool = False, audit: bool = False) -> Report:

@@ -52,7 +52,7 @@ def tiles(parts: Iterable[Part]) -> Iterator[Tile]:
                     merged = merge_elements(group.forget(s, start, stop), group.weights, merging)
                     for n, node in enumerate(group.nodes.tolist()):
                         theta, original = group.theta(n, s, start, stop), group.original(n, s, start, stop)
-                        alpha, whole = float(how.alpha[node]), group.thetas[n][s]
+                        alpha, whole = float(how.alpha[node]), group.thetas[s][n]
                         yield Tile(node, group.names[s], whole, start, theta, original, merged, alpha, how, exact)
 
 

@@ -39,14 +39,39 @@ inline bool all_held(const py::list& mappings, const py::list& keys, const py::l
 
 class Places {
   public:
-    // Addresses of aoti_torch_get_ data_ptr, storage_size, dtype, device_type, device_index, dim, sizes, strides.
+    // Addresses of aoti_torch_get_ data_ptr, storage_size, dtype, device_type, device_index, dim, sizes, strides and
+    // storage_offset.
     explicit Places(const std::vector<int64_t>& functions) {
-        if (functions.size() != 8) throw std::invalid_argument("expected the addresses of 8 functions");
+        if (functions.size() != 9) throw std::invalid_argument("expected the addresses of 9 functions");
         data_ = reinterpret_cast<Get<void*>>(functions[0]);
         held_ = reinterpret_cast<Get<int64_t>>(functions[1]);
         for (int i = 0; i < 3; ++i) kinds_[i] = reinterpret_cast<Get<int32_t>>(functions[2 + i]);
         dim_ = reinterpret_cast<Get<int64_t>>(functions[5]);
         for (int i = 0; i < 2; ++i) extents_[i] = reinterpret_cast<Get<int64_t*>>(functions[6 + i]);
+        offset_ = reinterpret_cast<Get<int64_t>>(functions[8]);
+    }
+
+    // Whether each tensor is contiguous and of the first one's dtype, of so many bytes an element, and its storage reaches
+    // to its end. The tensors are plain: Python has looked at their types and dispatch keys.
+    bool fit(const py::list& tensors, int64_t element) const {
+        std::vector<int64_t> now;
+        int64_t dtype = -1;
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+            now.clear();
+            int64_t offset = 0;
+            if (!describe(PyList_GET_ITEM(tensors.ptr(), i), now, &offset)) return false;
+            if (i == 0) dtype = now[2];
+            const int64_t held = now[1], dim = now[5];
+            const int64_t *const sizes = now.data() + 6, *const strides = sizes + dim;
+            int64_t numel = 1;
+            bool contiguous = true;
+            for (int64_t d = dim; d-- > 0;) {
+                contiguous &= sizes[d] == 1 || strides[d] == numel;
+                numel *= sizes[d];
+            }
+            if (now[2] != dtype || (numel > 0 && (!contiguous || (offset + numel) * element > held))) return false;
+        }
+        return true;
     }
 
     // Record how each tensor lies: address, bytes of its storage, dtype, device, sizes, strides.
@@ -85,7 +110,7 @@ class Places {
     using Get = int32_t (*)(void* tensor, T* value);  // 0: success
 
     // Appends address, bytes, dtype, device type, device index, dim, sizes, strides.
-    bool describe(PyObject* tensor, std::vector<int64_t>& place) const {
+    bool describe(PyObject* tensor, std::vector<int64_t>& place, int64_t* offset = nullptr) const {
         PyObject* const number = PyObject_GetAttr(tensor, cdata_.ptr());  // read again each time: tensors can be swapped
         if (!number) throw py::error_already_set();
         void* impl = PyLong_AsVoidPtr(number);
@@ -97,6 +122,7 @@ class Places {
         int32_t kinds[3] = {0, 0, 0};
         int64_t* extents[2] = {nullptr, nullptr};
         if (data_(handle, &data) || held_(handle, &held) || dim_(handle, &dim)) return false;
+        if (offset && offset_(handle, offset)) return false;
         place.push_back(reinterpret_cast<int64_t>(data));
         place.push_back(held);
         for (int i = 0; i < 3; ++i) {
@@ -112,7 +138,7 @@ class Places {
     }
 
     Get<void*> data_;
-    Get<int64_t> held_, dim_;
+    Get<int64_t> held_, dim_, offset_;
     Get<int32_t> kinds_[3];
     Get<int64_t*> extents_[2];
     std::vector<int64_t> places_;

@@ -115,5 +115,6 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         .def(py::init<const std::vector<int64_t>&>(), arg("functions"))
         .def("take", &Places::take, arg("tensors"))
         .def("unchanged", &Places::unchanged, arg("tensors"))
+        .def("fit", &Places::fit, arg("tensors"), arg("element"))
         .def("of", &Places::of, arg("tensor"));
 }

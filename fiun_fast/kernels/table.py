@@ -35,7 +35,7 @@ class Group:
     originals: list[torch.Tensor]  # [N] flat original Fishers
     original_offsets: np.ndarray  # [S] int64
     nodes: np.ndarray  # [N] int64, index of each node in alpha, lam and counts
-    thetas: list[list[torch.Tensor]] | None = None  # [N][S] parameters, contiguous; None: Fishers only
+    thetas: list[list[torch.Tensor]] | None = None  # [S][N] parameters, contiguous; None: Fishers only
     addresses: np.ndarray | None = None  # [N, S] int64, of the parameters
 
     def forget(self, s: int, start: int = 0, stop: int | None = None) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ class Group:
     def theta(self, n: int, s: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements start..stop of segment s of the parameters of the group's n-th node: a flat view."""
         assert self.thetas is not None, "a table of Fishers only has no parameters"
-        return self.thetas[n][s].detach().view(-1)[start:stop]
+        return self.thetas[s][n].detach().view(-1)[start:stop]
 
 
 @dataclass(frozen=True)

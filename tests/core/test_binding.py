@@ -39,20 +39,20 @@ class Window:
         pieces = [fisher[name].reshape(-1)[start:stop] for name, (start, stop) in self._ranges.items()]
         return ff.Fisher(torch.cat(pieces), self._layout)
 
-    def original(self, node: int) -> ff.Fisher:
-        return self._part(self._problem.originals[self._nodes[node].name])
+    def originals(self, nodes) -> list[ff.Fisher]:
+        return [self._part(self._problem.originals[self._nodes[i].name]) for i in nodes]
 
     def forget(self, request: int, device: torch.device) -> ff.Fisher:
         return self._part(self._problem.forgets[request]).to(device)
 
-    def thetas(self, node: int, names) -> list[torch.Tensor]:
-        found = []
-        for name in names:
-            start, stop = self._ranges[name]
-            whole = self._problem.models[self._nodes[node].name][name].view(-1)[start:stop]
-            self._written.append((whole, whole.clone()))
-            found.append(self._written[-1][1])
-        return found
+    def thetas(self, nodes, names) -> list[list[torch.Tensor]]:
+        return [[self._theta(self._nodes[i].name, name) for i in nodes] for name in names]
+
+    def _theta(self, node: str, name: str) -> torch.Tensor:
+        start, stop = self._ranges[name]
+        whole = self._problem.models[node][name].view(-1)[start:stop]
+        self._written.append((whole, whole.clone()))
+        return self._written[-1][1]
 
     def flush(self) -> None:
         for whole, copy in self._written:
@@ -80,8 +80,8 @@ def test_windows_add_up(backend, theta):
     requests = [ff.ForgetRequest(o, f) for o, f in zip(problem.case.origins, problem.forgets, strict=True)]
     nodes = reached_nodes(dag, requests)
 
-    def describe(node: int, names):
-        return [Line(SIZES[name], theta, torch.device("cpu")) for name in names]
+    def describe(nodes, names):
+        return [[Line(SIZES[name], theta, torch.device("cpu")) for _ in nodes] for name in names]
 
     program = compile_program(nodes, requests, "error", describe)
     how = dampening(nodes, dag, torch.float32, alpha=1.5, lam=0.7, exponent=1.0, cap=1.0)
@@ -118,7 +118,7 @@ def test_a_program_knows_no_memory():
         (Line((2, 3), torch.float32, torch.device("meta")), ff.DeviceError, "offloaded or were never loaded"),
     ]:
         with pytest.raises(error, match=message):
-            compile_program(nodes, requests, "error", lambda node, names, line=line: [line])
+            compile_program(nodes, requests, "error", lambda nodes, names, line=line: [[line]])
 
 
 def test_layouts_say_which_part_of_a_parameter_they_hold():

@@ -1,5 +1,6 @@
 """Plans and reports: grouping, coalescing, storage that moves, options per node, and every refusal."""
 
+import copy
 import gc
 import json
 
@@ -251,6 +252,38 @@ def test_mixed_dtypes_make_one_launch_each():
     report = plan.run_()
     assert report["m"].numel == 43
     assert report["m"].selected == int((forget.buffer > original.buffer * 0.5).sum())
+
+
+def test_alike_nodes_of_unlike_kinds_and_dtypes():
+    """One layout; modules, dicts and dtypes mixed: each node as if it were alone, undone bit for bit."""
+    generator = torch.Generator().manual_seed(torch.seed())
+    dtypes = [torch.float32, torch.bfloat16, torch.float64]
+    models = {}
+    for n in range(12):
+        model = net(n)
+        for layer in model:
+            layer.to(dtypes[int(torch.randint(3, (), generator=generator))])
+        models[f"n{n}"] = model if n % 3 else dict(model.state_dict())
+    originals = {name: fisher_of(model, n) for n, (name, model) in enumerate(models.items())}
+    forget = fisher_of(models["n0"], 99)
+    apart = copy.deepcopy(models)
+    before = copy.deepcopy(models)
+    dag = ff.InheritanceDAG()
+    for name, model in models.items():
+        dag.add_model(name, model, originals[name], parents=["n0"] if name != "n0" else [])
+    report = ff.plan(dag, [ff.ForgetRequest("n0", forget)], alpha=0.7, lam=0.5).run_(undo=True)
+    for name, model in apart.items():
+        alone = ff.dampen_(model, originals[name], forget, alpha=0.7, lam=0.5)
+        assert (report[name].selected, report[name].zeroed) == (alone.selected, alone.zeroed)
+
+    def state(model):
+        return model.state_dict() if isinstance(model, nn.Module) else model
+
+    for name, model in models.items():
+        assert all(torch.equal(value, state(apart[name])[key]) for key, value in state(model).items()), name
+    report.undo_()
+    for name, model in models.items():
+        assert all(torch.equal(value, state(before[name])[key]) for key, value in state(model).items()), name
 
 
 def test_tied_parameters_are_dampened_once():

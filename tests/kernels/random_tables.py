@@ -73,8 +73,8 @@ def work(
         forgets, originals = ([values(total, fisher) for _ in range(count)] for count in (k, len(its_nodes)))
         thetas, addresses = None, None
         if theta is not None:
-            thetas = [[values(n, theta) for n in sizes] for _ in its_nodes]
-            addresses = np.array([[tensor.data_ptr() for tensor in node] for node in thetas])
+            thetas = [[values(n, theta) for _ in its_nodes] for n in sizes]
+            addresses = np.array([[tensor.data_ptr() for tensor in column] for column in thetas]).T.copy()
         names = tuple(f"p{s}" for s in range(len(sizes)))
         places = np.tile(offsets, (k, 1))
         its = np.array(its_nodes, dtype=np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, cycle
 from operator import attrgetter
 
 import numpy as np
@@ -68,6 +68,7 @@ class LiveMemory:
         self._nodes, self._requests = nodes, requests
         self.links = Links()
         self.parameters: list[Tensor] = []  # all that were bound
+        self.owners: dict[int, int] = {}  # id of each of them -> index of its node
         self._described: list[Described] = []
         self._place = np.zeros((len(nodes), 2), dtype=np.int64)  # of each node: which of those, and where in it
         self._homes = Homes()  # of parameters and Fishers
@@ -121,6 +122,7 @@ class LiveMemory:
         self._check(nodes, names, found)
         self._homes.add(containers, keys, found)
         self.parameters += found
+        self.owners.update(zip(map(id, found), cycle(nodes)))
         return [found[i : i + len(nodes)] for i in range(0, len(found), len(nodes))]
 
     def _check(self, nodes: Sequence[int], names: Sequence[str], tensors: list[Tensor]) -> None:
@@ -177,6 +179,15 @@ class LiveMemory:
     def check_writable(self) -> None:
         """Raise a LayoutError where a parameter lies in memory that is mapped read-only."""
         check_writable((label for label, _ in self._foreign), (tensor for _, tensor in self._foreign))
+
+    def label(self, parameter: Tensor) -> str:
+        """What an error message calls one of the parameters."""
+        node = self.owners[id(parameter)]
+        block, i = self._place[node].tolist()
+        described = self._described[block]
+        held = zip(described.names, described.containers, described.keys, strict=True)
+        name = next(n for n, c, k in held if (c[i] or {}).get(k[i]) is parameter)
+        return self._label(node, name)
 
     def _label(self, node: int, name: str) -> str:
         return f"node {self._nodes[node].name!r}, parameter {name!r}"

@@ -16,12 +16,14 @@ from .binding import Part, bind
 from .compiling import PerNode, Program, ReachedNode, compile_program, narrowest, values_per_node
 from .dag import ForgetRequest, Model
 from .errors import ArgumentError, UndoError
+from .guards import alone, denormals_kept, signals_deferred
 from .kernels.table import Dampening, Merging
 from .live import LiveMemory
 from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
 from .ratios import Ratios
 from .report import Audit, Facts, Report
+from .sharing import check_unshared
 from .tiles import examine, tiles
 from .undo import Recorder, UndoLog
 
@@ -65,7 +67,7 @@ class Plan:
         self,
         nodes: list[ReachedNode],
         requests: list[ForgetRequest],
-        known: frozenset[str],
+        bystanders: Mapping[str, Model],
         merging: Merging,
         dampening: Dampening,
         *,
@@ -77,7 +79,7 @@ class Plan:
         Args:
             nodes: what the requests reach.
             requests: at least one.
-            known: names of all nodes of the DAG.
+            bystanders: name -> model of all other nodes of the DAG; their memory must not be that of what is dampened.
             merging, dampening: the numbers, checked.
             on_mismatch, backend: as in `plan`.
 
@@ -85,7 +87,8 @@ class Plan:
             FiunError: as `plan`.
 
         """
-        self._nodes, self._requests, self._known = nodes, requests, known
+        self._nodes, self._requests, self._bystanders = nodes, requests, bystanders
+        self._known = frozenset(node.name for node in nodes) | frozenset(bystanders)
         self._merging, self._dampening = merging, dampening
         self._on_mismatch, self._backend = on_mismatch, backend
         self._trying = False  # inside `with plan.trials()`
@@ -96,8 +99,10 @@ class Plan:
         memory = LiveMemory(self._nodes, self._requests)
         program = compile_program(self._nodes, self._requests, self._on_mismatch, memory.describe)
         parts = bind(program, memory, self._merging, self._dampening, self._backend)
+        check_unshared(memory, self._nodes, self._bystanders)
         memory.settle()
         self.parts: list[Part] = parts
+        self._devices = tuple(dict.fromkeys(part.table.device for part in parts))
         self._memory = memory
         self._facts = _facts(program, parts, self._known, self._merging, self._dampening)
 
@@ -129,27 +134,35 @@ class Plan:
         return self._run(bool(dry_run), undo, audit)
 
     def _run(self, dry_run: bool, undo: bool = False, audit: bool = False) -> Report:
-        self._refresh()
-        if not dry_run:
-            self._memory.check_writable()
-        audited = self._audit() if audit else None
-        recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
-        counts = self._launch(dry_run)
-        log = recorder.seal() if recorder else None
-        alpha, lam = self._dampening.alpha.copy(), self._dampening.lam.copy()
-        return Report(self._facts, counts, alpha, lam, dry_run=dry_run, audit=audited, undo=log)
+        with alone:
+            self._refresh()
+            if not dry_run:
+                self._memory.check_writable()
+            audited = self._audit() if audit else None
+            recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
+            counts = {d: torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=d) for d in self._devices}
+            alpha, lam = self._dampening.alpha.copy(), self._dampening.lam.copy()
+            log = self._write(counts, dry_run, recorder)
+            return Report(self._facts, list(counts.values()), alpha, lam, dry_run=dry_run, audit=audited, undo=log)
 
-    def _launch(self, dry_run: bool) -> list[torch.Tensor]:
-        """Launch everything; the counts of this run, [nodes, 3] for each device."""
-        counts: dict[torch.device, torch.Tensor] = {}
-        for part in self.parts:
-            device = part.table.device
-            if device not in counts:
-                counts[device] = torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=device)
-            part.launch.run(counts[device], dry_run)
+    def _write(
+        self, counts: Mapping[torch.device, torch.Tensor], dry_run: bool, recorder: Recorder | None
+    ) -> UndoLog | None:
+        """Launch everything. Nothing is allocated from here on but by the log, and nothing interrupts."""
         if not dry_run:  # kernels write through addresses; autograd must hear of it
             torch.autograd.graph.increment_version(self._memory.parameters)
-        return list(counts.values())
+        if recorder is None and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
+            self.parts[0].launch.run(counts[self.parts[0].table.device], dry_run)
+            return None
+        try:
+            with signals_deferred():  # their handlers run, and may raise, when the block has ended
+                for part in self.parts:
+                    part.launch.run(counts[part.table.device], dry_run)
+                return None if recorder is None else recorder.seal()
+        except BaseException as error:
+            if recorder is not None:
+                recorder.take_back(error)
+            raise
 
     def _refresh(self) -> None:
         check_no_mode()
@@ -181,7 +194,8 @@ class Plan:
                 )
             alpha = {name: one.alpha for name, one in chosen.items()} if alpha is None else alpha
             lam = {name: one.lam for name, one in chosen.items()} if lam is None else lam
-        self._take_values(*self._values(alpha, lam))
+        with alone:
+            self._take_values(*self._values(alpha, lam))
 
     def _values(self, alpha: PerNode | None, lam: PerNode | None) -> tuple[np.ndarray, np.ndarray]:
         """Alpha and lambda of each node as they would be, [nodes] each; all is checked."""
@@ -225,23 +239,26 @@ class Plan:
             FiunError: as `run_`.
 
         """
-        if self._trying:
-            raise ArgumentError("trials are under way on this plan already")
-        before = self._dampening.alpha.copy(), self._dampening.lam.copy()
-        lowest = self._values(alpha, None)
-        self._refresh()
-        self._memory.check_writable()
-        self._take_values(*lowest)
-        try:
-            trials = Trials(self, Recorder(self.parts, self.nodes, self._memory).seal())
+        with alone:
+            if self._trying:
+                raise ArgumentError("trials are under way on this plan already")
+            before = self._dampening.alpha.copy(), self._dampening.lam.copy()
+            lowest = self._values(alpha, None)
+            self._refresh()
+            self._memory.check_writable()
             self._trying = True
+        try:
+            with alone:
+                self._take_values(*lowest)
+                trials = Trials(self, Recorder(self.parts, self.nodes, self._memory).seal())
             try:
                 yield trials
             finally:
                 trials.end()
         finally:
-            self._trying = False
-            self._take_values(*before)
+            with alone:
+                self._trying = False
+                self._take_values(*before)
 
     def profile(self, *, norms: bool = False) -> Profiles:
         """How many elements any alpha would select at each node: {node: SelectionProfile}, in one pass over the plan.
@@ -250,14 +267,16 @@ class Plan:
             norms: also what norm of the parameters would go (`SelectionProfile.removed`): a second pass in plain torch.
 
         """
-        found = profiles_of(self.ratios(), [numel for *_, numel in self._facts.nodes])
-        if norms:
-            found = with_squares(found, tiles(self.parts))
+        with alone, denormals_kept():
+            found = profiles_of(self.ratios(), [numel for *_, numel in self._facts.nodes])
+            if norms:
+                found = with_squares(found, tiles(self.parts))
         return Profiles(dict(zip(self.nodes, found, strict=True)))
 
     def ratios(self) -> Ratios:
         """The ratios m / I of every node: histograms and exact percentiles."""
-        self._refresh()
+        with alone:
+            self._refresh()
         return Ratios([(part.table, part.histogram()) for part in self.parts], self.nodes)
 
     def _audit(self) -> Audit:
@@ -344,6 +363,10 @@ class Trials:
             FiunError: as `Plan.run_` and `Plan.set_values_`.
 
         """
+        with alone:
+            return self._run(alpha, lam, bool(dry_run))
+
+    def _run(self, alpha: PerNode | None, lam: PerNode | None, dry_run: bool) -> Report:
         if self._ended:
             raise UndoError("these trials have ended: a run after the `with` block would not be taken back")
         self.restore()
@@ -359,7 +382,7 @@ class Trials:
                 raise UndoError("parameters or Fishers were moved or replaced since these trials began")
         plan._take_values(*values)
         self._changed = not dry_run
-        return plan._run(bool(dry_run))
+        return plan._run(dry_run)
 
     def restore(self) -> None:
         """Put back every bit that the last trial changed.
@@ -368,9 +391,10 @@ class Trials:
             UndoError: the parameters were moved or replaced meanwhile.
 
         """
-        if self._changed:
-            self._log.restore_()
-            self._changed = False
+        with alone:
+            if self._changed:
+                self._log.restore_()
+                self._changed = False
 
     def end(self) -> None:
         """Restore, and refuse further runs."""

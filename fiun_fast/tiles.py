@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .arguments import short
 from .binding import Part
+from .guards import denormals_kept
 from .kernels.reference import dampen_elements, merge_elements
 from .kernels.table import Dampening
 from .report import ParameterReport
@@ -70,6 +71,7 @@ def possible_selection(tile: Tile) -> Tensor:
 
 
 @torch.no_grad()
+@denormals_kept()
 def examine(parts: Iterable[Part]) -> dict[int, list[ParameterReport]]:
     """What a run would do to each parameter of each node; nothing is changed.
 

@@ -12,6 +12,7 @@ from . import undo_file
 from .binding import Part
 from .dag import InheritanceDAG, Model, check_model
 from .errors import ArgumentError, DTypeError, LayoutError, UndoError
+from .guards import alone, denormals_kept, signals_deferred
 from .live import Links, LiveMemory
 from .memory import check_addressable, check_writable, place_of
 from .tiles import possible_selection, tiles
@@ -33,6 +34,7 @@ class UndoLog:
     def __init__(self, entries: list[Entry], links: Links | None = None) -> None:
         self._entries, self._links = entries, links  # links: submodules on the way to the parameters; None when loaded
         self._done = False
+        self._begun = 0  # entries that an undo has begun to write: it goes on there if it did not come to its end
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> UndoLog:
@@ -73,23 +75,28 @@ class UndoLog:
                 their own, or are not in the models.
 
         """
-        if self._done:
-            raise UndoError("this run was undone already")
-        parameters = self._at_home() if models is None else self._look_up(models)
-        check_writable((entry.where for entry in self._entries), parameters)
-        flats = [_bits(parameter) for parameter in parameters]
-        if not force:
-            self._check_unchanged(flats)
-        self._write(flats)
-        self._done = True
+        with alone:
+            if self._done:
+                raise UndoError("this run was undone already")
+            parameters = self._at_home() if models is None else self._look_up(models)
+            check_writable((entry.where for entry in self._entries), parameters)
+            flats = [_bits(parameter) for parameter in parameters]
+            if not force:
+                self._check_unchanged(flats)
+            with signals_deferred():
+                self._write(flats)
+                self._done = True
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Put the old bits back where the parameters were, whatever they are now; any number of times (`Trials`)."""
-        self._write([_bits(parameter) for parameter in self._at_home()])
+        with alone, signals_deferred():
+            self._write([_bits(parameter) for parameter in self._at_home()])
+            self._begun = 0
 
     def _write(self, flats: list[Tensor]) -> None:
-        for entry, flat in zip(self._entries, flats, strict=True):
+        for i, (entry, flat) in enumerate(zip(self._entries, flats, strict=True)):
+            self._begun = max(self._begun, i + 1)
             for start, index, old in entry.pieces:
                 flat.index_copy_(0, index.to(flat.device, torch.int64) + start, old.to(flat.device))
 
@@ -144,9 +151,10 @@ class UndoLog:
 
     def _check_unchanged(self, flats: list[Tensor]) -> None:
         """Do the parameters hold what the run left? Compares fingerprints, one wait a device."""
-        now = _values([_fingerprint(entry, flat) for entry, flat in zip(self._entries, flats, strict=True)])
-        then = _values([entry.after for entry in self._entries])
-        for entry, left, found in zip(self._entries, then, now, strict=True):
+        entries, flats = self._entries[self._begun :], flats[self._begun :]
+        now = _values([_fingerprint(entry, flat) for entry, flat in zip(entries, flats, strict=True)])
+        then = _values([entry.after for entry in entries])
+        for entry, left, found in zip(entries, then, now, strict=True):
             if left != found:
                 raise UndoError(
                     f"{entry.where}: changed since the run (trained, or dampened again: undo later runs first); "
@@ -161,6 +169,7 @@ class Recorder:
     """Takes down what a run is about to select, then seals it with a fingerprint of what the run left."""
 
     @torch.no_grad()
+    @denormals_kept()
     def __init__(self, parts: Iterable[Part], names: Sequence[str], memory: LiveMemory) -> None:
         """Copy what may change: `names` are those of the program's nodes, `memory` is what the parts were bound to."""
         self._entries: dict[tuple[int, str], Entry] = {}
@@ -185,6 +194,24 @@ class Recorder:
         for entry, flat in zip(entries, self._flats, strict=True):
             entry.after = _fingerprint(entry, flat)
         return UndoLog(entries, self._links)
+
+    def take_back(self, error: BaseException) -> None:
+        """After a run that did not come to its end, or could not be sealed: restore what it selected.
+
+        Raises:
+            UndoError: that failed as well. Its attribute `log` is the log; `error.log.undo_(force=True)` tries again.
+
+        """
+        log = UndoLog(list(self._entries.values()), self._links)
+        try:
+            log.restore_()
+        except BaseException as second:
+            failed = UndoError(
+                f"the run failed ({error!r}) and could not be taken back ({second!r}): some parameters have changed; "
+                "error.log.undo_(force=True) tries again"
+            )
+            failed.log = log  # type: ignore[attr-defined]
+            raise failed from error
 
 
 def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, nodes: Sequence[str]) -> Model:

@@ -61,7 +61,9 @@ def plan(
         raise ArgumentError(f"dag is a {type(dag).__name__}, expected an InheritanceDAG")
     listed = check_requests(requests)
     options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
-    return _made(reached_nodes(dag, listed), listed, frozenset(dag), options)
+    nodes = reached_nodes(dag, listed)
+    reached = {node.name for node in nodes}
+    return _made(nodes, listed, {name: dag[name].model for name in dag if name not in reached}, options)
 
 
 @renamed(share="forget_fraction")
@@ -156,18 +158,19 @@ def _plan_of_one(model: Model, original: Fisher, forget: Fisher | Sequence[Fishe
         raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
     requests = check_requests([ForgetRequest("model", one) for one in listed_fishers("forget", forget)])
     node = ReachedNode("model", model, original, tuple(range(len(requests))))
-    return _made([node], requests, frozenset({"model"}), options)
+    return _made([node], requests, {}, options)
 
 
-def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], known: frozenset[str], o: Options) -> Plan:
+def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:
     """Check the options, compile, bind; with alpha="auto" choose each node's alpha from its ratios."""
+    known = frozenset(node.name for node in nodes) | frozenset(bystanders)
     check_one_of("merge", o.merge, MERGE_RULES)
     dtype = narrowest(request.fisher for request in requests)
     fractions = _forget_fractions(o, nodes, known)
     alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
     how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
     merging = Merging(o.merge, check_number("scale", o.scale, dtype))
-    made = Plan(nodes, requests, known, merging, how, on_mismatch=o.on_mismatch, backend=o.backend)
+    made = Plan(nodes, requests, bystanders, merging, how, on_mismatch=o.on_mismatch, backend=o.backend)
     if fractions is not None:
         q = np.array([adaptive_percentile(fraction) for fraction in fractions])
         made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))

@@ -99,6 +99,8 @@ class _Geometry:
 class CpuLaunch(Launch):
     """Cut into work for the threads there are; cut again only if torch.set_num_threads changed their number."""
 
+    in_one_call = True
+
     def __init__(self, table: Table, merging: Merging, dampening: Dampening) -> None:
         theta = kind(NAME, table.theta_dtype, KINDS)
         alpha, lam = (_packed(array, np.float64) for array in (dampening.alpha, dampening.lam))

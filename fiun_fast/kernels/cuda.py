@@ -156,6 +156,8 @@ class CudaExtension:
 class CudaLaunch(Launch):
     """One kernel for all nodes of a table."""
 
+    in_one_call = True
+
     def __init__(self, extension: CudaExtension, table: Table, merging: Merging, dampening: Dampening) -> None:
         module, device = extension.module(), _index(table.device)
         theta = kind(extension.backend, table.theta_dtype, KINDS)

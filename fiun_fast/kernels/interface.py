@@ -14,6 +14,8 @@ from .table import Dampening, Merging, Table
 class Launch(ABC):
     """A prepared dampening of one table, run as often as wanted. It never waits for the device."""
 
+    in_one_call = False  # whether `run` writes in a single call into C, between whose parts no signal handler runs
+
     @abstractmethod
     def run(self, counts: torch.Tensor, dry_run: bool = False) -> None:
         """Dampen every node of the table, or with `dry_run` only count.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..guards import denormals_kept
 from .interface import Backend, Histogram, Launch
 from .table import BINS, Dampening, Merging, Table
 
@@ -65,6 +66,7 @@ class _Dampening(Launch):
     def __init__(self, table: Table, merging: Merging, dampening: Dampening) -> None:
         self._table, self._merging, self._dampening = table, merging, dampening
 
+    @denormals_kept()
     def run(self, counts: torch.Tensor, dry_run: bool = False) -> None:
         how = self._dampening
         for group in self._table.groups:
@@ -85,6 +87,7 @@ class _Histogram(Histogram):
     def __init__(self, table: Table, merging: Merging) -> None:
         self._table, self._merging = table, merging
 
+    @denormals_kept()
     def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:
         for group in self._table.groups:
             for s in range(len(group.numels)):
@@ -111,12 +114,14 @@ class ReferenceBackend(Backend):
         """Parameter by parameter, by bincount."""
         return _Histogram(table, merging)
 
+    @denormals_kept()
     def merge(
         self, sources: Sequence[torch.Tensor], weights: Sequence[float], merging: Merging, out: torch.Tensor
     ) -> None:
         """One operation per source."""
         out.copy_(merge_elements(sources, weights, merging))
 
+    @denormals_kept()
     def accumulate(
         self, gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor], power: int, zero: bool
     ) -> None:
@@ -127,6 +132,7 @@ class ReferenceBackend(Backend):
             if zero:
                 gradient.zero_()
 
+    @denormals_kept()
     def outer_square_accumulate(self, left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
         """One sample after another."""
         for one, other in zip(left, right, strict=True):

@@ -27,6 +27,8 @@ _pairs_seen: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict
 class TritonLaunch(Launch):
     """One program per tile. It allocates nothing and never waits for the device."""
 
+    in_one_call = True
+
     def __init__(self, table: Table, merging: Merging, dampening: Dampening, aim: int | None = None) -> None:
         """Upload the tables, once; `aim` is how many tiles there should be (None: what fills the device)."""
         kind(host.NAME, table.theta_dtype, KINDS)

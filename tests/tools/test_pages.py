@@ -1,6 +1,7 @@
 """The examples of fishers.md, choosing.md and audit.md run, each by itself; test_migrate.py has those of migrate.md."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,14 @@ def test_examples_of_the_pages_run(text, tmp_path, monkeypatch):
         "score": lambda name, model: -accuracy(model, forgotten),
     }
     exec(compile(text, "docs", "exec"), names)
+
+
+def test_every_promise_of_the_safety_page_has_a_test_that_exists():
+    rows = [line for line in (DOCS / "safety.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith(("| promise", "| ---"))]
+    assert len(promises) > 10
+    for row in promises:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for path, name in named:
+            assert f"\ndef {name}(" in (DOCS.parent / path).read_text(encoding="utf-8"), f"{path} has no {name}"

@@ -23,8 +23,8 @@ _TINY, _ONE = np.float32(1e-45), np.float32(1)
 
 # One lock for the process: two plans may have one model, and kernels use all threads anyway.
 alone = threading.RLock()
-if hasattr(os, "register_at_fork"):  # in the child nobody holds it
-    os.register_at_fork(after_in_child=alone._at_fork_reinit)  # type: ignore[attr-defined]
+if hasattr(os, "register_at_fork"):  # a child finds no run half done, and a lock that nobody holds
+    os.register_at_fork(before=alone.acquire, after_in_parent=alone.release, after_in_child=alone.release)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -229,20 +230,24 @@ def test_trials_and_runs_in_two_threads():
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_child_of_fork_is_not_locked_out():
     """Forked while another thread is in a run, as a DataLoader may."""
-    held, go_on = threading.Event(), threading.Event()
+    held, done = threading.Event(), []
 
     def hold() -> None:
         with alone:
             held.set()
-            go_on.wait(10)
+            time.sleep(0.1)
+            done.append(True)
 
     worker = threading.Thread(target=hold)
     worker.start()
     held.wait(10)
     child = os.fork()
-    if child == 0:
-        os._exit(0 if alone.acquire(timeout=5) else 1)
-    go_on.set()
+    if child == 0:  # in another thread: this one may hold the lock
+        free: list[bool] = []
+        other = threading.Thread(target=lambda: free.append(alone.acquire(timeout=5)))
+        other.start()
+        other.join()
+        os._exit(0 if free == [True] and done else 1)
     worker.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

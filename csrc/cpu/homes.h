@@ -59,7 +59,7 @@ class Places {
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
             now.clear();
             int64_t offset = 0;
-            if (!describe(PyList_GET_ITEM(tensors.ptr(), i), now, &offset)) return false;
+            if (!describe(impl(PyList_GET_ITEM(tensors.ptr(), i)), now, &offset)) return false;
             if (i == 0) dtype = now[2];
             const int64_t held = now[1], dim = now[5];
             const int64_t *const sizes = now.data() + 6, *const strides = sizes + dim;
@@ -77,8 +77,10 @@ class Places {
     // Record how each tensor lies: address, bytes of its storage, dtype, device, sizes, strides.
     void take(const py::list& tensors) {
         places_.clear();
+        impls_.clear();
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-            if (!describe(PyList_GET_ITEM(tensors.ptr(), i), places_)) throw std::runtime_error("torch refused");
+            impls_.push_back(impl(PyList_GET_ITEM(tensors.ptr(), i)));
+            if (!describe(impls_.back(), places_)) throw std::runtime_error("torch refused");
         }
     }
 
@@ -87,9 +89,15 @@ class Places {
         const int64_t* before = places_.data();
         const int64_t* const end = before + places_.size();
         std::vector<int64_t> now;
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+        const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
+        if (size_t(n) != impls_.size()) return false;
+        for (Py_ssize_t i = 0; i < n; ++i) {
+            if (i + ahead < n) {  // where it was is where it will be, most likely; asking elsewhere does no harm
+                expect(PyList_GET_ITEM(tensors.ptr(), i + ahead), 1);
+                expect(impls_[size_t(i + ahead)], 4);
+            }
             now.clear();
-            if (!describe(PyList_GET_ITEM(tensors.ptr(), i), now)) return false;
+            if (!describe(impl(PyList_GET_ITEM(tensors.ptr(), i)), now)) return false;
             if (end - before < int64_t(now.size())) return false;
             for (const int64_t number : now) {
                 if (number != *before++) return false;
@@ -101,7 +109,7 @@ class Places {
     // The same numbers for one tensor, so that Python can try this out.
     std::vector<int64_t> of(const py::object& tensor) const {
         std::vector<int64_t> place;
-        if (!describe(tensor.ptr(), place)) throw std::runtime_error("torch refused");
+        if (!describe(impl(tensor.ptr()), place)) throw std::runtime_error("torch refused");
         return place;
     }
 
@@ -109,12 +117,27 @@ class Places {
     template <class T>
     using Get = int32_t (*)(void* tensor, T* value);  // 0: success
 
-    // Appends address, bytes, dtype, device type, device index, dim, sizes, strides.
-    bool describe(PyObject* tensor, std::vector<int64_t>& place, int64_t* offset = nullptr) const {
-        PyObject* const number = PyObject_GetAttr(tensor, cdata_.ptr());  // read again each time: tensors can be swapped
+    static constexpr Py_ssize_t ahead = 16;  // tensors whose memory is on its way, since each is a chain of cache misses
+
+    static void expect(const void* address, int lines) {
+#if defined(__GNUC__)
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(address) + 64 * i);
+#else
+        (void)address, (void)lines;
+#endif
+    }
+
+    // What the Python object refers to now; tensors can be swapped.
+    void* impl(PyObject* tensor) const {
+        PyObject* const number = PyObject_GetAttr(tensor, cdata_.ptr());
         if (!number) throw py::error_already_set();
-        void* impl = PyLong_AsVoidPtr(number);
+        void* const address = PyLong_AsVoidPtr(number);
         Py_DECREF(number);
+        return address;
+    }
+
+    // Appends address, bytes, dtype, device type, device index, dim, sizes, strides.
+    bool describe(void* impl, std::vector<int64_t>& place, int64_t* offset = nullptr) const {
         if (!impl) return false;
         void* const handle = &impl;
         void* data = nullptr;
@@ -142,6 +165,7 @@ class Places {
     Get<int32_t> kinds_[3];
     Get<int64_t*> extents_[2];
     std::vector<int64_t> places_;
+    std::vector<void*> impls_;
     py::str cdata_{"_cdata"};
 };
 

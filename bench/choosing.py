@@ -79,11 +79,16 @@ class Watch:
 
     def __init__(self, network: Network, node: str, label: int) -> None:
         known = network.recipe.data(node)
-        self._head, self._label = network.models[node].head, label
+        model, self._label = network.models[node], label
+        self._head = model.head
         self.share = float((known.labels == label).double().mean())
-        test = network.inputs(node, network.digits.test.only(known.classes))
-        self._sets = {"plain": network.validation(node, 0), "jittered": network.validation(node, COPIES), "test": test}
-        self._own = network.inputs(node, known.only([label]))  # for the search that sees no other data
+        self._sets = {
+            "plain": network.inputs(node, "validation"),
+            "jittered": network.inputs(node, "validation", COPIES),
+            "test": network.inputs(node, "test"),
+        }
+        own = network.seen(node, known.only([label]))  # for the search that sees no other data
+        self._own = own._replace(images=model.body(own.images).detach())
 
     def see(self, index: int = -1, lam: float = 1.0) -> Point:
         """The node as it is now."""

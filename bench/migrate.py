@@ -66,7 +66,7 @@ def modify_variants(s: Setting) -> list[Variant]:
         "drop-in, dicts of calc_importance": lambda: s.pdr.modify_weight(s.original, s.forget),
         "drop-in, dicts built by hand": lambda: s.pdr.modify_weight(*s.apart),
     }
-    return [Variant(name, "", run, s.restore, None) for name, run in ways.items()]
+    return [Variant(name, "", run, s.restore) for name, run in ways.items()]
 
 
 def accumulate_variants(s: Setting) -> list[Variant]:
@@ -78,7 +78,7 @@ def accumulate_variants(s: Setting) -> list[Variant]:
         "published class": lambda: baselines.accumulate_naive(gradients, totals),
         "drop-in": ff.FisherAccumulator(s.model).update,
     }
-    return [Variant(name, "", run, nothing, None) for name, run in ways.items()]
+    return [Variant(name, "", run, nothing) for name, run in ways.items()]
 
 
 def undo_variants(s: Setting, share: float) -> list[Variant]:
@@ -94,7 +94,7 @@ def undo_variants(s: Setting, share: float) -> list[Variant]:
 
     runs = (s.plan.run_, recorded, lambda: held[0].undo_(), lambda: s.plan.run_(audit=True))
     restores = (s.restore, s.restore, ran, s.restore)
-    return [Variant(name, "", run, back, None) for name, run, back in zip(UNDO, runs, restores, strict=True)]
+    return [Variant(name, "", run, back) for name, run, back in zip(UNDO, runs, restores, strict=True)]
 
 
 def groups_of(width: int) -> dict[str, Callable[[], list[Variant]]]:
@@ -115,7 +115,7 @@ def weights_of(group: str, width: int) -> dict[str, int]:
 
 def measure(variants: list[Variant], machine: Machine) -> dict[str, float]:
     """Median seconds of each, after a run to warm up."""
-    case = Case("migrate", "", None, 0, variants, None)
+    case = Case(None, 0, variants)
     check(case)
     times = race(case, machine, Effort(ROUNDS, ROUNDS, 0.0))
     return {v.name: statistics.median(times[v.name]) for v in variants}

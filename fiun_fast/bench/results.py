@@ -16,18 +16,7 @@ from .measure import COPY, Case
 
 @dataclass
 class Row:
-    """One variant of one case on one device.
-
-    Attributes:
-        ms: median, with p20 and p80 beside it, over `rounds` runs.
-        floor_bytes: what the work moves at least; gbps is that over the median, whatever was really moved.
-        copy_gbps: of a plain copy, in the same rounds; share is gbps over it.
-        vs_naive, vs_torch: median of the naive variant, and of the best in plain torch, over this one's.
-        extra_bytes: peak memory on top of what was there before the run.
-        calls: torch operators, compiled graphs and launches of one run; launches: kernels on a GPU.
-        agrees: how the outcome compares with the reference's.
-
-    """
+    """One variant of one case on one device."""
 
     case: str
     title: str
@@ -35,21 +24,21 @@ class Row:
     kind: str
     device: str
     elements: int
-    ms: float
+    ms: float  # median
     p20: float
     p80: float
     rounds: int
-    copy_gbps: float
+    copy_gbps: float  # of a plain copy, in the same rounds
     selected: float | None = None
-    floor_bytes: int | None = None
-    gbps: float | None = None
-    share: float | None = None
-    vs_naive: float | None = None
-    vs_torch: float | None = None
-    extra_bytes: int | None = None
-    calls: int | None = None
-    launches: int | None = None
-    agrees: str | None = None
+    floor_bytes: int | None = None  # what the work moves at least
+    gbps: float | None = None  # that over the median, whatever was really moved
+    share: float | None = None  # that over copy_gbps
+    vs_naive: float | None = None  # median of the naive variant over this one's
+    vs_torch: float | None = None  # the same for the best in plain torch
+    extra_bytes: int | None = None  # peak memory on top of what was there before the run
+    calls: int | None = None  # torch operators, compiled graphs and launches of one run
+    launches: int | None = None  # kernels on a GPU
+    agrees: str | None = None  # how the outcome compares with the reference's
 
 
 @dataclass
@@ -115,6 +104,7 @@ def rows_of(
 
 def table(rows: Iterable[Row]) -> Any:
     """What rich prints: a block a case; ours in colour, a bar for the share of the copy bandwidth."""
+    from rich.bar import Bar
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -132,11 +122,12 @@ def table(rows: Iterable[Row]) -> Any:
             facts += [f"floor {size(row.floor_bytes)}"] if row.floor_bytes else []
             facts += [f"copy {row.copy_gbps:.1f} GB/s"]
             shown += [Text(""), Text.assemble((f"{row.case}  ", "bold"), " · ".join(facts)), block]
-        cells = [row.variant, short(row.ms), f"{short(row.p20)}–{short(row.p80)}", _or(row.gbps, "{:.1f}")]
-        cells += [_or(row.share, "{:.2f}"), bar(row.share), _or(row.vs_naive, "{:.3g}×"), _or(row.vs_torch, "{:.3g}×")]
+        cells: list[Any] = [row.variant, short(row.ms), f"{short(row.p20)}–{short(row.p80)}", _or(row.gbps, "{:.1f}")]
+        cells += [_or(row.share, "{:.2f}"), "" if row.share is None else Bar(1.0, 0.0, row.share, width=8)]
+        cells += [_or(row.vs_naive, "{:.3g}×"), _or(row.vs_torch, "{:.3g}×")]
         cells += [size(row.extra_bytes), _or(row.calls, "{:,}"), _or(row.launches, "{:,}")]
         style = {"ours": "bold green", "naive": "red", "reference": "dim", "floor": "dim"}.get(row.kind, "")
-        block.add_row(*(Text(cell, style) for cell in cells))
+        block.add_row(*cells, style=style)
     return Group(*shown)
 
 
@@ -148,15 +139,6 @@ LEGEND = (
     "GB/s: the least bytes the work moves, over the median. of copy: that, over a plain copy in the same rounds. "
     "naive ÷, torch ÷: how many times faster than existing code, and than the best in plain torch. extra: peak memory."
 )
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
-def bar(share: float | None, width: int = 8) -> str:
-    """A bar as long as the share, in characters; full at 1."""
-    if share is None:
-        return ""
-    eighths = round(min(share, 1.0) * width * 8)
-    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip().ljust(width)
 
 
 def short(value: float) -> str:

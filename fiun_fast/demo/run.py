@@ -20,8 +20,7 @@ from . import NETWORKS, SCOPES
 from .data import Digits, load_digits
 from .experiment import Network
 from .networks import SCENARIOS, Recipe, grow
-from .picture import draw
-from .report import Case, nodes_table, summarise, summary_table, times_table
+from .report import Case, draw, nodes_table, summarise, summary_table, times_table
 
 # What a single demo forgets: one class, then classes that entered at different origins (merged by MFIM).
 REQUESTS: dict[str, tuple[tuple[int, ...], ...]] = {

@@ -31,31 +31,25 @@ FLIPS = 0.01  # of the entries: a ReLU or a maximum that met a tie within roundi
 
 
 class Parameters(nn.Module):
-    """Parameters of given shapes and the gradients they will get; `loss().backward()` costs one copy of each."""
+    """Parameters of given shapes and the gradients they will get."""
 
     def __init__(self, shapes: Shapes, device: torch.device) -> None:
         super().__init__()
         random = torch.Generator(device).manual_seed(0)
-        self.arriving: list[Tensor] = []
         for name, shape in shapes.items():
             self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.zeros(shape, device=device)))
-            self.arriving.append(torch.randn(shape, device=device, generator=random))
         self.list = list(self.parameters())
+        self.arriving = [torch.randn(p.shape, device=device, generator=random) for p in self.list]
         self.numel = sum(p.numel() for p in self.list)
 
-    def loss(self) -> Tensor:
-        """A scalar whose gradient by each parameter is what `arriving` holds."""
-        return torch.stack([_Arrive.apply(p, g) for p, g in zip(self.list, self.arriving, strict=True)]).sum()
-
-    def gradients(self) -> list[Tensor]:
-        """What `.grad` holds."""
-        return [p.grad for p in self.list if p.grad is not None]
+    def backward(self) -> None:
+        """One that does nothing but bring the gradients: it copies each into `.grad`, and calls hooks."""
+        torch.autograd.backward(self.list, self.arriving)
 
     def refill(self) -> None:
-        """Copy the gradients into `.grad`, which is made where it is missing."""
-        for p in self.list:
-            p.grad = torch.empty_like(p) if p.grad is None else p.grad
-        torch._foreach_copy_(self.gradients(), self.arriving)
+        """Begin anew with the gradients in `.grad`, at the same addresses."""
+        self.zero_grad(set_to_none=False)
+        self.backward()
 
     def squares(self) -> list[Tensor]:
         """What every way must find: the mean over updates with equal gradients."""
@@ -70,22 +64,9 @@ class Parameters(nn.Module):
 
         pairs = zip(self.list, updates, strict=True)
         hooks = [p.register_post_accumulate_grad_hook(partial(fold, update)) for p, update in pairs]
-        self.loss().backward()
+        self.backward()
         for hook in hooks:
             hook.remove()
-
-
-class _Arrive(torch.autograd.Function):
-    """Nothing forward; backward, a copy of a given gradient."""
-
-    @staticmethod
-    def forward(ctx, parameter: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
-        return parameter.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient.clone(), None
 
 
 class Sums:
@@ -95,15 +76,11 @@ class Sums:
         self.model, self.totals = model, [torch.zeros_like(p) for p in model.list]
 
     @torch.no_grad()
-    def update(self, add: Callable, zero: Callable = nothing) -> None:
+    def update(self, add: Callable, zero: Callable = nothing, only: slice = slice(None)) -> None:
         """Add the gradients in `.grad`, and zero them."""
-        gradients = self.model.gradients()
-        add(gradients, self.totals)
+        gradients = [p.grad for p in self.model.list[only]]
+        add(gradients, self.totals[only])
         zero(gradients)
-
-    def updates(self) -> list[Callable[[], object]]:
-        """One for each parameter."""
-        return [partial(_add_square, p, total) for p, total in zip(self.model.list, self.totals, strict=True)]
 
     def variant(self, name: str, kind: str, run: Callable[[], object], before: Callable[[], object]) -> Variant:
         """A run that adds to the totals."""
@@ -113,12 +90,6 @@ class Sums:
             before()
 
         return Variant(name, kind, run, restore, lambda: self.totals)
-
-
-@torch.no_grad()
-def _add_square(p: Tensor, total: Tensor) -> None:
-    assert p.grad is not None
-    total.addcmul_(p.grad, p.grad)
 
 
 def _results(accumulators: Iterable[ff.FisherAccumulator]) -> Iterator[Tensor]:
@@ -148,7 +119,7 @@ def in_hooks(device: torch.device, compiler: str | None, shapes: Shapes) -> Case
     model = Parameters(shapes, device)
 
     def after(update: Callable[[], object]) -> None:
-        model.loss().backward()
+        model.backward()
         update()
         model.zero_grad()
 
@@ -158,8 +129,9 @@ def in_hooks(device: torch.device, compiler: str | None, shapes: Shapes) -> Case
         variants.append(
             sums.variant(f"{name}, after", kind, partial(after, partial(sums.update, add)), model.zero_grad)
         )
-    sums = Sums(model)
-    run = partial(model.hooked, sums.updates())
+    sums, every = Sums(model), range(len(model.list))
+    tidy = [partial(sums.update, baselines.accumulate_tidy, only=slice(i, i + 1)) for i in every]
+    run = partial(model.hooked, tidy)
     variants.append(sums.variant("tidy, in hooks", "torch", run, model.zero_grad))
     for backend, kind in backends(device):
         if kind == "ours":

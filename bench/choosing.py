@@ -56,21 +56,16 @@ class Point:
     test: Seen
 
 
-OBJECTIVES: dict[str, Callable[[Point, Point], float]] = {  # what to minimise, given the untouched node
-    "accuracy": lambda point, before: accuracy_loss(point.plain, before.plain),
-    "accuracy, jittered": lambda point, before: accuracy_loss(point.jittered, before.jittered),
-    "margin": lambda point, before: loss(point.plain, before.plain),
-    "margin, jittered": lambda point, before: loss(point.jittered, before.jittered),
-}
-RULES: dict[str, tuple[str, int, tuple[float, ...]]] = {  # objective, alphas, lambdas
-    "tune, demo's rule": ("margin, jittered", POINTS, LAMBDAS),
-    "… 12 alphas": ("margin, jittered", 12, LAMBDAS),
-    "… 6 alphas": ("margin, jittered", 6, LAMBDAS),
-    "… λ = 1 only": ("margin, jittered", POINTS, (1.0,)),
-    "… λ = 0.01 only": ("margin, jittered", POINTS, (0.01,)),
-    "… no jittered copies": ("margin", POINTS, LAMBDAS),
-    "… accuracy alone": ("accuracy, jittered", POINTS, LAMBDAS),
-    "… accuracy alone, no copies": ("accuracy", POINTS, LAMBDAS),
+Rule = tuple[Callable[[Seen, Seen], float], str, int, tuple[float, ...]]
+RULES: dict[str, Rule] = {  # what to minimise, given the untouched node; on which data; alphas; lambdas
+    "tune, demo's rule": (loss, "jittered", POINTS, LAMBDAS),
+    "… 12 alphas": (loss, "jittered", 12, LAMBDAS),
+    "… 6 alphas": (loss, "jittered", 6, LAMBDAS),
+    "… λ = 1 only": (loss, "jittered", POINTS, (1.0,)),
+    "… λ = 0.01 only": (loss, "jittered", POINTS, (0.01,)),
+    "… no jittered copies": (loss, "plain", POINTS, LAMBDAS),
+    "… accuracy alone": (accuracy_loss, "jittered", POINTS, LAMBDAS),
+    "… accuracy alone, no copies": (accuracy_loss, "plain", POINTS, LAMBDAS),
 }
 
 
@@ -79,11 +74,16 @@ class Watch:
 
     def __init__(self, network: Network, node: str, label: int) -> None:
         known = network.recipe.data(node)
-        self._head, self._label = network.models[node].head, label
+        model, self._label = network.models[node], label
+        self._head = model.head
         self.share = float((known.labels == label).double().mean())
-        test = network.inputs(node, network.digits.test.only(known.classes))
-        self._sets = {"plain": network.validation(node, 0), "jittered": network.validation(node, COPIES), "test": test}
-        self._own = network.inputs(node, known.only([label]))  # for the search that sees no other data
+        self._sets = {
+            "plain": network.inputs(node, "validation"),
+            "jittered": network.inputs(node, "validation", COPIES),
+            "test": network.inputs(node, "test"),
+        }
+        own = network.seen(node, known.only([label]))  # for the search that sees no other data
+        self._own = own._replace(images=model.body(own.images).detach())
 
     def see(self, index: int = -1, lam: float = 1.0) -> Point:
         """The node as it is now."""
@@ -127,14 +127,12 @@ def sweep(network: Network, label: int) -> Iterator[tuple[str, dict[str, Point],
         yield node, {name: seen[node] for name, seen in without.items()}, [seen[node] for seen in tried], before[node]
 
 
-def chosen_by(rules: Mapping[str, tuple], points: list[Point], before: Point) -> dict[str, Point]:
-    """What each rule picks; the first of equals, as `ff.tune`."""
-    picked = {}
-    for name, (objective, count, lams) in rules.items():
-        indices = {round(k * (POINTS - 1) / (count - 1)) for k in range(count)}  # evenly, with both ends
-        allowed = [p for p in points if p.index in indices and p.lam in lams]
-        picked[name] = min(allowed, key=lambda p: OBJECTIVES[objective](p, before))
-    return picked
+def chosen_by(rule: Rule, points: list[Point], before: Point) -> Point:
+    """What a rule picks; the first of equals, as `ff.tune`."""
+    objective, data, count, lams = rule
+    indices = {round(k * (POINTS - 1) / (count - 1)) for k in range(count)}  # evenly, with both ends
+    allowed = [p for p in points if p.index in indices and p.lam in lams]
+    return min(allowed, key=lambda p: objective(getattr(p, data), getattr(before, data)))
 
 
 def study(networks: Sequence[str] = NETWORKS) -> Iterator[dict]:
@@ -150,7 +148,8 @@ def study(networks: Sequence[str] = NETWORKS) -> Iterator[dict]:
                 network = Network(recipe, digits, models, "last-layer", name, batch)
                 for label in recipe.origin:
                     for _, fixed, points, before in sweep(network, label):
-                        for rule, point in (fixed | chosen_by(RULES, points, before)).items():
+                        chosen = {name: chosen_by(rule, points, before) for name, rule in RULES.items()}
+                        for rule, point in (fixed | chosen).items():
                             lost = before.test.rest - point.test.rest
                             pairs.setdefault((smoothing, estimator, rule), []).append((point.test.forgotten, lost))
             print(f"{scenario}, smoothing {smoothing}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -17,6 +17,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from fiun_fast.bench.files import describe, fill, markdown
 from fiun_fast.bench.results import Record, short, size
@@ -38,6 +39,8 @@ ROOF = {  # case -> its name in the roofline, and where that stands
 LOOK = {"naive": ("#D55E00", "s"), "torch": ("#56B4E9", "D"), "ours": ("#0072B2", "o")}
 NAMES = {"naive": "existing code", "torch": "best in plain torch", "ours": "fiun_fast"}
 HEADS = ["", "case", *NAMES.values(), "faster than existing", "than best torch", "of copy bandwidth"]
+FOOT = {"fontsize": 8, "color": "#555555"}
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 STYLE = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -59,23 +62,19 @@ def machine(record: Record) -> str:
 
 def speed(record: Record) -> Figure:
     """How many times faster than existing code, case by case; log scale."""
-    cases = [c for c in BARS if record.best(c, "ours") and record.best(c, "naive")]
-    figure, axes = plt.subplots(figsize=(8.4, 0.36 * len(cases) + 1.6), layout="constrained")
+    ours = [row for c in reversed(BARS) if (row := record.best(c, "ours")) and row.vs_naive]
+    figure, axes = plt.subplots(figsize=(8.4, 0.36 * len(ours) + 1.6), layout="constrained")
     figures = []
-    for y, case in enumerate(reversed(cases)):
-        ours, torch = record.best(case, "ours"), record.best(case, "torch")
-        assert ours is not None
-        assert ours.vs_naive is not None
-        axes.barh(y, ours.vs_naive - 1, left=1, height=0.62, color=LOOK["ours"][0])
-        if torch is not None and torch.vs_naive is not None:
+    for y, row in enumerate(ours):
+        torch, share = record.best(row.case, "torch"), f"   {row.share:4.0%} of copy" if row.share else ""
+        axes.barh(y, row.vs_naive - 1, left=1, height=0.62, color=LOOK["ours"][0])
+        if torch and torch.vs_naive:
             axes.plot(torch.vs_naive, y, LOOK["torch"][1], color=LOOK["torch"][0], mec="black", mew=0.6, ms=8, zorder=3)
-        share = f"   {ours.share:4.0%} of copy" if ours.share else ""
-        figures.append(f"{short(ours.vs_naive):>4}×{share}")
-    titles = [row.title for case in reversed(cases) if (row := record.best(case, "ours"))]
-    axes.set_yticks(range(len(cases)), titles)
+        figures.append(f"{short(row.vs_naive):>4}×{share}")
+    axes.set_yticks(range(len(ours)), [row.title for row in ours])
     right = axes.twinx()
     right.set(ylim=axes.get_ylim())
-    right.set_yticks(range(len(cases)), figures, family="DejaVu Sans Mono", fontsize=9)
+    right.set_yticks(range(len(ours)), figures, family="DejaVu Sans Mono", fontsize=9)
     for side in (axes, right):
         side.tick_params(axis="y", length=0)
     axes.set_xscale("log")
@@ -86,9 +85,7 @@ def speed(record: Record) -> Figure:
     axes.bar([1], [0], color=LOOK["ours"][0], label=NAMES["ours"])
     figure.legend(loc="outside upper right", ncols=2)
     figure.suptitle("Times faster than existing unlearning code", x=0.01, ha="left", fontweight="bold", fontsize=12)
-    figure.supxlabel(
-        f"{machine(record)}. of copy: bytes that must move, a second, over a plain copy's.", fontsize=8, color="#555555"
-    )
+    figure.supxlabel(f"{machine(record)}. of copy: bytes that must move, a second, over a plain copy's.", **FOOT)
     return figure
 
 
@@ -96,30 +93,28 @@ def roofline(record: Record) -> Figure:
     """Useful bytes a second against bytes of work: a slope where a fixed cost rules, a roof where memory does."""
     figure, axes = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
     series = [c for c in record.cases if c.startswith("parameters-")] + ["f-fp32"]
-    for kind in LOOK:
-        color, marker = LOOK[kind]
-        rows = [r for c in series if (r := record.best(c, kind)) and r.floor_bytes]
-        axes.plot([r.floor_bytes for r in rows], [r.gbps for r in rows], "-", color=color, lw=1.5)
-        rows += [r for c in ROOF if (r := record.best(c, kind)) and r.floor_bytes]
-        points = [r.floor_bytes for r in rows], [r.gbps for r in rows]
-        axes.plot(*points, marker, color=color, mec="white", ms=8, label=NAMES[kind])
+
+    def points(kind: str, cases: Iterable[str]) -> tuple[list, list]:
+        rows = [r for c in cases if (r := record.best(c, kind)) and r.floor_bytes]
+        return [r.floor_bytes for r in rows], [r.gbps for r in rows]
+
+    for kind, (color, marker) in LOOK.items():
+        axes.plot(*points(kind, series), "-", color=color, lw=1.5)
+        axes.plot(*points(kind, [*series, *ROOF]), marker, color=color, mec="white", ms=8, label=NAMES[kind])
     for case, (label, place) in ROOF.items():
-        row = record.best(case, "ours")
-        if row and row.floor_bytes and row.gbps:
+        for at in zip(*points("ours", [case]), strict=True):
             arrow = {"arrowstyle": "-", "color": "#777777", "lw": 0.7}
-            at = (row.floor_bytes, row.gbps)
             axes.annotate(label, at, place, textcoords="offset points", fontsize=9, arrowprops=arrow)
     roof = _copy(record)
     axes.axhline(roof, color="black", lw=1.2)
     axes.text(0.01, roof * 1.1, f"a plain copy: {roof:.0f} GB/s", transform=axes.get_yaxis_transform(), fontsize=9)
-    axes.set(xscale="log", yscale="log", xlabel="bytes that the work moves at least")
+    axes.set(xscale="log", yscale="log", xlabel="bytes that the work moves at least", ylabel="of these, GB/s")
     axes.set_ylim(top=roof * 5)
     axes.xaxis.set_major_formatter(lambda v, _: size(round(v)))
-    axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axes.set_ylabel("of these, GB/s")
+    axes.yaxis.set_major_formatter(PLAIN)
     axes.legend(loc="lower right")
     axes.set_title("Distance from the memory's roof (lines: one model of growing size)")
-    figure.supxlabel(machine(record), fontsize=8, color="#555555")
+    figure.supxlabel(machine(record), **FOOT)
     return figure
 
 
@@ -129,24 +124,22 @@ def scaling(record: Record) -> Figure:
     families = {"nodes-": "heads of 5,130 parameters in one DAG", "parameters-": "parameters of one model"}
     roof = _copy(record) * 1e6  # bytes a millisecond
     for axes, (prefix, label) in zip(panels, families.items(), strict=True):
-        names = [c for c in record.cases if c.startswith(prefix)]
-        at = [int(name.removeprefix(prefix)) for name in names]
-        if prefix == "parameters-" and record.best("f-fp32", "ours"):
-            names.append("f-fp32")
-            at.append(record.best("f-fp32", "ours").elements)  # type: ignore[union-attr]
+        at = {name: int(name.removeprefix(prefix)) for name in record.cases if name.startswith(prefix)}
+        if prefix == "parameters-" and (row := record.best("f-fp32", "ours")):
+            at[row.case] = row.elements
         for kind in ("naive", "ours"):
             color, marker = LOOK[kind]
-            rows = [record.best(name, kind) for name in names]
-            axes.plot(at, [r.ms for r in rows if r], marker=marker, color=color, mec="white", ms=7, label=NAMES[kind])
-        floors = [r.floor_bytes / roof for n in names if (r := record.best(n, "ours")) and r.floor_bytes]
-        axes.plot(at, floors, ":", color="black", lw=1.2, label="least bytes at copy bandwidth")
+            ms = [row.ms for name in at if (row := record.best(name, kind))]
+            axes.plot([*at.values()], ms, marker=marker, color=color, mec="white", ms=7, label=NAMES[kind])
+        floors = [row.floor_bytes / roof for name in at if (row := record.best(name, "ours")) and row.floor_bytes]
+        axes.plot([*at.values()], floors, ":", color="black", lw=1.2, label="least bytes at copy bandwidth")
         axes.set(xscale="log", yscale="log", xlabel=label)
         axes.set_ylim(bottom=3e-3)
-        axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        axes.yaxis.set_major_formatter(PLAIN)
     panels[0].set_ylabel("ms")
     panels[0].legend(loc="upper left", fontsize=9)
     figure.suptitle("Time to dampen", x=0.01, ha="left", fontweight="bold", fontsize=12)
-    figure.supxlabel(machine(record), fontsize=8, color="#555555")
+    figure.supxlabel(machine(record), **FOOT)
     return figure
 
 

@@ -24,18 +24,11 @@ class Group(NamedTuple):
 
 
 class Way(NamedTuple):
-    """One way to unlearn.
+    """One way to unlearn."""
 
-    Attributes:
-        merge: (several forget Fishers) -> one.
-        dampen: (theta, original, merged, alpha, lam), one model, in place.
-        per_model: every model merges for itself, as code does that handles one model at a time.
-
-    """
-
-    merge: Callable[[Any], Any]
-    dampen: Callable[[Any, Any, Any, float, float], object]
-    per_model: bool = False
+    merge: Callable[[Any], Any]  # several forget Fishers -> one
+    dampen: Callable[[Any, Any, Any, float, float], object]  # (theta, original, merged, alpha, lam), in place
+    per_model: bool = False  # every model merges for itself, as code does that handles one model at a time
 
 
 @torch.no_grad()
@@ -72,13 +65,7 @@ def unlearn_named(
     alphas: Mapping[str, float],
     lams: Mapping[str, float],
 ) -> None:
-    """Existing code again, for models whose Fishers are dicts by name of the parameter, each with its own numbers.
-
-    Args:
-        models, originals, alphas, lams: by node.
-        reaching: node -> the forget Fishers that reach it; they name the parameters.
-
-    """
+    """Existing code again, by node: Fishers are dicts that name the parameters, `reaching` has the forget Fishers."""
     for node, fishers in reaching.items():
         merged = merge_clone([list(fisher.values()) for fisher in fishers])
         original = [originals[node][name] for name in fishers[0]]
@@ -148,9 +135,10 @@ WAYS = {  # name -> kind, way
     "tidy": ("torch", Way(merge_tidy, dampen_tidy)),
     "foreach": ("torch", Way(merge_foreach, dampen_foreach)),
 }
+COMPILED: dict[str, dict[str, Any]] = {"compiled": {}}  # name -> options of torch.compile, such as a mode
 
 
-def compiled(flat: bool, alpha: float, lam: float, backend: str) -> Way:
+def compiled(flat: bool, alpha: float, lam: float, backend: str, **options: Any) -> Way:
     """torch.compile over flat buffers, the models re-homed for it, or over lists of parameters; one call a model.
 
     Compilation happens at the first call and is not timed; the caller resets torch._dynamo, so that the shapes of other
@@ -161,13 +149,8 @@ def compiled(flat: bool, alpha: float, lam: float, backend: str) -> Way:
     def with_numbers(theta: Any, original: Any, merged: Any) -> None:
         dampen(theta, original, merged, alpha, lam)
 
-    made = [torch.compile(f, backend=backend, dynamic=False, fullgraph=True) for f in (merge, with_numbers)]
+    made = [torch.compile(f, backend=backend, dynamic=False, fullgraph=True, **options) for f in (merge, with_numbers)]
     return Way(made[0], lambda theta, original, merged, *numbers: made[1](theta, original, merged))
-
-
-def compiled_calls(groups: Sequence[Group]) -> int:
-    """Compiled graphs that one run of a `compiled` way calls."""
-    return sum(len(group.nodes) + (len(group.sources) > 1) for group in groups)
 
 
 def accumulate_naive(gradients: Tensors, totals: Tensors) -> None:
@@ -185,3 +168,17 @@ def accumulate_tidy(gradients: Tensors, totals: Tensors) -> None:
 def accumulate_foreach(gradients: Tensors, totals: Tensors) -> None:
     """One operator for all."""
     torch._foreach_addcmul_(totals, gradients, gradients)
+
+
+def zero_each(gradients: Tensors) -> None:
+    """As `optimizer.zero_grad` does, parameter by parameter."""
+    for gradient in gradients:
+        gradient.zero_()
+
+
+STEPS: dict[str, tuple[str, Callable[[Tensors, Tensors], None], Callable[[Tensors], None]]] = {
+    # name -> kind, how to add, how to zero the gradients
+    "naive": ("naive", accumulate_naive, zero_each),
+    "tidy": ("torch", accumulate_tidy, zero_each),
+    "foreach": ("torch", accumulate_foreach, torch._foreach_zero_),
+}

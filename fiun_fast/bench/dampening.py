@@ -20,7 +20,7 @@ from fiun_fast.arguments import BackendName
 
 from . import baselines
 from .baselines import Group
-from .measure import Case, Variant
+from .measure import Case, Kept, Variant
 
 Shapes = dict[str, tuple[int, ...]]  # name of a parameter -> its shape
 
@@ -30,6 +30,12 @@ TIMED: dict[str, tuple[BackendName, ...]] = {  # backends worth a row, by device
     "cpu": ("reference", "cpu"),
     "cuda": ("reference", "triton", "cuda"),
 }
+
+
+def backends(device: torch.device) -> list[tuple[BackendName, str]]:
+    """Backends that work on that device and are worth a row, and their kind; Triton's interpreter on a CPU is not."""
+    works = ff.available_backends(device.type)
+    return [(name, "reference" if name == "reference" else "ours") for name in TIMED[device.type] if name in works]
 
 
 def resnet18(width: int = 64) -> Shapes:
@@ -85,30 +91,32 @@ class Network:
     Parameters are tensors of their own, as in any model; Fishers are flat, and the baselines get views into them.
 
     Args:
+        device: where all is.
         shapes: layout of each model.
         nodes, sources: N, K; with K = 1 all nodes are in one group.
-        pattern: which elements are selected: "all", "half" of them at random, one in a hundred "scattered", or one in
-            a hundred "clustered" in runs of 512, as whole filters are in class forgetting.
+        share: of the elements that are selected, at random.
+        run: elements in a row that are selected together, as whole filters are in class forgetting.
         dtype: of the parameters; Fishers are fp32.
 
     """
 
     def __init__(
         self,
+        device: torch.device,
         shapes: Shapes,
         nodes: int,
         sources: int,
-        pattern: str,
-        device: torch.device,
+        share: float = 0.5,
+        run: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device, self.layout = device, ff.Layout(shapes)
-        size = self.layout.numel
-        random = torch.Generator(device).manual_seed(0)
-        self.forgets = [
-            ff.Fisher(torch.rand(size, device=device, generator=random).add_(0.01).pow_(4), self.layout)
-            for _ in range(sources)
-        ]
+        size, random = self.layout.numel, torch.Generator(device).manual_seed(0)
+
+        def uniform(count: int = size) -> Tensor:
+            return torch.rand(count, device=device, generator=random)
+
+        self.forgets = [ff.Fisher(uniform().add_(0.01).pow_(4), self.layout) for _ in range(sources)]
         everyone = tuple(range(sources))
         origins = [Group((k,), (k,)) for k in everyone] if sources > 1 else []
         self.groups = [*origins, Group(everyone, tuple(range(len(origins), nodes)))]
@@ -118,19 +126,17 @@ class Network:
         for group in self.groups:
             merged = baselines.merge_flat([self.forgets[k].buffer for k in group.sources])
             for n in group.nodes:
-                chosen = _pattern(pattern, size, device, random)
-                ratio = torch.rand(size, device=device, generator=random)  # of I to m; the threshold is 1 / alpha
+                chosen = (uniform(math.ceil(size / run)) < share).repeat_interleave(run)[:size]
+                ratio = uniform()  # of I to m; the threshold is 1 / alpha
                 ratio = torch.where(chosen, 0.09 * ratio, 0.11 + ratio)
                 self.originals.append(ff.Fisher(ratio.mul_(merged), self.layout))
                 self.pristine[n].copy_(torch.randn(size, device=device, generator=random))
                 self.selected += int(chosen.sum())
-        self.thetas = [self.layout.views(row) for row in self.pristine]
-        self.models = [{name: view.clone() for name, view in views.items()} for views in self.thetas]
-        self.lists = [list(model.values()) for model in self.models]
-        self._all = [t for tensors in self.lists for t in tensors]
-        self._all_pristine = [t for views in self.thetas for t in views.values()]
+        views = [self.layout.views(row) for row in self.pristine]
+        models = [{name: view.clone() for name, view in named.items()} for named in views]
+        self.kept = Kept([list(model.values()) for model in models], [list(named.values()) for named in views])
         self.dag = ff.InheritanceDAG()
-        for n, (model, original) in enumerate(zip(self.models, self.originals, strict=True)):
+        for n, (model, original) in enumerate(zip(models, self.originals, strict=True)):
             parents = [] if n < max(1, len(origins)) else [f"n{k}" for k in everyone]
             self.dag.add_model(f"n{n}", model, fisher=original, parents=parents)
         self.requests = [ff.ForgetRequest(f"n{k}", forget) for k, forget in enumerate(self.forgets)]
@@ -139,85 +145,63 @@ class Network:
         """The plan over all nodes."""
         return ff.plan(self.dag, self.requests, alpha=ALPHA, lam=LAM, backend=backend)
 
-    def restore(self) -> None:
-        """Put all parameters back."""
-        torch._foreach_copy_(self._all, self._all_pristine)
-
-    def outcome(self) -> Iterator[Tensor]:
-        """Parameters, flat, model by model."""
-        for tensors in self.lists:
-            yield torch.cat([t.reshape(-1) for t in tensors])
-
     def expected(self) -> Iterator[Tensor]:
         """What the reference backend makes of them."""
-        self.restore()
+        self.kept.restore()
         self.plan("reference").run_()
-        return self.outcome()
+        return self.kept.outcome()
 
-    def variants(self, only: Sequence[str] | None = None, compiler: str | None = "inductor") -> list[Variant]:
+    def variants(self, compiler: str | None) -> Iterator[Variant]:
         """All ways to dampen the network; `compiler` None leaves torch.compile out."""
         originals = [list(fisher.as_dict().values()) for fisher in self.originals]
         forgets = [list(fisher.as_dict().values()) for fisher in self.forgets]
-        lists = (self.lists, originals, forgets, self.groups)
-        variants = [
-            Variant(name, kind, partial(baselines.unlearn, way, lists, ALPHA, LAM), self.restore, self.outcome)
-            for name, (kind, way) in baselines.WAYS.items()
-        ]
+        lists = (self.kept.tensors, originals, forgets, self.groups)
+        for name, (kind, way) in baselines.WAYS.items():
+            unlearn = partial(baselines.unlearn, way, lists, ALPHA, LAM)
+            yield Variant(name, kind, unlearn, self.kept.restore, self.kept.outcome)
         if compiler is not None:
             torch._dynamo.reset()
-            way = baselines.compiled(False, ALPHA, LAM, compiler)
-            run, calls = partial(baselines.unlearn, way, lists, ALPHA, LAM), baselines.compiled_calls(self.groups)
-            flat, *stacked = self._flat(baselines.compiled(True, ALPHA, LAM, compiler))
-            listed = Variant("compiled, list", "torch", run, self.restore, self.outcome, calls, True)
-            variants += [flat, listed, *stacked]
+            for name, options in baselines.COMPILED.items():
+                way = baselines.compiled(False, ALPHA, LAM, compiler, **options)
+                yield _compiled(f"{name}, list", way, lists, self.kept)
+                way = baselines.compiled(True, ALPHA, LAM, compiler, **options)
+                yield from self._flat(name, way)
         for backend, kind in backends(self.device):
             ours = kind == "ours"  # one launch: all nodes are on one device and of one dtype
             plan = self.plan(backend)
-            variants.append(Variant(backend, kind, plan.run_, self.restore, self.outcome, int(ours), ours))
-        return [v for v in variants if only is None or v.name in only or v.kind in only]
+            yield Variant(backend, kind, plan.run_, self.kept.restore, self.kept.outcome, int(ours), ours)
 
-    def _flat(self, way: baselines.Way) -> Iterator[Variant]:
+    def _flat(self, name: str, way: baselines.Way) -> Iterator[Variant]:
         """Compiled over flat buffers, model by model; and last layers stacked, one call a group.
 
         The models do not own their parameters then.
         """
         buffers = [fisher.buffer for fisher in self.originals]
         sources = [fisher.buffer for fisher in self.forgets]
-
-        def variant(name: str, copy: Tensor, *network: Any) -> Variant:
-            run = partial(baselines.unlearn, way, network, ALPHA, LAM)
-            calls = baselines.compiled_calls(network[-1])
-            return Variant(name, "torch", run, lambda: copy.copy_(self.pristine), lambda: copy.unbind(), calls, True)
-
         flat = self.pristine.clone()
-        yield variant("compiled, flat", flat, flat.unbind(), buffers, sources, self.groups)
-        if len(self.lists) > len(self.forgets) and len(self.layout) <= 2:
+        kept = Kept([[row] for row in flat], [[row] for row in self.pristine])
+        yield _compiled(f"{name}, flat", way, (flat.unbind(), buffers, sources, self.groups), kept)
+        if len(self.originals) > len(self.forgets) and len(self.layout) <= 2:
             stack, stacked = self.pristine.clone(), torch.stack(buffers)
+            kept = Kept([[row] for row in stack], [[row] for row in self.pristine])
             rows = [slice(group.nodes[0], group.nodes[-1] + 1) for group in self.groups]
             groups = [Group(group.sources, (i,)) for i, group in enumerate(self.groups)]
             parts = [stack[row] for row in rows], [stacked[row] for row in rows]
-            yield variant("compiled, stacked", stack, *parts, sources, groups)
-
-    def case(self, name: str, title: str, only: Sequence[str] | None = None, compiler: str | None = "inductor") -> Case:
-        """The network as a case; its floor is what its plan says it moves."""
-        floor, elements = self.plan("reference").traffic.total, self.pristine.numel()
-        variants, share = self.variants(only, compiler), self.selected / elements
-        return Case(name, title, floor, elements, variants, self.expected, selected=share)
+            yield _compiled(f"{name}, stacked", way, (*parts, sources, groups), kept)
 
 
-def backends(device: torch.device) -> list[tuple[BackendName, str]]:
-    """Backends that work on that device and are worth a row, and their kind; Triton's interpreter on a CPU is not."""
-    works = ff.available_backends(device.type)
-    return [(name, "reference" if name == "reference" else "ours") for name in TIMED[device.type] if name in works]
+def _compiled(name: str, way: baselines.Way, network: tuple[Any, Any, Any, Sequence[Group]], kept: Kept) -> Variant:
+    """One call a model, and one a merge."""
+    calls = sum(len(group.nodes) + (len(group.sources) > 1) for group in network[3])
+    run = partial(baselines.unlearn, way, network, ALPHA, LAM)
+    return Variant(name, "torch", run, kept.restore, kept.outcome, calls, True)
 
 
-def _pattern(pattern: str, size: int, device: torch.device, random: torch.Generator) -> Tensor:
-    """Which elements are selected: [size] bool."""
-    if pattern == "all":
-        return torch.ones(size, dtype=torch.bool, device=device)
-    if pattern == "half":
-        return torch.rand(size, device=device, generator=random) < 0.5
-    if pattern == "scattered":
-        return torch.rand(size, device=device, generator=random) < 0.01
-    runs = torch.rand(math.ceil(size / RUN), device=device, generator=random) < 0.01
-    return runs.repeat_interleave(RUN)[:size]
+def dampen(
+    device: torch.device, compiler: str | None, *network: Any, only: Sequence[str] | None = None, **more: Any
+) -> Case:
+    """A `Network` as a case, with all variants or with `only` these kinds; its floor is what its plan says it moves."""
+    made = Network(device, *network, **more)
+    variants = [v for v in made.variants(None if only else compiler) if only is None or v.kind in only]
+    floor, elements = made.plan("reference").traffic.total, made.pristine.numel()
+    return Case(floor, elements, variants, made.expected, selected=made.selected / elements)

@@ -24,12 +24,6 @@ from . import baselines
 from .dampening import Shapes, backends
 from .measure import Case, Variant, nothing
 
-Step = Callable[[list[Tensor], list[Tensor]], None]  # gradients, totals
-STEPS: dict[str, tuple[str, Step]] = {
-    "naive": ("naive", baselines.accumulate_naive),
-    "tidy": ("torch", baselines.accumulate_tidy),
-    "foreach": ("torch", baselines.accumulate_foreach),
-}
 ULPS = 2  # sums may differ so far
 BATCHES, CHUNK = 2, 8  # case k: mini-batches; samples at once in the chunked vmap
 SCALED_ULPS = 1 << 10  # case k: of 1 + F / max F, differences of 1e-4 of a parameter's largest entry
@@ -37,144 +31,65 @@ FLIPS = 0.01  # of the entries: a ReLU or a maximum that met a tie within roundi
 
 
 class Parameters(nn.Module):
-    """Parameters of given shapes and the gradients they will get; `loss().backward()` costs one copy of each."""
+    """Parameters of given shapes and the gradients they will get."""
 
     def __init__(self, shapes: Shapes, device: torch.device) -> None:
         super().__init__()
         random = torch.Generator(device).manual_seed(0)
-        self.arriving: list[Tensor] = []
         for name, shape in shapes.items():
             self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.zeros(shape, device=device)))
-            self.arriving.append(torch.randn(shape, device=device, generator=random))
         self.list = list(self.parameters())
+        self.arriving = [torch.randn(p.shape, device=device, generator=random) for p in self.list]
         self.numel = sum(p.numel() for p in self.list)
 
-    def loss(self) -> Tensor:
-        """A scalar whose gradient by each parameter is what `arriving` holds."""
-        return torch.stack([_Arrive.apply(p, g) for p, g in zip(self.list, self.arriving, strict=True)]).sum()
-
-    def gradients(self) -> list[Tensor]:
-        """What `.grad` holds."""
-        return [p.grad for p in self.list if p.grad is not None]
+    def backward(self) -> None:
+        """One that does nothing but bring the gradients: it copies each into `.grad`, and calls hooks."""
+        torch.autograd.backward(self.list, self.arriving)
 
     def refill(self) -> None:
-        """Copy the gradients into `.grad`, which is made where it is missing."""
-        for p in self.list:
-            p.grad = torch.empty_like(p) if p.grad is None else p.grad
-        torch._foreach_copy_(self.gradients(), self.arriving)
+        """Begin anew with the gradients in `.grad`, at the same addresses."""
+        self.zero_grad(set_to_none=False)
+        self.backward()
 
     def squares(self) -> list[Tensor]:
-        """What every way must find, however often it ran: the mean of equal squares."""
+        """What every way must find: the mean over updates with equal gradients."""
         return [g * g for g in self.arriving]
 
-    def hooked(self, adders: Sequence[Callable[[], object]]) -> None:
+    def hooked(self, updates: Sequence[Callable[[], object]]) -> None:
         """Run a backward in which each gradient is added and freed as it arrives; no hooks remain afterwards."""
 
-        def fold(add: Callable[[], object], parameter: Tensor) -> None:
-            add()
+        def fold(update: Callable[[], object], parameter: Tensor) -> None:
+            update()
             parameter.grad = None
 
-        pairs = zip(self.list, adders, strict=True)
-        hooks = [p.register_post_accumulate_grad_hook(partial(fold, add)) for p, add in pairs]
-        self.loss().backward()
+        pairs = zip(self.list, updates, strict=True)
+        hooks = [p.register_post_accumulate_grad_hook(partial(fold, update)) for p, update in pairs]
+        self.backward()
         for hook in hooks:
             hook.remove()
 
 
-class _Arrive(torch.autograd.Function):
-    """Nothing forward; backward, a copy of a given gradient."""
-
-    @staticmethod
-    def forward(ctx, parameter: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
-        return parameter.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient.clone(), None
-
-
 class Sums:
-    """A baseline's accumulators."""
+    """A baseline's accumulators; emptied before each run."""
 
     def __init__(self, model: Parameters) -> None:
-        self.model, self.added = model, 0  # gradients added so far, those of all parameters together
-        self.totals = [torch.zeros_like(p) for p in model.list]
+        self.model, self.totals = model, [torch.zeros_like(p) for p in model.list]
 
     @torch.no_grad()
-    def update(self, step: Step) -> None:
-        """Add the gradients in `.grad`."""
-        step(self.model.gradients(), self.totals)
-        self.added += len(self.totals)
+    def update(self, add: Callable, zero: Callable = nothing, only: slice = slice(None)) -> None:
+        """Add the gradients in `.grad`, and zero them."""
+        gradients = [p.grad for p in self.model.list[only]]
+        add(gradients, self.totals[only])
+        zero(gradients)
 
-    @torch.no_grad()
-    def add(self, p: nn.Parameter, total: Tensor) -> None:
-        """Add the gradient of one parameter."""
-        assert p.grad is not None
-        total.addcmul_(p.grad, p.grad)
-        self.added += 1
+    def variant(self, name: str, kind: str, run: Callable[[], object], before: Callable[[], object]) -> Variant:
+        """A run that adds to the totals."""
 
-    def mean(self) -> Iterator[Tensor]:
-        """Over all updates."""
-        return (total / (self.added // len(self.totals)) for total in self.totals)
+        def restore() -> None:
+            torch._foreach_zero_(self.totals)
+            before()
 
-
-def accumulate(name: str, title: str, device: torch.device, shapes: Shapes, zero: bool) -> Case:
-    """Gradients lie ready in `.grad`; with `zero` they are zeroed as well, as `optimizer.zero_grad` does."""
-    model = Parameters(shapes, device)
-    model.refill()
-    before = model.refill if zero else nothing
-    variants = []
-    for label, (kind, step) in STEPS.items():
-        sums = Sums(model)
-        update = partial(sums.update, partial(_and_zero, step) if zero else step)
-        variants.append(Variant(label, kind, update, before, sums.mean))
-    for backend, kind in backends(device):
-        accumulator, ours = ff.FisherAccumulator(model, backend=backend), kind == "ours"
-        run, outcome = partial(accumulator.update, zero_grads=zero), partial(_results, [accumulator])
-        variants.append(Variant(backend, kind, run, before, outcome, int(ours), ours))
-    return Case(name, title, (16 if zero else 12) * model.numel, model.numel, variants, model.squares, ulps=ULPS)
-
-
-def in_hooks(name: str, title: str, device: torch.device, shapes: Shapes) -> Case:
-    """A whole backward and the accumulation: afterwards over all gradients, or in hooks that free each at once."""
-    model = Parameters(shapes, device)
-
-    def after(update: Callable[[], object]) -> None:
-        model.loss().backward()
-        update()
-        model.zero_grad()
-
-    def variant(label: str, kind: str, run: Callable, outcome: Callable | None, calls: int = 0) -> Variant:
-        return Variant(label, kind, run, model.zero_grad, outcome, calls)
-
-    variants = [variant("backward alone", "floor", partial(after, nothing), None)]
-    for label, (kind, step) in STEPS.items():
-        sums = Sums(model)
-        variants.append(variant(f"{label}, after", kind, partial(after, partial(sums.update, step)), sums.mean))
-    sums = Sums(model)
-    adders = [partial(sums.add, p, total) for p, total in zip(model.list, sums.totals, strict=True)]
-    variants.append(variant("tidy, in hooks", "torch", partial(model.hooked, adders), sums.mean))
-    for backend, kind in backends(device):
-        if kind == "ours":
-            whole = ff.FisherAccumulator(model, backend=backend)
-            each = [ff.FisherAccumulator(model, params=[name], backend=backend) for name, _ in model.named_parameters()]
-            in_turn = partial(model.hooked, [a.update for a in each])
-            variants += [
-                variant(f"{backend}, after", kind, partial(after, whole.update), partial(_results, [whole]), 1),
-                variant(f"{backend}, in hooks", kind, in_turn, partial(_results, each), len(each)),
-            ]
-    return Case(name, title, None, model.numel, variants, model.squares, ulps=ULPS)
-
-
-def _and_zero(step: Step, gradients: list[Tensor], totals: list[Tensor]) -> None:
-    """A step, and the gradients zeroed in the same style."""
-    step(gradients, totals)
-    if step is baselines.accumulate_foreach:
-        torch._foreach_zero_(gradients)
-    else:
-        for gradient in gradients:
-            gradient.zero_()
+        return Variant(name, kind, run, restore, lambda: self.totals)
 
 
 def _results(accumulators: Iterable[ff.FisherAccumulator]) -> Iterator[Tensor]:
@@ -182,7 +97,58 @@ def _results(accumulators: Iterable[ff.FisherAccumulator]) -> Iterator[Tensor]:
     return (values for a in accumulators for values in a.result().as_dict().values())
 
 
-def merge(name: str, title: str, device: torch.device, shapes: Shapes, sources: int) -> Case:
+def accumulate(device: torch.device, compiler: str | None, shapes: Shapes, zero: bool) -> Case:
+    """Gradients lie ready in `.grad`; with `zero` they are zeroed as well, as `optimizer.zero_grad` does."""
+    model = Parameters(shapes, device)
+    model.refill()
+    before = model.refill if zero else nothing
+    variants = []
+    for name, (kind, add, zero_all) in baselines.STEPS.items():
+        sums = Sums(model)
+        run = partial(sums.update, add, zero_all) if zero else partial(sums.update, add)
+        variants.append(sums.variant(name, kind, run, before))
+    for backend, kind in backends(device):
+        accumulator, ours = ff.FisherAccumulator(model, backend=backend), kind == "ours"
+        run, outcome = partial(accumulator.update, zero_grads=zero), partial(_results, [accumulator])
+        variants.append(Variant(backend, kind, run, before, outcome, int(ours), ours))
+    return Case((16 if zero else 12) * model.numel, model.numel, variants, model.squares, ULPS)
+
+
+def in_hooks(device: torch.device, compiler: str | None, shapes: Shapes) -> Case:
+    """A whole backward and the accumulation: afterwards over all gradients, or in hooks that free each at once."""
+    model = Parameters(shapes, device)
+
+    def after(update: Callable[[], object]) -> None:
+        model.backward()
+        update()
+        model.zero_grad()
+
+    variants = [Variant("backward alone", "floor", partial(after, nothing), model.zero_grad)]
+    for name, (kind, add, _) in baselines.STEPS.items():
+        sums = Sums(model)
+        variants.append(
+            sums.variant(f"{name}, after", kind, partial(after, partial(sums.update, add)), model.zero_grad)
+        )
+    sums, every = Sums(model), range(len(model.list))
+    tidy = [partial(sums.update, baselines.accumulate_tidy, only=slice(i, i + 1)) for i in every]
+    run = partial(model.hooked, tidy)
+    variants.append(sums.variant("tidy, in hooks", "torch", run, model.zero_grad))
+    for backend, kind in backends(device):
+        if kind == "ours":
+            whole = ff.FisherAccumulator(model, backend=backend)
+            each = [ff.FisherAccumulator(model, params=[name], backend=backend) for name, _ in model.named_parameters()]
+            ways = {
+                "after": (partial(after, whole.update), [whole]),
+                "in hooks": (partial(model.hooked, [a.update for a in each]), each),
+            }
+            variants += [
+                Variant(f"{backend}, {name}", kind, run, model.zero_grad, partial(_results, using), len(using))
+                for name, (run, using) in ways.items()
+            ]
+    return Case(None, model.numel, variants, model.squares, ULPS)
+
+
+def merge(device: torch.device, compiler: str | None, shapes: Shapes, sources: int) -> Case:
     """K Fishers to one, by maximum, into new memory."""
     layout = ff.Layout(shapes)
     random = torch.Generator(device).manual_seed(0)
@@ -195,7 +161,7 @@ def merge(name: str, title: str, device: torch.device, shapes: Shapes, sources: 
     def ours(backend: BackendName) -> list[Tensor]:
         return [ff.merge_fishers(fishers, how="max", backend=backend).buffer]
 
-    def variant(label: str, kind: str, way: Callable[[], list[Tensor]]) -> Variant:
+    def variant(name: str, kind: str, way: Callable[[], list[Tensor]]) -> Variant:
         kept: list[Tensor] = []  # what the last run returned; dropped before the next
 
         def run() -> None:
@@ -204,12 +170,12 @@ def merge(name: str, title: str, device: torch.device, shapes: Shapes, sources: 
         def outcome() -> list[Tensor]:
             return [torch.cat([t.reshape(-1) for t in kept])]
 
-        return Variant(label, kind, run, kept.clear, outcome, int(kind == "ours"))
+        return Variant(name, kind, run, kept.clear, outcome, int(kind == "ours"))
 
-    variants = [variant(label, kind, partial(way.merge, lists)) for label, (kind, way) in baselines.WAYS.items()]
+    variants = [variant(name, kind, partial(way.merge, lists)) for name, (kind, way) in baselines.WAYS.items()]
     variants.append(variant("stack", "torch", stack))
     variants += [variant(backend, kind, partial(ours, backend)) for backend, kind in backends(device)]
-    return Case(name, title, 4 * (sources + 1) * layout.numel, layout.numel, variants, stack)
+    return Case(4 * (sources + 1) * layout.numel, layout.numel, variants, stack)
 
 
 # ---- Case k: from data ----------------------------------------------------------------------------------------------
@@ -230,7 +196,7 @@ def convnet(width: int) -> nn.Module:
 class Work:
     """A convolutional network, two mini-batches, and what the last run found, by parameter."""
 
-    def __init__(self, width: int, batch: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device, width: int, batch: int) -> None:
         self.device = device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -260,21 +226,36 @@ class Work:
         self._largest = {name: t.max().clamp(min=1e-30) for name, t in self.found.items()}
         return self.outcome()
 
-    def forward_backward(self) -> None:
+    def backward(self, x: Tensor, y: Tensor) -> None:
         """An ordinary step without its optimiser."""
+        self.model.zero_grad()
+        cross_entropy(self.model(x), y).backward()
+
+    def each(self, step: Callable[..., object]) -> None:
+        """A step for each mini-batch."""
         for x, y in self.batches:
-            self._backward(x, y)
+            step(x, y)
 
     @torch.no_grad()
-    def forward(self) -> None:
+    def forward(self, x: Tensor, y: Tensor) -> None:
         """The least that a head's Fisher costs."""
-        for x, _ in self.batches:
-            self.model(x)
+        self.model(x)
+
+    def sum(
+        self, backward: Callable, squares: Callable, names: Iterable[str], batches: list, count: int | None = None
+    ) -> None:
+        """Sum what `squares` finds at each parameter after each batch, over the count, or over the samples."""
+        total = {name: torch.zeros_like(self.parameters[name]) for name in names}
+        for x, y in batches:
+            backward(x, y)
+            for name, t in total.items():
+                t += squares(self.parameters[name])
+        self.found = {name: t / (count or self.samples) for name, t in total.items()}
 
     def loop(self) -> None:
         """One backward a sample: existing code with batch size 1."""
         single = [(x[n : n + 1], y[n : n + 1]) for x, y in self.batches for n in range(len(x))]
-        self._sum(self._backward, lambda p: p.grad.pow(2), self.parameters, single)
+        self.sum(self.backward, lambda p: p.grad.pow(2), self.parameters, single)
 
     def vmap(self, chunk: int) -> None:
         """torch.func's per-sample gradients, of `chunk` samples at once."""
@@ -302,7 +283,7 @@ class Work:
             with backpack(extensions.SumGradSquared()):
                 loss(model(x), y).backward()
 
-        self._sum(backward, lambda p: p.sum_grad_squared, self.parameters, self.batches)
+        self.sum(backward, lambda p: p.sum_grad_squared, self.parameters, self.batches)
 
     def opacus(self) -> None:
         """Per-sample gradients of Opacus."""
@@ -314,7 +295,7 @@ class Work:
             wrapped.zero_grad()
             cross_entropy(wrapped(x), y, reduction="sum").backward()
 
-        self._sum(backward, lambda p: p.grad_sample.pow(2).sum(0), self.parameters, self.batches)
+        self.sum(backward, lambda p: p.grad_sample.pow(2).sum(0), self.parameters, self.batches)
         wrapped.to_standard_module()
 
     def head_backward(self, freeze: bool) -> None:
@@ -322,7 +303,7 @@ class Work:
         body = [p for name, p in self.parameters.items() if name not in self.head] if freeze else []
         for p in body:
             p.requires_grad_(False)
-        self._sum(self._backward, lambda p: p.grad.clone().pow(2), self.head, self.batches, BATCHES)
+        self.sum(self.backward, lambda p: p.grad.clone().pow(2), self.head, self.batches, BATCHES)
         for p in body:
             p.requires_grad_(True)
 
@@ -331,55 +312,41 @@ class Work:
         found = ff.estimate_fisher(self.model, self.batches, params=params, estimator=estimator, backend=backend)
         self.found = found.as_dict()
 
-    def _backward(self, x: Tensor, y: Tensor) -> None:
-        self.model.zero_grad()
-        cross_entropy(self.model(x), y).backward()
-
-    def _sum(
-        self, backward: Callable, squares: Callable, names: Iterable[str], batches: list, count: int | None = None
-    ) -> None:
-        """Sum what `squares` finds at each parameter after each batch, over the count, or over the samples."""
-        total = {name: torch.zeros_like(self.parameters[name]) for name in names}
-        for x, y in batches:
-            backward(x, y)
-            for name, t in total.items():
-                t += squares(self.parameters[name])
-        self.found = {name: t / (count or self.samples) for name, t in total.items()}
-
     def case(
-        self, name: str, title: str, floor: Variant, params: list[str] | None, estimator: Estimator, ways: list,
-        **more: Any,
+        self, floor: tuple[str, Callable], ways: dict[str, tuple[str, Callable]], params: list[str] | None,
+        estimator: Estimator, **more: Any,
     ) -> Case:  # fmt: skip
         """The ways, the plainest first, then ours by every backend, for one estimator."""
-        ways += [(b, kind, partial(self.ours, estimator, params, b)) for b, kind in backends(self.device)]
-        variants = [Variant(label, kind, way, self.restore, self.outcome) for label, kind, way in ways]
-        elements = sum(self.parameters[n].numel() for n in params or self.parameters)
-        expected = partial(self.expected, ways[0][2])
-        return Case(name, title, None, elements, [floor, *variants], expected, SCALED_ULPS, **more)
+        _, plainest = next(iter(ways.values()))
+        ours = {name: (kind, partial(self.ours, estimator, params, name)) for name, kind in backends(self.device)}
+        variants = [Variant(floor[0], "floor", partial(self.each, floor[1]), self.restore)]
+        variants += [
+            Variant(name, kind, way, self.restore, self.outcome) for name, (kind, way) in (ways | ours).items()
+        ]
+        elements = sum(self.parameters[name].numel() for name in params or self.parameters)
+        return Case(None, elements, variants, partial(self.expected, plainest), SCALED_ULPS, **more)
 
 
-def sample(name: str, title: str, device: torch.device, width: int, batch: int) -> Case:
+def sample(device: torch.device, compiler: str | None, width: int, batch: int) -> Case:
     """The whole network's true empirical Fisher."""
-    work = Work(width, batch, device)
-    ways = [
-        ("a backward a sample", "naive", work.loop),
-        ("vmap", "torch", partial(work.vmap, batch)),
-        (f"vmap, chunks of {CHUNK}", "torch", partial(work.vmap, CHUNK)),
-    ]
+    work = Work(device, width, batch)
     others = {"BackPACK": work.backpack, "Opacus": work.opacus}
-    missing = [label for label in others if importlib.util.find_spec(label.lower()) is None]
-    ways += [(label, "torch", way) for label, way in others.items() if label not in missing]
-    floor = Variant("forward + backward", "floor", work.forward_backward, work.restore, None)
-    skipped = dict.fromkeys(missing, "not installed")
-    return work.case(name, title, floor, None, "sample", ways, flips=FLIPS, skipped=skipped)
+    missing = [name for name in others if importlib.util.find_spec(name.lower()) is None]
+    ways: dict[str, tuple[str, Callable]] = {
+        "a backward a sample": ("naive", work.loop),
+        "vmap": ("torch", partial(work.vmap, batch)),
+        f"vmap, chunks of {CHUNK}": ("torch", partial(work.vmap, CHUNK)),
+        **{name: ("torch", way) for name, way in others.items() if name not in missing},
+    }
+    floor, skipped = ("forward + backward", work.backward), dict.fromkeys(missing, "not installed")
+    return work.case(floor, ways, None, "sample", flips=FLIPS, skipped=skipped)
 
 
-def head(name: str, title: str, device: torch.device, width: int, batch: int) -> Case:
+def head(device: torch.device, compiler: str | None, width: int, batch: int) -> Case:
     """The last layer's Fisher of mini-batches, FIUn's default."""
-    work = Work(width, batch, device)
-    ways = [
-        ("backward, all of it", "naive", partial(work.head_backward, False)),
-        ("backward, body frozen", "torch", partial(work.head_backward, True)),
-    ]
-    floor = Variant("forward", "floor", work.forward, work.restore, None)
-    return work.case(name, title, floor, work.head, "batch", ways)
+    work = Work(device, width, batch)
+    ways: dict[str, tuple[str, Callable]] = {
+        "backward, all of it": ("naive", partial(work.head_backward, False)),
+        "backward, body frozen": ("torch", partial(work.head_backward, True)),
+    }
+    return work.case(("forward", work.forward), ways, work.head, "batch")

@@ -1,7 +1,8 @@
 """How a case is measured: checked first, then timed in rounds, all variants in every round, from the same cold state.
 
-Before each timed run the state is restored and the last-level cache is emptied of it; neither is timed. The order
-rotates from round to round, and a plain copy runs in each round too: its bandwidth is the yardstick of that case.
+Before each timed run the state is restored (theta that is dampened again and again goes denormal, and times double) and
+the last-level cache is emptied of it; neither is timed. The order rotates from round to round, and a plain copy runs in
+each round too: its bandwidth is the yardstick of that case. Medians count.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,56 +30,48 @@ COPY = "copy"  # the yardstick's name among the variants
 
 @dataclass
 class Variant:
-    """One way to do the work of a case.
+    """One way to do the work of a case."""
 
-    Attributes:
-        name: as the table shows it.
-        kind: "naive" (what people run today), "torch" (the best in plain torch), "ours", or "reference".
-        run: the work; timed.
-        restore: puts the state back; called before each run, not timed.
-        outcome: what a run produced, to be compared with the case's expectation; None: nothing to compare.
-        calls: calls of one run that torch does not dispatch: our launches, compiled graphs.
-        capturable: may be captured in a CUDA graph.
-
-    """
-
-    name: str
-    kind: str
-    run: Callable[[], object]
-    restore: Callable[[], object]
-    outcome: Callable[[], Iterable[Tensor]] | None
-    calls: int = 0
-    capturable: bool = False
+    name: str  # as the table shows it
+    kind: str  # "naive" (what people run today), "torch" (the best in plain torch), "ours", "reference", or "floor"
+    run: Callable[[], object]  # the work; timed
+    restore: Callable[[], object]  # puts the state back; called before each run, not timed
+    outcome: Callable[[], Iterable[Tensor]] | None = None  # of a run, to be compared; None: nothing to compare
+    calls: int = 0  # of one run that torch does not dispatch: our launches, compiled graphs
+    capturable: bool = False  # in a CUDA graph
 
 
 @dataclass
 class Case:
-    """One piece of work, several ways to do it.
+    """One piece of work, several ways to do it."""
 
-    Attributes:
-        name, title: the letter it is known by, and one line.
-        floor: bytes that the work moves at least, every element counted (docs/architecture.md, cost model); None where
-            bytes are not what limits it.
-        elements: parameters processed.
-        variants: the ways.
-        expected: yields what each must produce, from the reference.
-        ulps: units in the last place allowed against it; 0 where the bit contract holds.
-        selected: share of elements dampened.
-        flips: share of elements that may differ by more, because a threshold met values that differ by an ulp.
-        skipped: variant -> why it is not here.
-
-    """
-
-    name: str
-    title: str
-    floor: int | None
-    elements: int
+    floor: int | None  # bytes that the work moves at least, every element counted; None: bytes do not limit it
+    elements: int  # parameters processed
     variants: list[Variant]
-    expected: Callable[[], Iterable[Tensor]] | None
-    ulps: int = 0
-    selected: float | None = None
-    flips: float = 0.0
-    skipped: dict[str, str] = field(default_factory=dict)
+    expected: Callable[[], Iterable[Tensor]] | None = None  # what each must produce, from the reference
+    ulps: int = 0  # units in the last place allowed against it; 0 where the bit contract holds
+    flips: float = 0.0  # share of elements that may be further off: a threshold met values that differ by an ulp
+    selected: float | None = None  # share of elements dampened
+    skipped: dict[str, str] = field(default_factory=dict)  # variant -> why it is not here
+    name: str = ""  # the letter it is known by
+    title: str = ""
+
+
+class Kept:
+    """Tensors of several models, and copies of them to put back before each run."""
+
+    def __init__(self, tensors: Sequence[Sequence[Tensor]], copies: Sequence[Sequence[Tensor]] | None = None) -> None:
+        self.tensors = tensors
+        self._flat = list(chain(*tensors))
+        self._copies = [t.clone() for t in self._flat] if copies is None else list(chain(*copies))
+
+    def restore(self) -> None:
+        """Put all back."""
+        torch._foreach_copy_(self._flat, self._copies)
+
+    def outcome(self) -> Iterator[Tensor]:
+        """As they are now, flat, model by model."""
+        return (torch.cat([t.reshape(-1) for t in model]) for model in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -180,7 +174,7 @@ def ulps(found: Tensor, wanted: Tensor) -> Tensor:
 
 def race(case: Case, machine: Machine, effort: Effort) -> dict[str, list[float]]:
     """Seconds of every run of every variant, and of the copy; a variant that has had its time sits out."""
-    runs = [Variant(COPY, COPY, machine.copy, nothing, None), *case.variants]
+    runs = [Variant(COPY, COPY, machine.copy, nothing), *case.variants]
     if machine.device.type == "cuda":
         runs += list(_graphs(case.variants, machine))
     times: dict[str, list[float]] = {v.name: [] for v in runs}
@@ -206,7 +200,7 @@ def _graphs(variants: Iterable[Variant], machine: Machine) -> Iterator[Variant]:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 v.run()
-            yield Variant(f"{v.name} (graph)", v.kind, graph.replay, v.restore, None, 1)
+            yield Variant(f"{v.name} (graph)", v.kind, graph.replay, v.restore, calls=1)
 
 
 def operator_calls(variant: Variant) -> int:
@@ -295,5 +289,5 @@ def last_level_cache(device: torch.device) -> int:
     return max(found, default=32 << 20)
 
 
-def nothing() -> None:
-    """What is to be restored where a run changes nothing."""
+def nothing(*_: object) -> None:
+    """What is to be done where there is nothing to do."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.bar import Bar
 
 from .files import write_json
 from .measure import COPY, Case
@@ -16,18 +18,7 @@ from .measure import COPY, Case
 
 @dataclass
 class Row:
-    """One variant of one case on one device.
-
-    Attributes:
-        ms: median, with p20 and p80 beside it, over `rounds` runs.
-        floor_bytes: what the work moves at least; gbps is that over the median, whatever was really moved.
-        copy_gbps: of a plain copy, in the same rounds; share is gbps over it.
-        vs_naive, vs_torch: median of the naive variant, and of the best in plain torch, over this one's.
-        extra_bytes: peak memory on top of what was there before the run.
-        calls: torch operators, compiled graphs and launches of one run; launches: kernels on a GPU.
-        agrees: how the outcome compares with the reference's.
-
-    """
+    """One variant of one case on one device."""
 
     case: str
     title: str
@@ -35,21 +26,21 @@ class Row:
     kind: str
     device: str
     elements: int
-    ms: float
+    ms: float  # median
     p20: float
     p80: float
     rounds: int
-    copy_gbps: float
+    copy_gbps: float  # of a plain copy, in the same rounds
     selected: float | None = None
-    floor_bytes: int | None = None
-    gbps: float | None = None
-    share: float | None = None
-    vs_naive: float | None = None
-    vs_torch: float | None = None
-    extra_bytes: int | None = None
-    calls: int | None = None
-    launches: int | None = None
-    agrees: str | None = None
+    floor_bytes: int | None = None  # what the work moves at least
+    gbps: float | None = None  # that over the median, whatever was really moved
+    share: float | None = None  # that over copy_gbps
+    vs_naive: float | None = None  # median of the naive variant over this one's
+    vs_torch: float | None = None  # the same for the best in plain torch
+    extra_bytes: int | None = None  # peak memory on top of what was there before the run
+    calls: int | None = None  # torch operators, compiled graphs and launches of one run
+    launches: int | None = None  # kernels on a GPU
+    agrees: str | None = None  # how the outcome compares with the reference's
 
 
 @dataclass
@@ -120,43 +111,38 @@ def table(rows: Iterable[Row]) -> Any:
     from rich.text import Text
 
     shown: list[Any] = []
-    case = None
-    for row in rows:
-        if row.case != case:
-            case = row.case
-            block = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-            for heading, width in HEADINGS.items():
-                left = heading in ("variant", "")
-                block.add_column(heading, justify="left" if left else "right", min_width=width, no_wrap=True)
-            facts = [row.title]
-            facts += [f"floor {size(row.floor_bytes)}"] if row.floor_bytes else []
-            facts += [f"copy {row.copy_gbps:.1f} GB/s"]
-            shown += [Text(""), Text.assemble((f"{row.case}  ", "bold"), " · ".join(facts)), block]
-        cells = [row.variant, short(row.ms), f"{short(row.p20)}–{short(row.p80)}", _or(row.gbps, "{:.1f}")]
-        cells += [_or(row.share, "{:.2f}"), bar(row.share), _or(row.vs_naive, "{:.3g}×"), _or(row.vs_torch, "{:.3g}×")]
-        cells += [size(row.extra_bytes), _or(row.calls, "{:,}"), _or(row.launches, "{:,}")]
-        style = {"ours": "bold green", "naive": "red", "reference": "dim", "floor": "dim"}.get(row.kind, "")
-        block.add_row(*(Text(cell, style) for cell in cells))
+    for case, block in groupby(rows, key=lambda row: row.case):
+        table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+        for heading, (width, _) in COLUMNS.items():
+            side: Any = "left" if heading in ("variant", "") else "right"
+            table.add_column(heading, justify=side, min_width=width, no_wrap=True)
+        first, *others = block
+        for row in (first, *others):
+            table.add_row(*(cell(row) for _, cell in COLUMNS.values()), style=STYLES.get(row.kind, ""))
+        floor = f" · floor {size(first.floor_bytes)}" if first.floor_bytes else ""
+        line = f"{first.title}{floor} · copy {first.copy_gbps:.1f} GB/s"
+        shown += [Text(""), Text.assemble((f"{case}  ", "bold"), line), table]
     return Group(*shown)
 
 
-HEADINGS = {  # least widths, so that blocks line up
-    "variant": 17, "ms": 7, "p20–p80": 13, "GB/s": 5, "of copy": 7, "": 8, "naive ÷": 7, "torch ÷": 7,
-    "extra": 7, "calls": 7, "kernels": 7,
-}  # fmt: skip
+STYLES = {"ours": "bold green", "naive": "red", "reference": "dim", "floor": "dim"}
+COLUMNS: dict[str, tuple[int, Callable[[Row], Any]]] = {  # heading -> least width, so that blocks line up; the cell
+    "variant": (17, lambda row: row.variant),
+    "ms": (7, lambda row: short(row.ms)),
+    "p20–p80": (13, lambda row: f"{short(row.p20)}–{short(row.p80)}"),
+    "GB/s": (5, lambda row: _or(row.gbps, "{:.1f}")),
+    "of copy": (7, lambda row: _or(row.share, "{:.2f}")),
+    "": (8, lambda row: "" if row.share is None else Bar(1.0, 0.0, row.share, width=8)),
+    "naive ÷": (7, lambda row: _or(row.vs_naive, "{:.3g}×")),
+    "torch ÷": (7, lambda row: _or(row.vs_torch, "{:.3g}×")),
+    "extra": (7, lambda row: size(row.extra_bytes)),
+    "calls": (7, lambda row: _or(row.calls, "{:,}")),
+    "kernels": (7, lambda row: _or(row.launches, "{:,}")),
+}
 LEGEND = (
     "GB/s: the least bytes the work moves, over the median. of copy: that, over a plain copy in the same rounds. "
     "naive ÷, torch ÷: how many times faster than existing code, and than the best in plain torch. extra: peak memory."
 )
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
-def bar(share: float | None, width: int = 8) -> str:
-    """A bar as long as the share, in characters; full at 1."""
-    if share is None:
-        return ""
-    eighths = round(min(share, 1.0) * width * 8)
-    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip().ljust(width)
 
 
 def short(value: float) -> str:

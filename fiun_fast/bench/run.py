@@ -1,6 +1,7 @@
 """The list of cases and their sizes, and the command: one case after another, checked, timed and weighed.
 
-Modes: "full", "quick" (under three minutes in all), "tiny" (shows that all runs).
+A case is a line of `_cases`: its name, its title, what makes it, and of what. Modes: "full", "quick" (under three
+minutes in all), "tiny" (shows that all runs).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,12 @@ import torch
 
 from ..errors import ArgumentError
 from . import fishers, results, whole
-from .dampening import Network, head, resnet18
+from .dampening import RUN, dampen, head, resnet18
 from .files import describe, environment, machine_kind
 from .measure import CLEAR, Case, Effort, Machine, alone, check, extra_bytes, kernel_launches, operator_calls, race
 from .results import Record, Row
 
 Make = Callable[[torch.device, str | None], Case]  # device, compiler (None: without torch.compile)
-EFFORTS = {"full": Effort(5, 30, 1.5), "quick": Effort(3, 15, 0.3), "tiny": Effort(1, 2, 0.0)}
-WEIGHED = {  # cases whose memory is measured
-    "full": ("a", "c", "d", "e", "g", "g-hooks", "h-8", "j-resnet", "k-sample", "k-head"),
-    "quick": ("a", "d", "g-hooks"),
-    "tiny": ("a", "g-hooks"),
-}
 
 
 @dataclass(frozen=True)
@@ -59,67 +55,79 @@ SIZES = {
         batch=2, exact=(2, 4), scale_nodes=(1, 3), scale_parameters=(100, 1_000),
     ),
 }  # fmt: skip
-FEW = ("naive", "ours")  # kinds that the scaling rows time
+EFFORTS = {"full": Effort(5, 30, 1.5), "quick": Effort(3, 15, 0.3), "tiny": Effort(1, 2, 0.0)}
+WEIGHED = {  # cases whose memory is measured
+    "full": ("a", "c", "d", "e", "g", "g-hooks", "h-8", "j-resnet", "k-sample", "k-head"),
+    "quick": ("a", "d", "g-hooks"),
+    "tiny": ("a", "g-hooks"),
+}
+
+
+def _cases(size: Size) -> Iterator[tuple[Any, ...]]:
+    """Name, title, what makes it, its arguments."""
+    resnet, flat = resnet18(size.width), {"weight": (size.flat,)}
+    wide, narrow = head(size.features[0], 100), head(size.features[1], 10)
+    bf16, scaling = partial(dampen, dtype=torch.bfloat16), partial(dampen, only=("naive", "ours"))
+    images = f"2 batches of {size.exact[1]} through a conv net"
+
+    yield "a", "dampen one ResNet-18, half selected", dampen, resnet, 1, 1
+    yield "a-all", "dampen one ResNet-18, all selected", dampen, resnet, 1, 1, 1.0
+    yield "b-clustered", "dampen one ResNet-18, 1 % selected, in runs", dampen, resnet, 1, 1, 0.01, RUN
+    yield "b-scattered", "dampen one ResNet-18, 1 % selected, anywhere", dampen, resnet, 1, 1, 0.01
+    yield "c", f"dampen a DAG of {size.nodes} ResNet-18s, 3 requests", dampen, resnet, size.nodes, 3
+    yield "d", f"dampen a DAG of {size.heads:,} heads of 51,300, 3 requests", dampen, wide, size.heads, 3
+    yield "e", f"dampen a DAG of {size.many:,} heads of 5,130, 3 requests", dampen, narrow, size.many, 3
+    yield "f-fp32", f"dampen one flat model of {size.flat / 1e6:g} M, fp32", dampen, flat, 1, 1
+    yield "f-bf16", f"dampen one flat model of {size.flat / 1e6:g} M, bf16", bf16, flat, 1, 1
+    yield "g", "accumulate g² of a ResNet-18", fishers.accumulate, resnet, False
+    yield "g-zero", "accumulate g² of a ResNet-18 and zero it", fishers.accumulate, resnet, True
+    yield "g-hooks", "backward and accumulate, after it or in hooks", fishers.in_hooks, resnet
+    for k in size.merged:
+        yield f"h-{k}", f"merge {k} Fishers of a ResNet-18", fishers.merge, resnet, k
+    for n in size.planned:
+        yield f"i-{n}", f"compile a plan for {n:,} nodes", whole.compile_plan, n
+    yield "j-demo", "end to end, the demo's 13 models", whole.demo, 2 * size.batch
+    yield "j-resnet", f"end to end, {size.whole} ResNet-18s", whole.resnets, size.whole, size.width, size.batch
+    yield "k-sample", f"sample Fisher, {images}", fishers.sample, *size.exact
+    yield "k-head", f"Fisher of the head, {images}", fishers.head, *size.exact
+    for n in size.scale_nodes:
+        yield f"nodes-{n}", f"scaling: heads of 5,130, {n:,} nodes", scaling, narrow, n, 1
+    for n in size.scale_parameters:
+        yield f"parameters-{n}", f"scaling: one model of {n:,}", scaling, {"weight": (n,)}, 1, 1
 
 
 def listed(mode: str) -> dict[str, Make]:
     """Case name -> how to make it, in the order of the table."""
-    return dict(_cases(SIZES[mode]))
+
+    def make(name: str, title: str, how: Callable[..., Case], *of: Any) -> Make:
+        def made(device: torch.device, compiler: str | None) -> Case:
+            case = how(device, compiler, *of)
+            case.name, case.title = name, title
+            return case
+
+        return made
+
+    return {case[0]: make(*case) for case in _cases(SIZES[mode])}
 
 
-def _cases(size: Size) -> Iterator[tuple[str, Make]]:
-    def network(name, title, shapes, nodes, sources, pattern="half", dtype=torch.float32, only=None):
-        def make(device: torch.device, compiler: str | None) -> Case:
-            made = Network(shapes, nodes, sources, pattern, device, dtype)
-            return made.case(name, title, only, None if only else compiler)
+def select(names: Iterable[str] | None, mode: str) -> list[str]:
+    """The cases of the mode with one of the names, or one of them and a dash: "g" is g, g-zero, g-hooks; None: all.
 
-        return name, make
+    Raises:
+        ArgumentError: a name that selects no case of this mode.
 
-    resnet = resnet18(size.width)
-    wide, narrow = head(size.features[0], 100), head(size.features[1], 10)
-    yield network("a", "dampen one ResNet-18, half selected", resnet, 1, 1)
-    yield network("a-all", "dampen one ResNet-18, all selected", resnet, 1, 1, "all")
-    yield network("b-clustered", "dampen one ResNet-18, 1 % selected, in runs", resnet, 1, 1, "clustered")
-    yield network("b-scattered", "dampen one ResNet-18, 1 % selected, anywhere", resnet, 1, 1, "scattered")
-    yield network("c", f"dampen a DAG of {size.nodes} ResNet-18s, 3 requests", resnet, size.nodes, 3)
-    yield network("d", f"dampen a DAG of {size.heads:,} heads of 51,300, 3 requests", wide, size.heads, 3)
-    yield network("e", f"dampen a DAG of {size.many:,} heads of 5,130, 3 requests", narrow, size.many, 3)
-    one = {"weight": (size.flat,)}
-    yield network("f-fp32", f"dampen one flat model of {size.flat / 1e6:g} M, fp32", one, 1, 1)
-    yield network("f-bf16", f"dampen one flat model of {size.flat / 1e6:g} M, bf16", one, 1, 1, dtype=torch.bfloat16)
-
-    def other(make: Callable[..., Case], name: str, title: str, *arguments: Any) -> tuple[str, Make]:
-        return name, lambda device, compiler: make(name, title, device, *arguments)
-
-    yield other(fishers.accumulate, "g", "accumulate g² of a ResNet-18", resnet, False)
-    yield other(fishers.accumulate, "g-zero", "accumulate g² of a ResNet-18 and zero it", resnet, True)
-    yield other(fishers.in_hooks, "g-hooks", "backward and accumulate, after it or in hooks", resnet)
-    for k in size.merged:
-        yield other(fishers.merge, f"h-{k}", f"merge {k} Fishers of a ResNet-18", resnet, k)
-    for n in size.planned:
-        yield other(whole.compile_plan, f"i-{n}", f"compile a plan for {n:,} nodes", n)
-    yield other(whole.demo, "j-demo", "end to end, the demo's 13 models", 2 * size.batch)
-    many = f"end to end, {size.whole} ResNet-18s"
-    yield other(whole.resnets, "j-resnet", many, size.whole, size.width, size.batch)
-    images = f"2 batches of {size.exact[1]} through a conv net"
-    yield other(fishers.sample, "k-sample", f"sample Fisher, {images}", *size.exact)
-    yield other(fishers.head, "k-head", f"Fisher of the head, {images}", *size.exact)
-    for n in size.scale_nodes:
-        title = f"scaling: heads of 5,130, {n:,} nodes"
-        yield network(f"nodes-{n}", title, narrow, n, 1, only=FEW)
-    for n in size.scale_parameters:
-        yield network(f"parameters-{n}", f"scaling: one model of {n:,}", {"weight": (n,)}, 1, 1, only=FEW)
+    """
+    known = list(listed(mode))
+    found = {name: {case for case in known if f"{case}-".startswith(f"{name}-")} for name in names or known}
+    if missing := [name for name, cases in found.items() if not cases]:
+        raise ArgumentError(f"no case {missing[0]!r} in {mode} mode; known are {', '.join(known)}")
+    return [case for case in known if case in set().union(*found.values())]
 
 
 class Bench:
-    """A run of the benchmarks on one device.
+    """A run of the benchmarks in one mode on one device; `weigh` measures memory as well.
 
-    Args:
-        mode: "full", "quick" or "tiny".
-        device: where.
-        compiler: backend of torch.compile; None leaves its variants out.
-        weigh: measure memory as well.
-
+    compiler: backend of torch.compile; None leaves its variants out.
     """
 
     def __init__(self, mode: str, device: torch.device, compiler: str | None = "inductor", weigh: bool = True) -> None:
@@ -147,12 +155,11 @@ class Bench:
         rows = results.rows_of(case, self.device.type, times, self.machine.copy_bytes, agreement)
         weigh = self.weigh and name in WEIGHED[self.mode] and (self.device.type != "cpu" or CLEAR.exists())
         weights = alone(weights_of, name, self.mode, self.device, self.compiler) if weigh else {}
-        by_name = {variant.name: variant for variant in case.variants}
-        for row in rows:
-            row.extra_bytes = weights.get(row.variant)
-            if row.variant in by_name:
-                row.calls = operator_calls(by_name[row.variant])
-                row.launches = kernel_launches(by_name[row.variant], self.device)
+        by_name = {row.variant: row for row in rows}
+        for variant in case.variants:
+            row = by_name[variant.name]
+            row.extra_bytes = weights.get(variant.name)
+            row.calls, row.launches = operator_calls(variant), kernel_launches(variant, self.device)
         self.record.rows += rows
         self.record.skipped += [{"case": name, "variant": v, "why": why} for v, why in case.skipped.items()]
         return case, rows
@@ -221,20 +228,6 @@ def show(record: Record, console: Any) -> None:
     console.print(results.LEGEND, style="dim")
     for missing in record.skipped:
         console.print(f"left out: {missing['variant']} of case {missing['case']}: {missing['why']}")
-
-
-def select(names: Iterable[str] | None, mode: str) -> list[str]:
-    """The cases of the mode with one of the names, or one of them and a dash: "g" is g, g-zero, g-hooks; None: all.
-
-    Raises:
-        ArgumentError: a name that selects no case of this mode.
-
-    """
-    known = list(listed(mode))
-    found = {name: {case for case in known if f"{case}-".startswith(f"{name}-")} for name in names or known}
-    if missing := [name for name, cases in found.items() if not cases]:
-        raise ArgumentError(f"no case {missing[0]!r} in {mode} mode; known are {', '.join(known)}")
-    return [case for case in known if case in set().union(*found.values())]
 
 
 def present() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,12 +16,12 @@ from fiun_fast.arguments import BackendName
 from . import baselines
 from .baselines import Group
 from .dampening import ALPHA, LAM, ResNet18, backends
-from .measure import Case, Variant, nothing
+from .measure import Case, Kept, Variant, nothing
 
 Batch = tuple[Tensor, Tensor]
 
 
-def compile_plan(name: str, title: str, device: torch.device, nodes: int) -> Case:
+def compile_plan(device: torch.device, compiler: str | None, nodes: int) -> Case:
     """`ff.plan` for `nodes` linear layers, three requests; every further node has two parents. No bytes to speak of."""
     weights, biases = torch.ones(nodes, 10, 4, device=device), torch.ones(nodes, 10, device=device)
     models = [_Head(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -34,10 +34,10 @@ def compile_plan(name: str, title: str, device: torch.device, nodes: int) -> Cas
     requests = [ff.ForgetRequest(f"n{k}", ff.Fisher(buffers[nodes + k], layout)) for k in range(min(3, nodes))]
     plan = ff.plan(dag, requests)
     variants = [
-        Variant("plan", "ours", lambda: ff.plan(dag, requests), nothing, None),
-        Variant("run_", "floor", lambda: plan.run_(dry_run=True), nothing, None, 1),
+        Variant("plan", "ours", lambda: ff.plan(dag, requests), nothing),
+        Variant("run_", "floor", lambda: plan.run_(dry_run=True), nothing, calls=1),
     ]
-    return Case(name, title, None, nodes, variants, None)
+    return Case(None, nodes, variants)
 
 
 class _Head(nn.Module):
@@ -82,24 +82,33 @@ class End2End:
         names = list(self.models)
         sets = dict.fromkeys(reached.values())
         self.groups = [Group(s, tuple(names.index(n) for n, found in reached.items() if found == s)) for s in sets]
-        self.thetas = [[p.detach() for p in model.parameters()] for model in self.models.values()]
-        self.pristine = [[p.clone() for p in tensors] for tensors in self.thetas]
+        self.kept = Kept([[p.detach() for p in model.parameters()] for model in self.models.values()])
 
-    def restore(self) -> None:
-        """Put all parameters back."""
-        for tensors, kept in zip(self.thetas, self.pristine, strict=True):
-            torch._foreach_copy_(tensors, kept)
+    def gradients(self, origin: str) -> Iterator[list[Tensor]]:
+        """Of one mini-batch after another."""
+        model = self.models[origin]
+        for inputs, targets in self.batches[origin]:
+            model.zero_grad()
+            functional.cross_entropy(model(inputs), targets).backward()
+            yield [p.grad.data for p in model.parameters() if p.grad is not None]
 
-    def outcome(self) -> Iterator[Tensor]:
-        """All parameters, flat, model by model."""
-        return (torch.cat([t.reshape(-1) for t in tensors]) for tensors in self.thetas)
+    def passes(self) -> None:
+        """Forward and backward of all mini-batches and nothing else."""
+        for origin in self.batches:
+            for _ in self.gradients(origin):
+                pass
 
     def naive(self) -> None:
         """As existing code does it."""
-        forgets = [self._importance(origin) for origin in self.batches]
+        forgets = []
+        for origin, batches in self.batches.items():
+            totals = [torch.zeros_like(p) for p in self.models[origin].parameters()]
+            for gradients in self.gradients(origin):
+                baselines.accumulate_naive(gradients, totals)
+            forgets.append([total.div_(len(batches)) for total in totals])
         originals = [list(fisher.as_dict().values()) for fisher in self.originals.values()]
         _, way = baselines.WAYS["naive"]
-        baselines.unlearn(way, (self.thetas, originals, forgets, self.groups), ALPHA, LAM)
+        baselines.unlearn(way, (self.kept.tensors, originals, forgets, self.groups), ALPHA, LAM)
 
     def ours(self, backend: BackendName) -> None:
         """With this package."""
@@ -109,46 +118,24 @@ class End2End:
         ]
         ff.plan(self.dag, requests, alpha=ALPHA, lam=LAM, backend=backend).run_()
 
-    def passes(self) -> None:
-        """Forward and backward of all mini-batches and nothing else."""
-        for origin, batches in self.batches.items():
-            for inputs, targets in batches:
-                self.models[origin].zero_grad()
-                functional.cross_entropy(self.models[origin](inputs), targets).backward()
+    def expected(self) -> Iterator[Tensor]:
+        """From the reference backend."""
+        self.kept.restore()
+        self.ours("reference")
+        return self.kept.outcome()
 
-    def _importance(self, origin: str) -> list[Tensor]:
-        model, batches = self.models[origin], self.batches[origin]
-        totals = [torch.zeros_like(p) for p in model.parameters()]
-        for inputs, targets in batches:
-            model.zero_grad()
-            functional.cross_entropy(model(inputs), targets).backward()
-            for p, total in zip(model.parameters(), totals, strict=True):
-                assert p.grad is not None
-                total.data += p.grad.data.clone().pow(2)
-        for total in totals:
-            total.data /= float(len(batches))
-        return totals
-
-    def case(self, name: str, title: str) -> Case:
+    def case(self) -> Case:
         """Two runs of a backward need not agree in the last bit, and a threshold turns that into a flip: few may."""
-
-        def expected() -> Iterator[Tensor]:
-            self.restore()
-            self.ours("reference")
-            return self.outcome()
-
-        variants = [
-            Variant("forward and backward alone", "floor", self.passes, nothing, None),
-            Variant("naive", "naive", self.naive, self.restore, self.outcome),
-        ]
-        for backend, kind in backends(self.thetas[0][0].device):
-            if kind == "ours":
-                variants.append(Variant(backend, kind, partial(self.ours, backend), self.restore, self.outcome))
-        elements = sum(t.numel() for tensors in self.thetas for t in tensors)
-        return Case(name, title, None, elements, variants, expected, ulps=16, flips=1e-3)
+        some = self.kept.tensors[0][0]
+        ways: dict[str, tuple[str, Callable[[], None]]] = {"naive": ("naive", self.naive)}
+        ways |= {b: (kind, partial(self.ours, b)) for b, kind in backends(some.device) if kind == "ours"}
+        variants = [Variant("forward and backward alone", "floor", self.passes, nothing)]
+        variants += [Variant(name, *way, self.kept.restore, self.kept.outcome) for name, way in ways.items()]
+        elements = sum(t.numel() for tensors in self.kept.tensors for t in tensors)
+        return Case(None, elements, variants, self.expected, ulps=16, flips=1e-3)
 
 
-def demo(name: str, title: str, device: torch.device, batch: int) -> Case:
+def demo(device: torch.device, compiler: str | None, batch: int) -> Case:
     """The demo's federated network: 13 models, two clients ask. The data are noise; that changes no time."""
     from ..demo.data import fresh
 
@@ -163,25 +150,20 @@ def demo(name: str, title: str, device: torch.device, batch: int) -> Case:
         models[above], parents[above] = copy.deepcopy(models["server"]), clients
     random = torch.Generator().manual_seed(0)
     batches = {origin: _noise((batch, 1, 8, 8), 10, random, device) for origin in ("A1", "B1")}
-    return End2End(models, parents, batches).case(name, title)
+    return End2End(models, parents, batches).case()
 
 
-def resnets(name: str, title: str, device: torch.device, nodes: int, width: int, batch: int) -> Case:
+def resnets(device: torch.device, compiler: str | None, nodes: int, width: int, batch: int) -> Case:
     """ResNet-18s on 32 x 32 images: two clients, then models that inherit from both; four mini-batches each."""
     first = ResNet18(width).to(device)
     models = {f"n{i}": first if i == 0 else copy.deepcopy(first) for i in range(nodes)}
     parents = {name: [] if i < 2 else ["n0", "n1"] for i, name in enumerate(models)}
     random = torch.Generator().manual_seed(0)
     batches = {origin: _noise((batch, 3, 32, 32), 100, random, device) for origin in ("n0", "n1")}
-    return End2End(models, parents, batches).case(name, title)
+    return End2End(models, parents, batches).case()
 
 
 def _noise(shape: tuple[int, ...], classes: int, random: torch.Generator, device: torch.device) -> list[Batch]:
     """Four mini-batches of images of that shape, and labels."""
-    return [
-        (
-            torch.randn(shape, generator=random).to(device),
-            torch.randint(classes, shape[:1], generator=random).to(device),
-        )
-        for _ in range(4)
-    ]
+    images = [torch.randn(shape, generator=random).to(device) for _ in range(4)]
+    return [(x, torch.randint(classes, shape[:1], generator=random).to(device)) for x in images]

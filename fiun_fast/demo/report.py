@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,12 +22,6 @@ TIMES = {  # key in Case.seconds -> what to say next to it
     "textbook chain, node by node": "median of 21",
     "one plan.run_()": "median of 21",
 }
-INK, FAINT, ORIGIN = "#1b1f24", "#8c959f", "#d55e00"
-RADIUS, COLUMN, GAP, HEADER, FOOTER = 0.24, 1.3, 0.45, 1.05, 0.5  # inches
-STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "svg.hashsalt": "fiun_fast", "text.color": INK}
-TITLE: dict[str, Any] = {"fontsize": 13.5, "weight": "bold"}
-SUBTITLE: dict[str, Any] = {"fontsize": 9, "color": "#57606a"}
-Position = tuple[float, float]
 
 
 @dataclass
@@ -63,49 +58,41 @@ class Case:
         return [row for row in self.rows if row.forget]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Shares (0..1) over `pairs` = nodes reached, each once for every request."""
+def summarise(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Shares (0..1) over pairs of a request and a node that it reaches whole: of each network, and of all of them."""
+    found = []
+    for size, request in ((1, "one class"), (2, "two origins, merged")):
+        pairs: dict[str, list[Row]] = {}
+        for case in cases:
+            if rows := [row for row in case.touched if len(row.forget) == len(case.classes) == size]:
+                pairs.setdefault(case.scenario, []).extend(rows)
+        if len(pairs) > 1:
+            pairs["all networks"] = [*chain(*pairs.values())]
+        found += [{"scenario": scenario, "request": request, **_shares(rows)} for scenario, rows in pairs.items()]
+    return found
 
-    scenario: str
-    request: str
-    pairs: int
-    within: float
-    forgotten_before: float
-    forgotten_left: float
-    rest_before: float
-    rest_lost: float
 
-
-def summarise(scenario: str, request: str, cases: Sequence[Case], *, merged_only: bool = False) -> Summary:
-    """Over every reached node; with `merged_only`, over nodes that more than one request reaches."""
-    rows = [row for case in cases for row in case.touched if not merged_only or len(row.forget) > 1]
+def _shares(rows: Sequence[Row]) -> dict[str, float]:
     lost = [row.before[1] - row.after[1] for row in rows]
-    return Summary(
-        scenario,
-        request,
-        pairs=len(rows),
-        within=mean(row.after[0] <= LEFT and fall <= LOST for row, fall in zip(rows, lost, strict=True)),
-        forgotten_before=mean(row.before[0] for row in rows),
-        forgotten_left=mean(row.after[0] for row in rows),
-        rest_before=mean(row.before[1] for row in rows),
-        rest_lost=mean(lost),
-    )
-
-
-# ---- Tables ----------------------------------------------------------------------------------------------------------
+    return {
+        "pairs": len(rows),
+        "within": mean(row.after[0] <= LEFT and fall <= LOST for row, fall in zip(rows, lost, strict=True)),
+        "forgotten_before": mean(row.before[0] for row in rows),
+        "forgotten_left": mean(row.after[0] for row in rows),
+        "rest_before": mean(row.before[1] for row in rows),
+        "rest_lost": mean(lost),
+    }
 
 
 def nodes_table(case: Case) -> Table:
     """Node, parents, accuracy before -> after, the same after retraining (forgotten / rest), what was chosen."""
     what = " and ".join(f"“{label}” ({origin})" for label, origin in zip(case.classes, case.origins, strict=True))
     numel = max(row.numel for row in case.rows)
-    table = _table(f"[bold]{case.scenario}[/]: forget {what}; {case.scope} ({numel:,} elements); seed {case.seed}")
-    table.title_style = ""
-    table.add_column("node", no_wrap=True)
-    table.add_column("parents", style="dim")
-    for name in ("forgotten %", "rest %", "retrained %", "α", "λ", "sel."):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table(
+        f"[not italic][bold]{case.scenario}[/]: forget {what}; {case.scope} ({numel:,} elements); seed {case.seed}[/]",
+        ("node", "parents"),
+        ("forgotten %", "rest %", "retrained %", "α", "λ", "sel."),
+    )
     for row in case.rows:
         parents = " ".join(row.parents)
         if not row.forget:
@@ -131,97 +118,96 @@ def times_table(case: Case) -> Table:
     return table
 
 
-def summary_table(summaries: Sequence[Summary]) -> Table:
+def summary_table(summaries: Iterable[Mapping[str, Any]]) -> Table:
     """The figures over every class and seed."""
-    table = _table("every class in turn, test split")
-    table.add_column("network")
-    table.add_column("request")
-    for name in ("pairs", "forgotten before %", "left %", "rest before %", "lost, points", "≤ 1 % left, ≤ 2 lost"):
-        table.add_column(name, justify="right")
-    for s in summaries:
-        before, left = f"{100 * s.forgotten_before:.1f}", f"{100 * s.forgotten_left:.2f}"
-        rest, lost = f"{100 * s.rest_before:.1f}", f"{100 * s.rest_lost:.2f}"
-        table.add_row(s.scenario, s.request, f"{s.pairs}", before, left, rest, lost, f"{100 * s.within:.1f} %")
+    columns = {
+        "forgotten before %": ("forgotten_before", 1),
+        "left %": ("forgotten_left", 2),
+        "rest before %": ("rest_before", 1),
+        "lost, points": ("rest_lost", 2),
+        "≤ 1 % left, ≤ 2 lost, %": ("within", 1),
+    }
+    table = _table("every class in turn, test split", ("network", "request"), ("pairs", *columns))
+    for row in summaries:
+        cells = [f"{100 * row[key]:.{digits}f}" for key, digits in columns.values()]
+        table.add_row(row["scenario"], row["request"], f"{row['pairs']}", *cells)
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+    """An empty table with columns that stand on the left, and on the right."""
+    table = Table(*left, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for head in right:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Pictures: the network before and after ----
+
+INK, FAINT, ORIGIN = "#1b1f24", "#8c959f", "#d55e00"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "figure.constrained_layout.w_pad": 0.15,
+    "figure.constrained_layout.h_pad": 0.1,
+    "svg.hashsalt": "fiun_fast",
+}
+RADIUS, COLUMN, MARGIN = 0.24, 1.3, 0.55  # inches; one unit of the drawing is one inch
+Position = tuple[float, float]
 
 
 def positions(rows: Sequence[Row]) -> dict[str, Position]:
     """Generations left to right, siblings top to bottom: node -> (x, y), in inches."""
     depth: dict[str, int] = {}
-    columns: dict[int, list[str]] = {}
     for row in rows:
         depth[row.node] = 1 + max((depth[parent] for parent in row.parents), default=-1)
-        columns.setdefault(depth[row.node], []).append(row.node)
-    ranked = [(node, x, k, len(nodes)) for x, nodes in columns.items() for k, node in enumerate(nodes)]
-    return {node: (COLUMN * x, (count - 1) / 2 - k) for node, x, k, count in ranked}
+    columns = [[node for node in depth if depth[node] == x] for x in range(1 + max(depth.values()))]
+    return {
+        node: (COLUMN * x, (len(nodes) - 1) / 2 - k) for x, nodes in enumerate(columns) for k, node in enumerate(nodes)
+    }
 
 
 def draw(case: Case, path: Path) -> None:
     """Write the picture; the suffix of `path` names the format."""
-    import matplotlib  # heavy, and only the demo needs it
+    import matplotlib as mpl  # heavy, and only the demo needs it
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     where = positions(case.rows)
     xs, ys = zip(*where.values(), strict=True)
-    # One unit of the drawing is one inch, so the page is as large as the network asks for.
-    panel_width, panel_height = max(xs) + 1.2, max(ys) - min(ys) + 1.05
-    stacked = panel_width > 4.5  # long networks stack before over after, compact ones stand side by side
-    body_width = panel_width if stacked else 2 * panel_width + 2 * GAP
-    body_height = 2 * panel_height + GAP if stacked else panel_height
-    width, height = max(8.6, body_width + 1.5), body_height + HEADER + FOOTER
-    left = 0.2 + (width - 1.5 - body_width) / 2
-    colours, scale = matplotlib.colormaps["cividis"], Normalize(0, 100)
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), facecolor="white")
-
-        def place(x: float, y: float, w: float, h: float) -> Any:
-            return figure.add_axes((x / width, y / height, w / width, h / height))
-
-        for moment in ("before", "after"):
-            first = moment == "before"
-            x = left if stacked or first else left + panel_width + 2 * GAP
-            y = FOOTER + panel_height + GAP if stacked and first else FOOTER
-            axes = place(x, y, panel_width, panel_height)
-            axes.set(xlim=(min(xs) - 0.6, max(xs) + 0.6), ylim=(min(ys) - 0.6, max(ys) + 0.45))
-            axes.set_axis_off()
-            axes.set_title(f"{moment} unlearning", loc="left", fontsize=11, weight="bold", pad=4)
-            _panel(axes, case, where, moment, lambda share: colours(scale(share)))
-
-        bar = figure.colorbar(ScalarMappable(scale, colours), cax=place(width - 0.95, FOOTER + 0.1, 0.16, body_height))
-        bar.set_label("accuracy on what is to be forgotten, %", fontsize=9)
+    width, height = max(xs) + 2 * MARGIN, max(ys) - min(ys) + 2 * MARGIN
+    shape = (2, 1) if width > 4.5 else (1, 2)  # long networks stack before over after, compact ones stand side by side
+    size = max(8.6, shape[1] * width + 1.5), shape[0] * (height + 0.3) + 1.5
+    colours = ScalarMappable(mpl.colors.Normalize(0, 100), "cividis")
+    with mpl.rc_context(STYLE):
+        figure = Figure(size, layout="constrained")
+        panels = figure.subplots(*shape, subplot_kw={"aspect": "equal", "frame_on": False, "xticks": [], "yticks": []})
+        for axes, moment in zip(panels, ("before", "after"), strict=True):
+            axes.set(xlim=(min(xs) - MARGIN, max(xs) + MARGIN), ylim=(min(ys) - MARGIN, max(ys) + MARGIN))
+            axes.set_title(f"{moment} unlearning", loc="left", fontsize=11, weight="bold")
+            _panel(axes, case, where, moment, colours)
+        bar = figure.colorbar(colours, ax=panels, aspect=30, label="accuracy on what is to be forgotten, %")
         bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=8, color=FAINT)
-        for text, y, look in zip(_words(case), (0.16, 0.46), (TITLE, SUBTITLE), strict=True):
-            figure.text(0.2 / width, 1 - y / height, text, va="top", **look)
-        dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 10}
+        title, subtitle = _words(case)
+        figure.suptitle(f"{title}\n\n", x=0.02, ha="left", fontsize=13.5, weight="bold")
+        figure.text(0.02, 1 - 0.42 / size[1], subtitle, va="top", fontsize=9, color="#57606a")
         marks = [
-            Line2D([], [], **dot, mfc=fill, mec=edge, mew=line, label=label)
-            for fill, edge, line, label in (
-                (colours(1.0), ORIGIN, 2.6, "where the data entered"),
-                (colours(1.0), INK, 1.0, "descendant"),
-                ("white", FAINT, 1.0, "not reached, not touched"),
+            Line2D([], [], ls="", marker="o", ms=10, mfc=fill, mec=edge, mew=line, label=label)
+            for label, fill, edge, line in (
+                ("where the data entered", colours.cmap(1.0), ORIGIN, 2.6),
+                ("descendant", colours.cmap(1.0), INK, 1.0),
+                ("not reached, not touched", "white", FAINT, 1.0),
             )
         ]
-        marks.append(Line2D([], [], color=FAINT, marker=">", markersize=5, linewidth=1.2, label="inherits"))
-        at = (0.5 * (width - 0.9) / width, 0.0)
-        figure.legend(handles=marks, loc="lower center", ncols=4, frameon=False, fontsize=9, bbox_to_anchor=at)
+        marks.append(Line2D([], [], color=FAINT, marker=">", ms=5, lw=1.2, label="inherits"))
+        figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _panel(axes: Any, case: Case, where: Mapping[str, Position], moment: str, colour: Callable[[float], Any]) -> None:
+def _panel(axes: Any, case: Case, where: Mapping[str, Position], moment: str, colours: Any) -> None:
     """One state of the network: arrows, discs with the forgotten accuracy inside, name and rest accuracy below."""
-    from matplotlib.patches import Circle, FancyArrowPatch
+    from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Curve
 
     for row in case.rows:
@@ -231,12 +217,12 @@ def _panel(axes: Any, case: Case, where: Mapping[str, Position], moment: str, co
             middle = (start + end) / 2  # leaves and arrives level, so that it keeps clear of the names below the discs
             curve = Curve([(start, py), (middle, py), (middle, y), (end, y)], [1, 4, 4, 4])
             axes.add_patch(FancyArrowPatch(path=curve, arrowstyle="-|>", mutation_scale=9, color=FAINT, linewidth=1.1))
-        gone, rest = (100 * share for share in (row.before if moment == "before" else row.after))
+        gone, rest = (100 * share for share in getattr(row, moment))
         edge, line = (ORIGIN, 2.8) if row.node in case.origins else (INK if row.forget else FAINT, 1.0)
-        fill, text = (colour(gone), f"{gone:.0f}") if row.forget else ("white", "–")
+        fill, text = (colours.to_rgba(gone), f"{gone:.0f}") if row.forget else ("white", "–")
         ink = INK if not row.forget or gone > 55 else "white"
-        axes.add_patch(Circle((x, y), RADIUS, facecolor=fill, edgecolor=edge, linewidth=line, zorder=2))
-        axes.text(x, y, text, ha="center", va="center_baseline", fontsize=11, weight="bold", color=ink, zorder=3)
+        axes.plot(x, y, "o", ms=2 * 72 * RADIUS, mfc=fill, mec=edge, mew=line)
+        axes.text(x, y, text, ha="center", va="center_baseline", fontsize=11, weight="bold", color=ink)
         axes.text(x, y - RADIUS - 0.07, f"{row.node}  {rest:.1f}", ha="center", va="top", fontsize=8.5)
 
 

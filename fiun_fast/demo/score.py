@@ -9,9 +9,9 @@ docs/choosing.md compares it with others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,8 @@ from .data import Samples
 Model = nn.Module | Mapping[str, Tensor]  # as `ff.tune` has them
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a model does on one set of data: shares of 0..1, 0 where there is no data."""
+class Seen(NamedTuple):
+    """What a model does on one set of data: shares of 0..1, nan where there is no data."""
 
     forgotten: float  # accuracy
     rest: float
@@ -38,19 +37,18 @@ def accuracy_loss(seen: Seen, before: Seen) -> float:
 
 def loss(seen: Seen, before: Seen) -> float:
     """The demo's rule: the same; among equals, the one that is furthest from the line."""
-    return accuracy_loss(seen, before) + 0.1 * seen.sure_forgotten - 0.02 * seen.sure_rest
+    terms = (accuracy_loss(seen, before), 0.1 * seen.sure_forgotten, -0.02 * seen.sure_rest)
+    return sum(term for term in terms if not math.isnan(term))
 
 
 @torch.no_grad()
-def look(tail: Callable[[Tensor], Tensor], data: Samples, forget: Sequence[int]) -> Seen:
-    """What a model does; `tail` maps the data's inputs [n, ...] to logits [n, classes]."""
-    logits, labels = tail(data.images), data.labels
+def look(model: Callable[[Tensor], Tensor], data: Samples, forget: Sequence[int]) -> Seen:
+    """What a model does that maps the data's inputs [n, ...] to logits [n, classes]."""
+    logits, labels = model(data.images), data.labels
     gone = torch.isin(labels, torch.tensor(forget, device=labels.device))
+    right = (logits.argmax(1) == labels).float()
     sure = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-    both = torch.stack([(logits.argmax(1) == labels).float(), sure])
-    parts = [both[:, of].mean(1).nan_to_num(0.0).tolist() for of in (gone, ~gone)]
-    (forgotten, sure_forgotten), (rest, sure_rest) = parts
-    return Seen(forgotten, rest, sure_forgotten, sure_rest)
+    return Seen(*(values[of].mean().item() for values in (right, sure) for of in (gone, ~gone)))
 
 
 class ClassScore:
@@ -73,12 +71,11 @@ class ClassScore:
         tail: Callable[[Any], Callable[[Tensor], Tensor]] = lambda model: model,
     ) -> None:
         self._data, self._forget, self._tail = data, forget, tail
-        self._before = {node: self.look(node, models[node]) for node in forget}
-
-    def look(self, name: str, model: Model) -> Seen:
-        """What the model does now."""
-        return look(self._tail(model), self._data[name], self._forget[name])
+        self._before = {node: self._look(node, models[node]) for node in forget}
 
     def __call__(self, name: str, model: Model) -> float:
         """The score of the model as it is now."""
-        return -loss(self.look(name, model), self._before[name])
+        return -loss(self._look(name, model), self._before[name])
+
+    def _look(self, name: str, model: Model) -> Seen:
+        return look(self._tail(model), self._data[name], self._forget[name])

@@ -30,13 +30,13 @@ def tune(monkeypatch):
 
 
 def test_a_sweep_runs_every_kernel_and_shows_what_is_shipped(tune, monkeypatch):
-    monkeypatch.setattr(tune, "CASES", {"dampen": ("a-all",), "accumulate": ("g-zero",), "merge": ("h-3",)})
+    monkeypatch.setattr(tune, "CASES", {"dampen": ("f-bf16",), "accumulate": ("g-zero",), "merge": ("h-3",)})
     printed = io.StringIO()
     console = Console(file=printed, width=140)
     over = [tune.Setting(512, 4, 64, 3), tune.SHIPPED]
     rows = tune.sweep(tune.CASES, "tiny", torch.device("cpu"), over, Effort(1, 1, 0.0), console)
     assert [(row["case"], row["block"]) for row in rows] == [
-        (case, block) for case in ("a-all", "g-zero", "h-3") for block in (512, 2048)
+        (case, block) for case in ("f-bf16", "g-zero", "h-3") for block in (512, 2048)
     ]
     assert all(row["gbps"] > 0 and row["copy_gbps"] > 0 for row in rows)
     tune.show(rows, console)

@@ -17,13 +17,8 @@ CPU = torch.device("cpu")
 TINY = run.select(None, "tiny")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny work on several threads of a busy machine waits for the scheduler, not for memory."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# tiny work on several threads of a busy machine waits for the scheduler, not for memory
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +71,9 @@ def test_memory_of_a_variant_is_seen():
     if not measure.CLEAR.exists():
         pytest.skip("the system does not tell a process its peak memory")
     block = 8 << 20
-    variant = measure.Variant("", "", lambda: torch.ones(block).sum(), lambda: None, None)
+    variant = measure.Variant("", "", lambda: torch.ones(block).sum(), measure.nothing)
     assert 0.9 * 4 * block < measure.extra_bytes(variant, CPU) < 1.5 * 4 * block
-    idle = measure.Variant("", "", lambda: None, lambda: None, None)
+    idle = measure.Variant("", "", measure.nothing, measure.nothing)
     assert measure.extra_bytes(idle, CPU) < 1 << 20
 
 

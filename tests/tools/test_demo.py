@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits as load_digits_of_sklearn
 
 import fiun_fast as ff
 from fiun_fast.bench.baselines import unlearn_named
@@ -18,14 +18,7 @@ from fiun_fast.demo.data import Digits, Samples, load_digits
 from fiun_fast.demo.experiment import Network
 from fiun_fast.demo.networks import SCENARIOS, grow, incremental
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As `run_demo` does: these models are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "trained_once")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +29,7 @@ def digits() -> Digits:
 @pytest.fixture(scope="module")
 def chain(digits: Digits) -> Network:
     recipe = incremental(digits, 0)
-    return Network(recipe, digits, grow(recipe, effort=0.2), "last-layer")
+    return Network(recipe, digits, grow(recipe, effort=demo.QUICK_EFFORT), "last-layer")
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +93,15 @@ def test_every_class_in_turn(tmp_path: Path) -> None:
 
 
 def test_splits_are_disjoint_and_stratified(digits: Digits) -> None:
-    rows = torch.cat(list(digits.indices.values()))
-    assert len(rows) == len(rows.unique()) == 1797
+    known = load_digits_of_sklearn()
+    rows = Counter((*row, label) for row, label in zip(known.data.tolist(), known.target.tolist()))
+    found = Counter(
+        (*(16 * image).flatten().tolist(), label)
+        for part in (digits.train, digits.validation, digits.test)
+        for image, label in zip(part.images, part.labels.tolist())
+    )
+    assert found == rows
+    assert found.total() == 1797
     for part in (digits.train, digits.validation, digits.test):
         counts = torch.bincount(part.labels, minlength=10)
         assert counts.min() > 0.9 * counts.max()
@@ -109,7 +109,7 @@ def test_splits_are_disjoint_and_stratified(digits: Digits) -> None:
 
 def test_choosing_never_sees_the_test_split(chain: Network, digits: Digits) -> None:
     nonsense = Samples(torch.rand_like(digits.test.images), digits.test.labels.flip(0))
-    blind = Network(chain.recipe, replace(digits, test=nonsense), chain.models, chain.scope)
+    blind = Network(chain.recipe, digits._replace(test=nonsense), chain.models, chain.scope)
     honest, misled = (network.forget([1], points=8) for network in (chain, blind))
     assert [(row.alpha, row.lam, row.selected) for row in honest.rows] == [
         (row.alpha, row.lam, row.selected) for row in misled.rows
@@ -143,7 +143,7 @@ def test_retraining_reuses_what_is_not_reached(chain: Network) -> None:
     models = grow(chain.recipe, without=[2], keep=keep, effort=0.02)
     assert models["v1"] is chain.models["v1"]
     assert models["v2"] is not chain.models["v2"]
-    again = grow(chain.recipe, effort=0.2)
+    again = grow(chain.recipe, effort=demo.QUICK_EFFORT)
     for name, value in again["v5"].state_dict().items():
         assert torch.equal(value, chain.models["v5"].state_dict()[name]), name
 
@@ -179,7 +179,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         demo.run_demo(scenarios=["federate"], out=tmp_path)
     with pytest.raises(ff.ArgumentError, match="last-layer"):
         demo.run_demo(scope="head", out=tmp_path)
-    with pytest.raises(ff.ArgumentError, match="unknown estimator 'exact'; known: batch, sample"):
+    with pytest.raises(ff.ArgumentError, match="estimator is 'exact', expected one of batch, sample"):
         demo.run_demo(estimator="exact", out=tmp_path)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fiun_fast import cli
+from fiun_fast.demo import experiment, run
 from fiun_fast.demo.experiment import Network
 from fiun_fast.kernels import load
 
@@ -23,11 +24,13 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
         restore(network)
 
     monkeypatch.setattr(Network, "restore", recording)
+    monkeypatch.setattr(experiment, "ROUNDS", 4)  # the interpreter takes a tenth of a second a launch
+    monkeypatch.setattr(run, "QUICK_POINTS", 4)
     return recorded
 
 
+@pytest.mark.usefixtures("trained_once")
 def test_the_demo_gives_the_same_bits_on_triton_and_cpu(runs, tmp_path):
-    pytest.importorskip("sklearn", reason="the demo's data comes with scikit-learn")
     for name in ("cpu", "triton"):
         if reason := load(name).why_not("cpu"):
             pytest.skip(f"backend {name}: {reason}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory_kinds import SHAPE, fake, fisher
+from memory_kinds import SHAPE, fisher
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fiun_fast as ff
 from fiun_fast import memory
@@ -159,7 +160,9 @@ def one_for_all(f: ff.Fisher) -> None:
 
 
 def swap_for_fake(f: ff.Fisher) -> None:
-    torch.utils.swap_tensors(f.buffer, fake().reshape(-1))
+    with FakeTensorMode():
+        other = torch.ones(12)
+    torch.utils.swap_tensors(f.buffer, other)
 
 
 def swap_for_sparse(f: ff.Fisher) -> None:

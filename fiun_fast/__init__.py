@@ -20,11 +20,12 @@ from .errors import (
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, Provenance, merge_fishers
 from .kernels import available_backends, use_backend
-from .layout import Layout, Segment, Shard, flatten_, last_layer
+from .layout import Layout, Segment, Shard, last_layer
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
+from .storage import flatten_, stack_
 from .tuning import search_alpha, tune
 from .undo import UndoLog
 from .unlearning import dampen_, plan, selection_profile
@@ -72,6 +73,7 @@ __all__ = [
     "plan",
     "search_alpha",
     "selection_profile",
+    "stack_",
     "tune",
     "use_backend",
 ]

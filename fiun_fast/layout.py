@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 
-import numpy as np
 import torch
 
 from .arguments import THETA_DTYPES, short
 from .errors import ArgumentError, DTypeError, LayoutError
-from .memory import check_addressable, check_disjoint, check_one_device, span
 
 Params = str | Iterable[str] | Callable[[str, torch.Tensor], bool] | None
 LAST = "last"  # as `params`: the last layer
@@ -271,37 +269,3 @@ def near(name: str, known: Iterable[str]) -> str:
     names = list(known)
     found = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:4]
     return f"; near names: {', '.join(found)}" if found else ""
-
-
-def flatten_(model: torch.nn.Module, params: Params = None) -> torch.Tensor:
-    """Re-home the selected parameters in one contiguous buffer, in layout order, without changing a value.
-
-    The parameters stay the same objects (optimisers and ties go on working); only their storage moves. Optional: it
-    makes a whole model one run of memory. Moving the model afterwards (`.to()`) takes the parameters apart again.
-
-    Returns:
-        The buffer, [numel], of the parameters' dtype and device.
-
-    Raises:
-        DTypeError, DeviceError: the parameters differ in dtype or device.
-        LayoutError: two parameters share memory without being the same parameter, one has no memory of its own (a
-            DTensor, a sparse tensor, …); or as in `Layout.from_module`.
-
-    """
-    parameters = select_parameters(model, params)
-    (first, like), *_ = parameters.items()
-    for name, p in parameters.items():
-        check_addressable(f"parameter {name!r}", p)
-        if p.dtype != like.dtype:
-            raise DTypeError(
-                f"parameter {name!r} is {p.dtype}, expected {like.dtype} as {first!r}: one buffer, one dtype"
-            )
-    check_one_device(parameters, lambda name: f"parameter {name!r}")
-    names, spans = list(parameters), np.array([span(p) for p in parameters.values()])
-    check_disjoint(spans[:, 0], spans[:, 1], lambda i: repr(names[i]))
-    layout = Layout({name: p.shape for name, p in parameters.items()})
-    buffer = torch.empty(layout.numel, dtype=like.dtype, device=like.device)
-    for (name, view), p in zip(layout.views(buffer).items(), parameters.values(), strict=True):
-        view.copy_(p.detach())
-        parameters[name].data = view
-    return buffer

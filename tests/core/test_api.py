@@ -21,6 +21,7 @@ POSITIONAL = {
     "plan": 2,
     "search_alpha": 3,
     "selection_profile": 3,
+    "stack_": 2,
     "tune": 3,
 }
 

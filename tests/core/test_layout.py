@@ -1,4 +1,6 @@
-"""Layouts: selection of parameters, order, ties, views and messages; and flatten_."""
+"""Layouts: selection of parameters, order, ties, views and messages; flatten_ and stack_."""
+
+import copy
 
 import pytest
 import torch
@@ -149,11 +151,67 @@ def test_flatten_makes_channels_last_contiguous():
 def test_flatten_refuses_what_one_buffer_cannot_hold():
     model = net()
     model[3].half()
-    with pytest.raises(ff.DTypeError, match=r"'3.weight' is torch.float16, expected torch.float32 as '0.weight'"):
+    with pytest.raises(
+        ff.DTypeError, match=r"'3.weight' is torch.float16, expected torch.float32 as parameter '0.weight'"
+    ):
         ff.flatten_(model)
     shared = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     shared[1].weight.data = shared[0].weight.data
     address = shared[0].weight.data_ptr()
-    with pytest.raises(ff.LayoutError, match=r"'0.weight' and '1.weight' share memory"):
+    with pytest.raises(ff.LayoutError, match=r"'0.weight' and parameter '1.weight' share memory"):
         ff.flatten_(shared)
     assert shared[0].weight.data_ptr() == address
+
+
+def test_stacked_models_keep_values_objects_and_training():
+    models = [net() for _ in range(3)]
+    before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
+    objects = [dict(m.named_parameters()) for m in models]
+    layout = ff.Layout.from_module(models[0])
+    stacked = ff.stack_(models)
+    assert stacked.shape == (3, layout.numel)
+    assert len({row.data_ptr() % 64 for row in stacked}) == 1
+    for row, model, values, its in zip(stacked, models, before, objects, strict=True):
+        for name, p in model.named_parameters():
+            assert p is its[name]
+            assert torch.equal(p, values[name])
+            assert torch.equal(row[layout.slice(name)].view(p.shape), values[name])
+    stacked[1].zero_()
+    assert all(not p.any() for p in models[1].parameters())
+    torch.optim.SGD(models[2].parameters(), lr=0.5).step()
+    fishers = [ff.Fisher(torch.rand(layout.numel), layout) for _ in range(4)]
+    apart = [copy.deepcopy(m) for m in models]
+    dag = ff.InheritanceDAG()
+    for i, model in enumerate(models):
+        dag.add_model(f"m{i}", model, fishers[i], parents=["m0"] * (i > 0))
+    plan = ff.plan(dag, [ff.ForgetRequest("m0", fishers[3])], alpha=0.5)
+    assert [len(part.table.rows) for part in plan.parts] == [1]  # one run of memory for each model
+    plan.run_()
+    for i, model in enumerate(apart):
+        ff.dampen_(model, fishers[i], fishers[3], alpha=0.5)
+        assert all(map(torch.equal, model.parameters(), models[i].parameters()))
+
+
+def test_stack_takes_a_scope_and_refuses_models_that_differ():
+    models = {"a": net(), "b": net()}
+    assert ff.stack_(models, "3.*").shape == (2, ff.Layout.from_module(models["a"], "3.*").numel)
+    models["b"][3] = nn.Linear(models["b"][3].in_features, 7)
+    addresses = [p.data_ptr() for m in models.values() for p in m.parameters()]
+    with pytest.raises(ff.LayoutError, match=r"3.weight is .* in model 'a' and \[7, .* in model 'b'"):
+        ff.stack_(models)
+    half = {"a": net(), "b": net().half()}
+    with pytest.raises(
+        ff.DTypeError, match=r"model 'b', parameter '0.weight' is torch.float16, expected torch.float32"
+    ):
+        ff.stack_(half)
+    one = net()
+    with pytest.raises(ff.LayoutError, match=r"model 0, parameter '.*' and model 1, parameter '.*' share memory"):
+        ff.stack_([one, one])
+    for bad in ([], {}):
+        with pytest.raises(ff.ArgumentError, match="no models"):
+            ff.stack_(bad)
+    with pytest.raises(ff.ArgumentError, match="expected several models"):
+        ff.stack_(one)
+    with pytest.raises(ff.ArgumentError, match="expected a torch.nn.Module"):
+        ff.stack_([one, 5])
+    assert addresses == [p.data_ptr() for m in models.values() for p in m.parameters()]

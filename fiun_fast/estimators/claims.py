@@ -1,0 +1,100 @@
+"""Who is at work on which model: one estimate at a time, and no backward into a stream that belongs to somebody else.
+
+An estimate sets a model to eval mode, freezes parameters and takes what is in `.grad`. Two at once on one model, or on
+models that share a part, would each undo what the other has set; so the second waits, or is refused where it would wait
+for itself. A stream stays open for as long as its `with` does: nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..errors import EstimationError
+
+
+@dataclass(frozen=True, eq=False)
+class _Claim:
+    what: str
+    thread: int
+    waits: bool  # others wait until it is given back
+    parts: dict[int, str]  # id -> name; whoever claims keeps them alive
+
+
+_claims: list[_Claim] = []
+_changed = threading.Condition()
+
+
+@contextmanager
+def estimating(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Have these models, with all their modules, parameters and buffers, to oneself; waits for other threads.
+
+    Raises:
+        EstimationError: this thread is estimating one of them already (from inside a forward, or the loader), or one of
+            their parameters streams into a FisherAccumulator.
+
+    """
+    parts: dict[int, str] = {}
+    for model in models.values():
+        for named in (model.named_modules(), model.named_parameters(), model.named_buffers()):
+            parts.update((id(part), name) for name, part in named)
+    with _claimed(_Claim("an estimate", threading.get_ident(), True, parts)):
+        yield
+
+
+@contextmanager
+def streaming(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have these parameters' gradients to oneself.
+
+    Raises:
+        EstimationError: an estimate of them is under way, or they stream already.
+
+    """
+    with _claimed(_Claim("a stream", threading.get_ident(), False, {id(p): name for name, p in parameters.items()})):
+        yield
+
+
+@contextmanager
+def _claimed(claim: _Claim) -> Iterator[None]:
+    with _changed:
+        while (other := _in_the_way(claim)) is not None:
+            holding = any(one.thread == claim.thread and one.waits for one in _claims)  # whoever holds must not wait
+            if not other.waits or not claim.waits or holding:
+                raise EstimationError(_refusal(claim, other))
+            _changed.wait()
+        _claims.append(claim)
+    try:
+        yield
+    finally:
+        with _changed:
+            _claims.remove(claim)
+            _changed.notify_all()
+
+
+def _in_the_way(claim: _Claim) -> _Claim | None:
+    return next((other for other in _claims if not other.parts.keys().isdisjoint(claim.parts.keys())), None)
+
+
+def _refusal(claim: _Claim, other: _Claim) -> str:
+    name = next(claim.parts[key] for key in claim.parts if key in other.parts)
+    part = f"{name!r}" if name else "the model"
+    if not other.waits:
+        return f"the gradients of {part} go to a FisherAccumulator's streaming() already: leave that first"
+    whose = "this thread" if other.thread == claim.thread else "another thread"
+    return f"{whose} is estimating a Fisher with {part} already: begin {claim.what} when that has ended"
+
+
+def _forget() -> None:
+    """In a forked process, where the threads that held claims are not there."""
+    global _changed
+    _claims.clear()
+    _changed = threading.Condition()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -15,6 +15,7 @@ from .totals import check_no_inference
 
 Scope = tuple[nn.Module, Iterable[nn.Parameter]]  # a model, and the parameters that a Fisher is wanted of
 On = Callable[[int], AbstractContextManager[None]]
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -187,7 +188,9 @@ class _Buffer:
             if not _same_bits(self._memory, self._before):
                 self._memory.copy_(self._before)
         elif self._before is not None and not _same_parts(self._buffer, self._before):
-            self._buffer.data = self._before.clone()  # sparse and its like have no memory of one piece
+            if self._buffer.layout in _COMPRESSED and self._buffer.values().shape != self._before.values().shape:
+                self._buffer.resize_as_sparse_(self._before)
+            self._buffer.copy_(self._before)  # sparse and its like have no memory of one piece
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

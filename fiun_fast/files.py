@@ -21,6 +21,7 @@ from .version import __version__
 
 FISHER_FORMATS = ("fiun_fast.fisher/2", "fiun_fast.fisher/1")  # written, and read too: without a checksum
 CHECKSUM = "crc32"  # an entry of the metadata
+RECORD = {"estimator": str, "steps": int, "samples": int, "how": dict}  # what a provenance holds
 
 
 def location(path: str | os.PathLike[str]) -> Path:
@@ -184,19 +185,24 @@ def check_whole(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 # ---- Fishers --------------------------------------------------------------------------------------------------------
 
 
+def unfit_record(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a provenance record, or None."""
+    for key, kind in RECORD.items():
+        if not isinstance(record[key], kind) or isinstance(record[key], bool):
+            return f"{key} is a {type(record[key]).__name__}, expected {kind.__name__}"
+    if not all(isinstance(text, str) for pair in record["how"].items() for text in pair):
+        return "how is not a dict of strings"
+    return None
+
+
 def write_fisher(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
-    """Write the file, whole or not at all; errors as `save`, and an ArgumentError for a record that is no JSON."""
+    """Write the file, whole or not at all; errors as `save`, and an ArgumentError for an unfit record."""
     layout = {name: list(t.shape) for name, t in tensors.items()}
-    try:
-        provenance = json.dumps(dict(record))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"the provenance of a Fisher to be saved: {error}") from error
-    metadata = {"format": FISHER_FORMATS[0], "layout": json.dumps(layout), "provenance": provenance}
+    if (unfit := unfit_record(record)) is not None:
+        raise ArgumentError(f"the provenance of a Fisher to be saved: {unfit}")
+    metadata = {"format": FISHER_FORMATS[0], "layout": json.dumps(layout), "provenance": json.dumps(dict(record))}
     metadata["version"] = __version__
     save(path, tensors, metadata)
-
-
-RECORD = {"estimator": str, "steps": int, "samples": int, "how": dict}  # what a provenance holds
 
 
 class FisherFile:
@@ -210,9 +216,8 @@ class FisherFile:
             raise FisherFileError(f"{where}: truncated or not a Fisher file: {error}") from error
         kept = json.loads(metadata["provenance"])
         self.record = {key: kept[key] for key in ("estimator", "steps", "samples")} | {"how": kept.get("how", {})}
-        fits = [isinstance(self.record[key], kind) for key, kind in RECORD.items()]
-        if not all(fits) or not all(isinstance(text, str) for text in self.record["how"].values()):
-            raise FisherFileError(f"{where}: truncated or not a Fisher file: its provenance is no record")
+        if (unfit := unfit_record(self.record)) is not None:
+            raise FisherFileError(f"{where}: truncated or not a Fisher file: its provenance: {unfit}")
         if (names := set(file.keys())) != set(self.layout.names):
             raise FisherFileError(f"{where}: its tensors are not those of its layout: {names ^ set(self.layout.names)}")
         for segment in self.layout:

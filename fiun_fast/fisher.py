@@ -61,6 +61,8 @@ class Fisher:
     def __init__(self, buffer: torch.Tensor, layout: Layout, provenance: Provenance = UNKNOWN) -> None:
         if not isinstance(layout, Layout):
             raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
+        if not isinstance(provenance, Provenance):
+            raise ArgumentError(f"provenance is a {type(provenance).__name__}, expected a fiun_fast.Provenance")
         check_buffer("Fisher buffer", buffer, layout)
         self.buffer = buffer.detach()
         self.layout = layout
@@ -169,7 +171,9 @@ class Fisher:
 
         """
         self.check_memory("the Fisher to be saved")
-        record = {key: getattr(self.provenance, key) for key in ("estimator", "steps", "samples", "how")}
+        record = {key: getattr(self.provenance, key) for key in files.RECORD}
+        if isinstance(record["how"], Mapping):
+            record["how"] = dict(record["how"])
         files.write_fisher(path, self.as_dict(), record)
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import FISHER_DTYPES, Estimator, check_one_of, listed
+from ..arguments import FISHER_DTYPES, Estimator, check_count, check_one_of, listed
 from ..errors import ArgumentError, DTypeError, EstimationError
 from ..fisher import Fisher
 from ..layout import Layout, Params, select_parameters
@@ -98,6 +98,7 @@ class FisherAccumulator:
             samples: number of examples in this step, for the provenance only.
 
         Raises:
+            ArgumentError: `samples` is not a whole number.
             EstimationError: no parameter has a gradient; inside `streaming` or `during`; or an earlier update was
                 interrupted half way.
             LayoutError: a gradient has no plain memory of its own, or another shape than the parameter had when the
@@ -107,7 +108,7 @@ class FisherAccumulator:
         """
         if self._inside:
             raise EstimationError(f"update() inside {self._inside}, which adds each gradient by itself")
-        self._update(1.0, zero_grads, samples)
+        self._update(1.0, zero_grads, check_count("samples", samples, least=0))
 
     def _update(self, scale: float, zero_grads: bool = False, samples: int = 0) -> None:
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}

@@ -1,21 +1,28 @@
-"""Who is at work on which model: one estimate at a time, and no backward into a stream that belongs to somebody else.
+"""Threads side by side: who is at work on which model, and settings of the whole process that they share.
 
 An estimate sets a model to eval mode, freezes parameters and takes what is in `.grad`. Two at once on one model, or on
 models that share a part, would each undo what the other has set; so the second waits, or is refused where it would wait
 for itself. A stream stays open for as long as its `with` does: nobody waits for it.
+
+What torch has once for the process, its random state among it, is put back by the last who leaves.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import EstimationError
+
+State = TypeVar("State")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +96,62 @@ def _refusal(claim: _Claim, other: _Claim) -> str:
     return f"{whose} is estimating a Fisher with {part} already: begin {claim.what} when that has ended"
 
 
+_settings: list[Shared] = []
+
+
+class Shared(Generic[State]):
+    """A setting of the whole process: changed by the first thread that comes in, put back by the last that leaves.
+
+    Args:
+        change: changes it, and returns how it was.
+        restore: puts that back.
+
+    """
+
+    def __init__(self, change: Callable[[], State], restore: Callable[[State], object]) -> None:
+        self._change, self._restore = change, restore
+        self._inside: list[State] = []  # how it was, once for each who is inside
+        _settings.append(self)
+
+    def forget(self) -> None:
+        """Nobody is inside."""
+        self._inside.clear()
+
+    def __enter__(self) -> None:
+        with _changed:
+            self._inside.append(self._inside[0] if self._inside else self._change())
+
+    def __exit__(self, *_: object) -> None:
+        with _changed:
+            state = self._inside.pop()
+            if not self._inside:
+                self._restore(state)
+
+
+_random: dict[torch.device, Shared[Tensor]] = {}
+
+
+@contextmanager
+def random_state(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put torch's random state back, on the CPU and on these CUDA devices."""
+    with ExitStack() as stack:
+        for device in (torch.device("cpu"), *devices):
+            with _changed:
+                if device not in _random:
+                    of = torch.random if device.type == "cpu" else torch.cuda
+                    options = {} if device.type == "cpu" else {"device": device}
+                    _random[device] = Shared(partial(of.get_rng_state, **options), partial(of.set_rng_state, **options))
+                shared = _random[device]
+            stack.enter_context(shared)
+        yield
+
+
 def _forget() -> None:
     """In a forked process, where the threads that held claims are not there."""
     global _changed
     _claims.clear()
+    for setting in _settings:
+        setting.forget()
     _changed = threading.Condition()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EstimationError, LayoutError
 from ..memory import flaw_of, flaw_of_storage, is_lazy, place_of
+from .claims import random_state
 from .totals import check_no_inference
 
 Scope = tuple[nn.Module, Iterable[nn.Parameter]]  # a model, and the parameters that a Fisher is wanted of
@@ -41,7 +42,7 @@ def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
         check_no_inference((*model.named_parameters(), *model.named_buffers()))
     before = [Snapshot(model) for model in models]
     devices = {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
+    with random_state(sorted(devices, key=str)):
         try:
             turns = _Turns()
             for model, scope in scopes:

@@ -202,9 +202,16 @@ def test_names_of_parameters_that_no_file_can_hold(tmp_path, name):
 
 
 def test_a_provenance_that_no_file_can_hold(tmp_path):
-    provenance = ff.Provenance("batch", 1, 2, {"w": object()})
-    with pytest.raises(ff.ArgumentError, match="the provenance of a Fisher to be saved: .*not JSON serializable"):
-        ff.Fisher(torch.ones(1), ff.Layout({"w": (1,)}), provenance).save(tmp_path / "file")
+    for kept, says in (
+        (("batch", 1, 2, {"w": object()}), "how is not a dict of strings"),
+        (("batch", 1, "x"), "samples is a str, expected int"),
+        ((None, 1, 2), "estimator is a NoneType, expected str"),
+    ):
+        made = ff.Fisher(torch.ones(1), ff.Layout({"w": (1,)}), ff.Provenance(*kept))
+        with pytest.raises(ff.ArgumentError, match=f"the provenance of a Fisher to be saved: {says}"):
+            made.save(tmp_path / "file")
+    with pytest.raises(ff.ArgumentError, match="provenance is a str, expected a fiun_fast.Provenance"):
+        ff.Fisher(torch.ones(1), ff.Layout({"w": (1,)}), "batch")
 
 
 # ---- where, and by whom, a file is read ------------------------------------------------------------------------------

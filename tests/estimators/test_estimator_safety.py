@@ -254,6 +254,7 @@ def test_an_estimate_inside_an_estimate():
 def test_threads(shared):
     """One model, or models that share a layer, of which each thread wants something else."""
     model, other = net(), net(1)
+    state, filters = torch.get_rng_state(), list(warnings.filters)
     model.insert(2, nn.Dropout(0.5))
     if shared:
         other[0] = model[0]
@@ -281,6 +282,8 @@ def test_threads(shared):
     for m in (model, other):
         assert all(module.training for module in m.modules())
         assert all(p.requires_grad and p.grad is None for p in m.parameters())
+    assert torch.equal(torch.get_rng_state(), state) and warnings.filters == filters
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 # ---- models that share a part ----------------------------------------------------------------------------------------
@@ -627,3 +630,25 @@ def test_a_scale_that_is_none_is_refused_when_it_is_asked_for(scale):
     assert accumulator.steps == 0
     with pytest.raises(ff.ArgumentError, match="scale is"), accumulator.streaming(scale=scale):
         pass
+
+
+def test_numbers_of_an_optimiser_and_of_an_update():
+    model = net()
+    optimizer, accumulator = torch.optim.AdamW(model.parameters()), ff.FisherAccumulator(model)
+    cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
+    optimizer.step()
+    for samples in ("x", 1.5, -1, None):
+        with pytest.raises(ff.ArgumentError, match="samples is"):
+            accumulator.update(samples=samples)
+    accumulator.update(samples=4)
+    assert accumulator.steps == 1
+    state, group = optimizer.state[model[0].weight], optimizer.param_groups[0]
+    for bad in (10**400, "x", None, float("nan"), -1.0, 1.0):
+        group["betas"] = (0.9, bad)
+        with pytest.raises(ff.ArgumentError, match="beta2 is"):
+            ff.Fisher.from_optimizer(optimizer, model)
+    group["betas"] = (0.9, 0.999)
+    for bad in (10**400, "x", None, float("nan"), float("inf"), -3):
+        state["step"] = bad
+        with pytest.raises(ff.ArgumentError, match="step is"):
+            ff.Fisher.from_optimizer(optimizer, model)

@@ -52,7 +52,8 @@ class UndoLog:
         All or nothing. A symbolic link is followed and stays; a file that is replaced hands on its mode.
 
         Tensors `0.index` (int32, int64 for parameters of 2^31 elements and more) and `0.old` (the parameter's dtype),
-        `1.index`, …; the metadata entry `entries` is a JSON list with node, name, shape, dtype and fingerprint of each.
+        `1.index`, …; the metadata entry `entries` is a JSON list with node, name, shape, dtype and fingerprint of each,
+        and `crc32` the checksum of all that (`fiun_fast.files.checksum`).
 
         Raises:
             FileWriteError: the folder does not exist or cannot be written, or the disk is full; an OSError too. What

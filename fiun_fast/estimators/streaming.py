@@ -60,7 +60,7 @@ class _Stream:
 
     def _is_another(self) -> bool:
         """Whether this backward is not the one that was running, which must have raised."""
-        return self._end() is None or (_enclosing() is None and torch._C._current_graph_task_id() > self._task)
+        return self._end() is None or (torch._C._current_graph_task_id() > self._task and _enclosing() is None)
 
     def _broken(self) -> None:
         self._totals.spoil("a backward raised while its gradients streamed")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import FISHER_DTYPES, Estimator, check_count, check_one_of, listed
 from ..errors import ArgumentError, DTypeError, EstimationError
 from ..fisher import Fisher
-from ..layout import Layout, Params, select_parameters
+from ..layout import Layout, Params, check_module, select_parameters
 from . import claims
 from .job import Estimate, Job, count
 from .reading import check_loss
@@ -65,11 +65,12 @@ class FisherAccumulator:
         check_one_of("estimator", estimator, OF_GRADIENTS)
         if dtype not in FISHER_DTYPES:
             raise DTypeError(f"dtype is {dtype}, expected {listed(FISHER_DTYPES)}")
-        self._parameters = select_parameters(model, params)
-        if not allow_frozen:
-            for name, p in self._parameters.items():
-                if not p.requires_grad:
-                    raise ArgumentError(f"parameter {name!r} does not require grad: no gradient will arrive")
+        check_module("model", model)
+        with claims.settled(model):
+            self._parameters = select_parameters(model, params)
+            frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
+        if frozen and not allow_frozen:
+            raise ArgumentError(f"parameter {frozen[0]!r} does not require grad: no gradient will arrive")
         self._totals = Totals(self._parameters, estimator, dtype=dtype, backend=backend, empty=EMPTY)
         self._inside = ""  # streaming() or during(), while one is open
 
@@ -99,8 +100,8 @@ class FisherAccumulator:
 
         Raises:
             ArgumentError: `samples` is not a whole number.
-            EstimationError: no parameter has a gradient; inside `streaming` or `during`; or an earlier update was
-                interrupted half way.
+            EstimationError: no parameter has a gradient; inside `streaming` or `during`; while another thread
+                estimates them; or an earlier update was interrupted half way.
             LayoutError: a gradient has no plain memory of its own, or another shape than the parameter had when the
                 accumulator was made. All gradients are checked before any is added.
             DeviceError: a gradient is on another device.
@@ -111,6 +112,7 @@ class FisherAccumulator:
         self._update(1.0, zero_grads, check_count("samples", samples, least=0))
 
     def _update(self, scale: float, zero_grads: bool = False, samples: int = 0) -> None:
+        claims.check_not_estimated(self._parameters)
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         if not found:
             raise EstimationError("no parameter has a gradient: call loss.backward() before update()")

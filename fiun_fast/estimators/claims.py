@@ -67,6 +67,30 @@ def streaming(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """For a short look at what requires grad: waits until no other thread's estimate has set that, and keeps it so."""
+    parts = {id(p) for p in model.parameters()}
+    thread = threading.get_ident()
+    with _changed:
+        while any(one.waits and one.thread != thread and not parts.isdisjoint(one.parts) for one in _claims):
+            if any(one.thread == thread for one in _claims):
+                break  # whoever holds must not wait
+            _changed.wait()
+        yield
+
+
+def check_not_estimated(parameters: Mapping[str, Tensor]) -> None:
+    """Raise an EstimationError where what is in `.grad` now is that of an estimate in another thread."""
+    if not _claims:
+        return
+    claim = _Claim("an update", threading.get_ident(), True, {id(p): name for name, p in parameters.items()})
+    with _changed:
+        for one in _claims:
+            if one.waits and one.thread != claim.thread and not one.parts.keys().isdisjoint(claim.parts):
+                raise EstimationError(_refusal(claim, one))
+
+
+@contextmanager
 def _claimed(claim: _Claim) -> Iterator[None]:
     with _changed:
         while (other := _in_the_way(claim)) is not None:

@@ -286,6 +286,36 @@ def test_threads(shared):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_what_another_thread_sees_of_a_model_that_is_being_estimated():
+    """An accumulator waits before it looks at what requires grad; an update would find foreign gradients."""
+    model, inside, go_on = net(), threading.Event(), threading.Event()
+    before = ff.FisherAccumulator(model)
+    cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
+
+    def slow():
+        inside.set()
+        go_on.wait(30)
+        yield from batches()
+
+    estimate = threading.Thread(target=lambda: ff.estimate_fisher(model, slow(), "last"))
+    estimate.start()
+    assert inside.wait(30)
+    with pytest.raises(ff.EstimationError, match="another thread is estimating a Fisher with '0.weight' already"):
+        before.update()
+    with pytest.raises(ff.EstimationError, match="another thread is estimating"), before.streaming():
+        pass
+    made: list[ff.FisherAccumulator] = []
+    waiting = threading.Thread(target=lambda: made.append(ff.FisherAccumulator(model)))
+    waiting.start()
+    waiting.join(0.1)
+    assert not made
+    go_on.set()
+    estimate.join(30), waiting.join(30)
+    assert made[0].layout == before.layout
+    before.update()
+    assert before.steps == 1
+
+
 # ---- models that share a part ----------------------------------------------------------------------------------------
 
 

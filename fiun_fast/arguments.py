@@ -66,11 +66,13 @@ def check_fraction(what: str, value: object, meaning: str) -> float:
     return number
 
 
-def check_count(what: str, value: object, least: int = 1) -> int:
-    """The value, a whole number of at least `least`; an ArgumentError names `what` where it is anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{what} is {value!r}, expected a whole number of at least {least}")
-    return value
+def check_count(what: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """The value, a whole number from `least` to `most`; an ArgumentError names `what` where it is anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+        raise ArgumentError(f"{what} is {value!r:.80}, expected a whole number of at least {least}")
+    if most is not None and int(value) > most:
+        raise ArgumentError(f"{what} is {hex(int(value)):.20}…, expected a whole number of at most {most}")
+    return int(value)
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:

@@ -13,6 +13,7 @@ import torch
 from .arguments import check_number
 from .errors import ArgumentError, DagError
 from .fisher import Fisher
+from .layout import check_module
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
@@ -197,8 +198,8 @@ def check_model(name: str, model: object) -> None:
     if not isinstance(model, (torch.nn.Module, Mapping)):
         found = type(model).__name__
         raise ArgumentError(f"node {name!r}: model is a {found}, expected a module or a dict of tensors")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ArgumentError(f"node {name!r}: model is a TorchScript module; pass the module that it was made from")
+    if isinstance(model, torch.nn.Module):
+        check_module(f"node {name!r}: model", model)
 
 
 def check_original(name: str, fisher: object) -> None:

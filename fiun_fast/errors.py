@@ -31,6 +31,10 @@ class FisherFileError(FiunError, ValueError):
     """A file that is not a (whole) Fisher written by this package."""
 
 
+class FileWriteError(FiunError, OSError):
+    """A file cannot be written: no such folder, no permission, a full disk. What was there before is still there."""
+
+
 class BackendError(FiunError, RuntimeError):
     """A backend that is unknown, or known and not usable here."""
 

@@ -61,6 +61,8 @@ class Fisher:
     def __init__(self, buffer: torch.Tensor, layout: Layout, provenance: Provenance = UNKNOWN) -> None:
         if not isinstance(layout, Layout):
             raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
+        if not isinstance(provenance, Provenance):
+            raise ArgumentError(f"provenance is a {type(provenance).__name__}, expected a fiun_fast.Provenance")
         check_buffer("Fisher buffer", buffer, layout)
         self.buffer = buffer.detach()
         self.layout = layout
@@ -131,7 +133,7 @@ class Fisher:
         device: torch.device | str | None = None,
         layout: Layout | None = None,
     ) -> Fisher:
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote, into main memory: what becomes of the file later does not matter.
 
         Args:
             path: the file.
@@ -139,9 +141,12 @@ class Fisher:
             layout: what is expected; a file that does not fit is refused with the difference.
 
         Raises:
-            FisherFileError: the file is truncated, foreign or from a newer format.
+            FileNotFoundError: there is none.
+            FisherFileError: the file is truncated, damaged (its checksum is another; files of version 0.1 have none),
+                foreign or from a newer format.
             LayoutError: its layout is another than the one expected.
-            ArgumentError: it holds a negative entry.
+            ArgumentError: it holds a negative entry, or `path` is no path.
+            DeviceError: the device is not there.
 
         """
         if layout is not None and not isinstance(layout, Layout):
@@ -155,14 +160,20 @@ class Fisher:
         return loaded if device is None else loaded.to(device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: one tensor a parameter, layout and provenance in the metadata. All or nothing.
+        """Write a safetensors file: one tensor a parameter; layout, provenance and a checksum in the metadata.
+
+        All or nothing. A symbolic link is followed and stays; a file that is replaced hands on its mode.
 
         Raises:
-            OSError: the folder does not exist or cannot be written; no partial file is left.
+            FileWriteError: the folder does not exist or cannot be written, or the disk is full; an OSError too. What
+                was there before is still there, and no partial file is left.
+            ArgumentError: a parameter's name that no file can hold, or `path` is no path.
 
         """
         self.check_memory("the Fisher to be saved")
-        record = {key: getattr(self.provenance, key) for key in ("estimator", "steps", "samples", "how")}
+        record = {key: getattr(self.provenance, key) for key in files.RECORD}
+        if isinstance(record["how"], Mapping):
+            record["how"] = dict(record["how"])
         files.write_fisher(path, self.as_dict(), record)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -200,8 +211,8 @@ class Fisher:
         self.check_memory("Fisher")
         try:
             moved = self.buffer.to(device=device, dtype=dtype)
-        except RuntimeError as error:
-            raise DeviceError(f"Fisher cannot be moved to {device}: {error}") from error
+        except (RuntimeError, AssertionError, TypeError) as error:  # a device that is not here, or is none
+            raise DeviceError(f"Fisher cannot be moved to {device!r}: {str(error).partition(chr(10))[0]}") from error
         return self if moved is self.buffer else Fisher(moved, self.layout, self.provenance)
 
     def sha256(self) -> str:

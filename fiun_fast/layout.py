@@ -15,6 +15,7 @@ from .arguments import THETA_DTYPES, short
 from .errors import ArgumentError, DTypeError, LayoutError
 
 Params = str | Iterable[str] | Callable[[str, torch.Tensor], bool] | None
+LARGEST = 2**63 - 1  # sizes and offsets are 64-bit
 LAST = "last"  # as `params`: the last layer
 
 
@@ -63,7 +64,7 @@ class Layout:
         shards: parameter name -> which part of a larger tensor it is, for those that are not whole.
 
     Raises:
-        LayoutError: there is no segment, or a shard of a parameter that is not there.
+        LayoutError: there is no segment, there are 2^63 elements or more, or a shard of a parameter that is not there.
 
     """
 
@@ -86,6 +87,8 @@ class Layout:
             offset += math.prod(size)
         self.names: tuple[str, ...] = tuple(self._segments)
         self.numel: int = offset
+        if offset > LARGEST:
+            raise LayoutError(f"a layout of {float(min(offset, 10**300)):.1e} elements, expected fewer than 2^63")
         self._hash = hash(tuple((s.name, s.shape, s.shard) for s in self._segments.values()))
 
     def __reduce__(self) -> tuple:
@@ -151,6 +154,8 @@ class Layout:
             LayoutError: the buffer is not 1-D with `numel` elements.
 
         """
+        if not isinstance(buffer, torch.Tensor):
+            raise ArgumentError(f"buffer is a {type(buffer).__name__}, expected a tensor")
         if buffer.dim() != 1 or buffer.numel() != self.numel:
             raise LayoutError(f"buffer of shape {list(buffer.shape)}, expected [{self.numel}] for {self!r}")
         return {s.name: buffer[s.offset : s.offset + s.numel].view(s.shape) for s in self}
@@ -179,6 +184,14 @@ def _size(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     return size
 
 
+def check_module(what: str, model: object) -> None:
+    """Raise an ArgumentError that begins with `what`, unless it is a torch.nn.Module, and not one of TorchScript."""
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"{what} is a {type(model).__name__}, expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(f"{what} is a TorchScript module; pass the module that it was made from")
+
+
 def select_parameters(model: torch.nn.Module, params: Params = None) -> dict[str, torch.nn.Parameter]:
     """Choose parameters of a module, in the module's own order, each once: a tied one under its first name.
 
@@ -194,8 +207,7 @@ def select_parameters(model: torch.nn.Module, params: Params = None) -> dict[str
         ArgumentError: `params` or `model` is of another type.
 
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_module("model", model)
     aliases = dict(model.named_parameters(remove_duplicate=False))
     chosen = {id(p) for p in _chosen(model, aliases, params)}
     selected = {name: p for name, p in model.named_parameters() if id(p) in chosen}
@@ -254,8 +266,7 @@ def last_layer(model: torch.nn.Module) -> list[str]:
         LayoutError: the model has no parameters.
 
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_module("model", model)
     first_names = {id(p): name for name, p in model.named_parameters()}
     for module in reversed(list(model.modules())):
         own = [first_names[id(p)] for p in module.parameters(recurse=False)]

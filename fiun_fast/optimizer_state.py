@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .arguments import check_number
 from .errors import ArgumentError, EstimationError, LayoutError
 from .memory import check_addressable
 
@@ -23,7 +24,7 @@ def second_moments(
         name -> tensor in the parameter's shape; name -> how it was obtained; steps taken.
 
     Raises:
-        ArgumentError: `optimizer` is not an optimiser, or not one of Adam's kind.
+        ArgumentError: `optimizer` is not an optimiser, or not one of Adam's kind; its numbers are none.
         LayoutError: a parameter is in none of its groups.
         FiunError: a moment has no plain memory of its own (a DTensor, quantised, freed, …).
         EstimationError: the optimiser has taken no step with a parameter yet.
@@ -52,7 +53,9 @@ def second_moments(
     moments, how, steps = {}, {}, 0
     for name, p in selected.items():
         state, group = states[name], groups[id(p)]
-        step, beta2 = float(state["step"]), float(group["betas"][1])  # either may be a tensor, on any device
+        step, beta2 = (_number(*pair) for pair in (("step", state["step"]), ("beta2", group["betas"][1])))
+        if beta2 >= 1:
+            raise ArgumentError(f"{kind}: beta2 is {beta2:g}, expected less than 1")
         if step < 1:
             raise EstimationError(f"{kind} has taken no step with {name!r} yet")
         check_addressable(f"exp_avg_sq of {name!r}", state["exp_avg_sq"])
@@ -62,6 +65,11 @@ def second_moments(
         how[name] = f"{kind}'s exp_avg_sq" + (", weight decay inside" if _decays_in_gradient(kind, group) else "")
         steps = max(steps, int(step))
     return moments, how, steps
+
+
+def _number(what: str, value: Any) -> float:
+    """What an optimiser keeps as a number, or as a tensor on any device."""
+    return check_number(what, value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value)
 
 
 def _expm1_of_log(beta: float, step: float) -> float:

@@ -32,7 +32,7 @@ def flatten_(model: torch.nn.Module, params: Params = None) -> torch.Tensor:
     parameters = select_parameters(model, params)
     like = _alike({f"parameter {name!r}": p for name, p in parameters.items()})
     layout = Layout({name: p.shape for name, p in parameters.items()})
-    buffer = torch.empty(layout.numel, dtype=like.dtype, device=like.device)
+    buffer = _empty(like, layout.numel)
     _move(layout, buffer, parameters)
     return buffer
 
@@ -72,7 +72,7 @@ def stack_(models: Iterable[torch.nn.Module] | Mapping[str, torch.nn.Module], pa
     like = _alike({f"{w}, parameter {n!r}": p for w, parameters in selected.items() for n, p in parameters.items()})
     per_line = max(1, _LINE // like.element_size())
     width = -(-layout.numel // per_line) * per_line
-    stacked = torch.empty(len(selected), width, dtype=like.dtype, device=like.device)[:, : layout.numel]
+    stacked = _empty(like, len(selected), width)[:, : layout.numel]
     for row, parameters in zip(stacked, selected.values(), strict=True):
         _move(layout, row, parameters)
     return stacked
@@ -96,6 +96,11 @@ def _alike(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     labels, spans = list(parameters), np.array([span(p) for p in parameters.values()])
     check_disjoint(spans[:, 0], spans[:, 1], lambda i: labels[i])
     return like
+
+
+@torch.inference_mode(False)  # parameters that lay in a tensor of that mode could not be trained any more
+def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _move(layout: Layout, buffer: torch.Tensor, parameters: Mapping[str, torch.nn.Parameter]) -> None:

@@ -41,20 +41,25 @@ class UndoLog:
         """Read a file that `save` wrote; it lies in main memory then, and `undo_` must be told the models.
 
         Raises:
-            UndoFileError: the file is truncated or foreign.
+            UndoFileError: the file is truncated, damaged (its checksum is another; files of version 0.1 have none) or
+                foreign.
             FileNotFoundError: there is none.
 
         """
         return cls(undo_file.read(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: indices and old values of each parameter that has any. All or nothing.
+        """Write a safetensors file: indices and old values of each parameter that has any, and a checksum.
+
+        All or nothing. A symbolic link is followed and stays; a file that is replaced hands on its mode.
 
         Tensors `0.index` (int32, int64 for parameters of 2^31 elements and more) and `0.old` (the parameter's dtype),
-        `1.index`, …; the metadata entry `entries` is a JSON list with node, name, shape, dtype and fingerprint of each.
+        `1.index`, …; the metadata entry `entries` is a JSON list with node, name, shape, dtype and fingerprint of each,
+        and `crc32` the checksum of all that (`fiun_fast.files.checksum`).
 
         Raises:
-            OSError: the folder does not exist or cannot be written; no partial file is left.
+            FileWriteError: the folder does not exist or cannot be written, or the disk is full; an OSError too. What
+                was there before is still there, and no partial file is left.
 
         """
         undo_file.write(path, self._entries)
@@ -224,10 +229,13 @@ def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, node
         raise ArgumentError(f"models is a {type(models).__name__}, expected the DAG, {{node: model}} or one model")
     if isinstance(models, torch.nn.Module) or any(isinstance(value, Tensor) for value in models.values()):
         if len(nodes) == 1:
+            check_model(node, models)
             return models  # type: ignore[return-value]
         raise UndoError(f"the log has {len(nodes)} nodes ({', '.join(nodes[:8])}), expected {{node: model}} or the DAG")
     if node not in models:
-        raise UndoError(f"node {node!r} is in the log, but not among the models: {', '.join(list(models)[:8])}")
+        raise UndoError(
+            f"node {node!r} is in the log, but not among the models: {', '.join(map(str, list(models)[:8]))}"
+        )
     model = models[node]
     check_model(node, model)
     return model  # type: ignore[return-value]

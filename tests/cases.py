@@ -45,7 +45,8 @@ class Case:
     cap: float = 1.0
     merge: str = "max"
     scale: float = 1.0
-    values: str = "random"  # or "edges": zeros, denormals, inf and NaN all over; "ties": m == alpha * I everywhere
+    values: str = "random"  # or "edges": zeros, denormals, inf and NaN all over; "ties": m == alpha * I everywhere;
+    # "infinite": θ is inf or -inf, and I zero
     flat: bool = False  # the parameters of a node in one contiguous run
     shift: int = 0  # elements by which parameters miss the alignment of their storage
     seed: int = 0
@@ -91,6 +92,7 @@ CASES = [
     ),
     Case("ties", DIAMOND, ("a",), values="ties", shapes=SIZES, alpha=2.0),
     Case("ties-alpha-one-third", values="ties", shapes=SIZES, alpha=1 / 3),
+    *(Case(f"infinite-{_N[theta]}", shapes=SIZES, theta=theta, values="infinite") for theta in DTYPES),
     Case("alpha-zero", CHAIN, values="edges", shapes=SIZES, alpha=0.0),
     Case("alpha-large", CHAIN, values="edges", shapes=SIZES, alpha=1e30),
     Case("lambda-zero", CHAIN, values="edges", shapes=SIZES, lam=0.0),
@@ -172,9 +174,13 @@ def build(case: Case, device: str = "cpu", seed: int | None = None) -> Problem:
             picks = torch.tensor(THETA_EDGES, dtype=torch.float64)
             at = torch.rand(layout.numel, generator=generator) < 0.5
             values = torch.where(at, picks[torch.randint(len(picks), at.shape, generator=generator)], values)
+        if case.values == "infinite":
+            values = values * float("inf")
         return place({s.name: values[s.offset : s.offset + s.numel].view(s.shape) for s in layout}, case, device)
 
     originals = {node: fisher() for node in case.parents}
+    if case.values == "infinite":
+        originals = {node: ff.Fisher(torch.zeros_like(one.buffer), layout) for node, one in originals.items()}
     forgets = [fisher() for _ in case.origins]
     if case.values == "ties":
         forgets = [ff.Fisher(originals[o].buffer * float(case.alpha), layout) for o in case.origins]  # type: ignore[arg-type]

@@ -68,7 +68,8 @@ def dampen(
     if not options["dry_run"]:
         with torch.no_grad():
             for name, copy in dense.items():
-                parameters[name].copy_(copy)
+                with torch.inference_mode() if parameters[name].is_inference() else torch.no_grad():
+                    parameters[name].copy_(copy)
     return report
 
 
@@ -88,4 +89,5 @@ def dampen_in_half_precision(
         if name in original:
             i, f = original[name].to(p.device), forget[name].to(p.device)
             factor = i.mul(numbers.lam).div(f).pow(numbers.exponent).clamp(max=numbers.cap)
-            p.copy_(torch.where(f > i.mul(numbers.alpha), p * factor, p))
+            with torch.inference_mode() if p.is_inference() else torch.no_grad():
+                p.copy_(torch.where(f > i.mul(numbers.alpha), p * factor, p))

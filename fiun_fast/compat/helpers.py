@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-import fiun_fast as ff
+from fiun_fast.arguments import check_fraction
 
 from .importances import flat_zeros
 
@@ -41,9 +41,8 @@ class Helpers:
             ArgumentError: `sample_perc` is outside (0, 1].
 
         """
-        if not 0 < sample_perc <= 1:
-            raise ff.ArgumentError(f"sample_perc is {sample_perc}, expected a fraction in (0, 1]")
-        return Subset(dataset, list(range(0, len(dataset), int(1 / sample_perc))))  # type: ignore[arg-type]
+        fraction = check_fraction("sample_perc", sample_perc, "a fraction in (0, 1]")
+        return Subset(dataset, list(range(0, len(dataset), int(1 / fraction))))  # type: ignore[arg-type]
 
     def split_dataset_by_class(self, dataset: Dataset) -> list[Subset]:
         """One subset for each class, in the order of the labels; the label is the last part of a sample."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fiun_fast as ff
-from fiun_fast.arguments import FISHER_DTYPES
+from fiun_fast.arguments import FISHER_DTYPES, check_number
 from fiun_fast.memory import check_addressable
 
 LOWEST = 100 - math.log(101)  # ASSD's q for a fraction of 1: a smaller q belongs to no fraction
@@ -73,7 +73,7 @@ def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, 
         LayoutError, DTypeError, DeviceError: the dicts differ.
 
     """
-    if not 0 < divisor < float("inf"):
+    if check_number("divisor", divisor) == 0:
         raise ff.ArgumentError(f"divisor is {divisor}, expected a positive number")
     if not importances:
         raise ff.ArgumentError("no importances to merge")

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 import fiun_fast as ff
 from fiun_fast.arguments import FISHER_DTYPES, check_one_of
+from fiun_fast.estimators.claims import estimating
 from fiun_fast.estimators.reading import Forward, Loss
+from fiun_fast.estimators.totals import check_no_inference
+from fiun_fast.layout import check_module
 from fiun_fast.memory import check_addressable, check_writable
 
 from .dampening import Numbers, dampen, dampen_in_half_precision
@@ -79,8 +82,7 @@ class ParameterPerturber(Helpers):
         label_free: bool = False,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ff.ArgumentError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        check_module("model", model)
         if isinstance(device, torch.optim.Optimizer) or is_device(opt):
             opt, device = device, opt
         if opt is not None and not hasattr(opt, "zero_grad"):
@@ -227,6 +229,7 @@ class ParameterPerturber(Helpers):
         parameters = dict(self.model.named_parameters())
         for name, p in parameters.items():
             check_addressable(f"parameter {name!r}", p)
+        check_no_inference(parameters.items())
         dtypes, devices = {p.dtype for p in parameters.values()}, {p.device for p in parameters.values()}
         flat = len(dtypes) == len(devices) == 1 and dtypes <= set(FISHER_DTYPES)
         power = 1 if self.label_free else 2
@@ -240,7 +243,7 @@ class ParameterPerturber(Helpers):
                 estimator="label_free" if self.label_free else "batch",
                 allow_frozen=True,
             )
-        with self._only_scope():
+        with estimating({"model": self.model}), self._only_scope():
             for batch in pass_over.over(dataloader):
                 self.opt.zero_grad() if self.opt is not None else self.model.zero_grad()
                 outputs, targets = pass_over.forward(self.model, batch)

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import FISHER_DTYPES, Estimator, check_one_of, listed
+from ..arguments import FISHER_DTYPES, Estimator, check_count, check_one_of, listed
 from ..errors import ArgumentError, DTypeError, EstimationError
 from ..fisher import Fisher
-from ..layout import Layout, Params, select_parameters
+from ..layout import Layout, Params, check_module, select_parameters
+from . import claims
 from .job import Estimate, Job, count
 from .reading import check_loss
 from .streaming import at_steps, in_backward
@@ -64,12 +65,14 @@ class FisherAccumulator:
         check_one_of("estimator", estimator, OF_GRADIENTS)
         if dtype not in FISHER_DTYPES:
             raise DTypeError(f"dtype is {dtype}, expected {listed(FISHER_DTYPES)}")
-        self._parameters = select_parameters(model, params)
-        if not allow_frozen:
-            for name, p in self._parameters.items():
-                if not p.requires_grad:
-                    raise ArgumentError(f"parameter {name!r} does not require grad: no gradient will arrive")
+        check_module("model", model)
+        with claims.settled(model):
+            self._parameters = select_parameters(model, params)
+            frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
+        if frozen and not allow_frozen:
+            raise ArgumentError(f"parameter {frozen[0]!r} does not require grad: no gradient will arrive")
         self._totals = Totals(self._parameters, estimator, dtype=dtype, backend=backend, empty=EMPTY)
+        self._inside = ""  # streaming() or during(), while one is open
 
     @property
     def layout(self) -> Layout:
@@ -96,20 +99,37 @@ class FisherAccumulator:
             samples: number of examples in this step, for the provenance only.
 
         Raises:
-            EstimationError: no parameter has a gradient.
+            ArgumentError: `samples` is not a whole number.
+            EstimationError: no parameter has a gradient; inside `streaming` or `during`; while another thread
+                estimates them; or an earlier update was interrupted half way.
             LayoutError: a gradient has no plain memory of its own, or another shape than the parameter had when the
                 accumulator was made. All gradients are checked before any is added.
             DeviceError: a gradient is on another device.
 
         """
-        self._update(1.0, zero_grads, samples)
+        if self._inside:
+            raise EstimationError(f"update() inside {self._inside}, which adds each gradient by itself")
+        self._update(1.0, zero_grads, check_count("samples", samples, least=0))
 
     def _update(self, scale: float, zero_grads: bool = False, samples: int = 0) -> None:
+        claims.check_not_estimated(self._parameters)
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         if not found:
             raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
-        self._totals.add(found, zero=zero_grads, scale=scale)
-        self._totals.count(samples)
+        self._totals.add(found, zero=zero_grads, scale=scale, samples=samples)
+
+    @contextmanager
+    def _open(self, what: str) -> Iterator[None]:
+        check_parameters(self._parameters, self.layout)
+        if self._inside:
+            raise EstimationError(
+                f"{what} inside {self._inside} of the same accumulator: each gradient would count twice"
+            )
+        self._inside = what
+        try:
+            yield
+        finally:
+            self._inside = ""
 
     @contextmanager
     def streaming(
@@ -121,6 +141,9 @@ class FisherAccumulator:
         gradient checkpointing (reentrant: where each parameter lies in one segment). Under DistributedDataParallel
         gradients arrive before they are reduced: use `during` or `update` there.
 
+        After a backward that raised (out of memory, Ctrl-C), part of its gradients may be in the sum. Leave the `with`
+        then, and begin anew: to go on is an error, not a wrong Fisher.
+
         Args:
             every: backward passes that make one mini-batch (gradient accumulation); gradients add up in between.
             scale: factor by which the loss is multiplied, or a callable that returns it, such as
@@ -129,35 +152,41 @@ class FisherAccumulator:
             free: set `.grad` to None once it was used; False leaves it to an optimiser.
 
         Raises:
-            ArgumentError: `every` is not a whole number of at least 1.
-            EstimationError: a parameter holds a gradient on entry; on exit, the last mini-batch lacks backward passes
-                (it is left out), or a scaled gradient was not finite.
+            ArgumentError: `every` is not a whole number of at least 1, or `scale` no finite number above 0.
+            EstimationError: on entry, a parameter holds a gradient, streams already (here or elsewhere), or is being
+                estimated; at a backward and on exit, an earlier one raised; on exit, the last mini-batch lacks backward
+                passes (it is left out), or a scaled gradient was not finite.
             LayoutError, DeviceError: on entry, a parameter has changed its shape or lost its memory; during a backward,
                 a gradient is one that `update` refuses.
 
         """
-        check_parameters(self._parameters, self.layout)
-        fold = lambda name, gradient, factor: self._totals.add({name: gradient}, scale=factor)  # noqa: E731
-        with in_backward(self._parameters, every, scale, free, fold, lambda: self._totals.count(0)):
+        with (
+            self._open("streaming()"),
+            claims.streaming(self._parameters),
+            in_backward(self._parameters, every, scale, free, self._totals),
+        ):
             yield
         if (callable(scale) or scale != 1) and not bool(self._totals.buffer.sum(dtype=torch.float64).isfinite()):
             raise EstimationError("a scaled gradient was not finite: start again with a smaller scale, or use during()")
 
-    def during(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    @contextmanager
+    def during(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Inside `with`, every step of a training loop's optimiser is an update, before it changes the parameters.
 
         The gradients are those the optimiser sees: accumulated over micro-batches, reduced over processes
         (DistributedDataParallel), clipped if the loop clips, and unscaled under a GradScaler, whose skipped steps are
-        not counted. They are training-mode gradients of changing parameters: docs/fishers.md.
+        not counted; one that raises later, in the step itself, is. They are training-mode gradients of changing
+        parameters: docs/fishers.md.
 
         Raises:
             ArgumentError: it is not an optimiser.
-            EstimationError: at a step, no parameter has a gradient.
+            EstimationError: inside `streaming` or `during` of the same accumulator; at a step, no parameter has a
+                gradient.
             LayoutError, DeviceError: as in `streaming`.
 
         """
-        check_parameters(self._parameters, self.layout)
-        return at_steps(optimizer, self._update)
+        with self._open("during()"), at_steps(optimizer, self._update):
+            yield
 
     def result(self, *, in_place: bool = False) -> Fisher:
         """The mean of the squares (`label_free`: sizes) so far, as a new Fisher; more updates may follow.
@@ -166,7 +195,7 @@ class FisherAccumulator:
             in_place: divide the sum itself and return it, without a second buffer; later updates start a new sum.
 
         Raises:
-            EstimationError: `update` was never called.
+            EstimationError: `update` was never called, or the sum was spoilt by a call that was interrupted.
 
         """
         return self._totals.fisher(in_place=in_place)
@@ -191,8 +220,7 @@ class BatchEstimate(Estimate):
         found = {name: p.grad for name, p in job.selected.items() if p.grad is not None}
         if not found:
             raise EstimationError(f"batch {steps}: the loss does not depend on {', '.join(list(job.selected)[:4])}")
-        self._totals.add(found)
-        self._totals.count(count(outputs) or count(batch))
+        self._totals.add(found, samples=count(outputs) or count(batch))
         for p in job.selected.values():
             p.grad = None
 

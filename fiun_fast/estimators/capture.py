@@ -8,8 +8,8 @@ none is computed for them; the graph starts at an anchor in the first watched la
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from .claims import Shared
 
 # Functions with a closed form: name of the rule, arguments in order, and which of them may be selected parameters.
 WATCHED: dict[Any, tuple[str, tuple[str, ...]]] = {
@@ -195,15 +197,18 @@ class _Tap(torch.autograd.Function):
         return gradient, None, None, None
 
 
-@contextmanager
-def step_by_step_attention() -> Iterator[None]:
-    """Torch's fused inference path for attention hides the projections; it is a global setting."""
+def _step_by_step() -> bool:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return before
+
+
+_attention = Shared(_step_by_step, torch.backends.mha.set_fastpath_enabled)
+
+
+def step_by_step_attention() -> AbstractContextManager[None]:
+    """Torch's fused inference path for attention hides the projections; it is a setting of the process."""
+    return _attention
 
 
 def _tensors(tree: Any) -> list[Tensor]:

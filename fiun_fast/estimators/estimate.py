@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from ..arguments import Estimator
-from ..errors import ArgumentError, EstimationError
+from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
-from ..layout import Params, select_parameters
+from ..layout import Params, check_module, select_parameters
+from . import claims
 from .accumulator import BatchEstimate
 from .head import HeadEstimate, NotAHead
-from .job import Estimate, Job, Options, preserved
+from .job import Estimate, Job, Options
+from .preserving import preserved
 from .reading import Forward, Loss
 from .sample import SampleEstimate
 from .totals import check_parameters
@@ -44,8 +46,11 @@ def estimate_fisher(
 
     With `batch` and `label_free` every batch weighs the same, and the batch size changes the estimate; with the others
     it does not. The model runs in eval mode and is exactly as before afterwards: modes, requires_grad, .grad,
-    buffers, random state. `fisher.provenance.how` says how each parameter was computed, `print(fisher.provenance)`
-    shows it; docs/fishers.md says which estimator to choose.
+    buffers, random state, also after an error. Several threads may estimate; where their models are one, or share a
+    part, one waits for the other. Nothing else may use the model meanwhile.
+
+    `fisher.provenance.how` says how each parameter was computed, `print(fisher.provenance)` shows it; docs/fishers.md
+    says which estimator to choose.
 
     Args:
         model: any module.
@@ -71,7 +76,8 @@ def estimate_fisher(
 
     Raises:
         EstimationError: empty loader, a batch of a form that is not understood, a loss that is not a scalar or does not
-            depend on the selected parameters; for `expected`, outputs that are not [B, classes].
+            depend on the selected parameters; for `expected`, outputs that are not [B, classes]; the model was made
+            under inference_mode, streams into a FisherAccumulator, or is being estimated by this thread already.
         ArgumentError: unknown estimator, a loss where the estimator has its own, or negative `samples`.
         LayoutError, DeviceError, BackendError: as in `FisherAccumulator`.
 
@@ -95,7 +101,8 @@ def estimate_fishers(
 ) -> dict[str, Fisher]:
     """Fishers of several models, such as all nodes of an inheritance DAG, in one sweep over the loader.
 
-    Each batch is loaded once and goes through every model. Arguments and errors as for `estimate_fisher`; `params` is
+    Each batch is loaded once and goes through every model, and each Fisher is what it would be alone, also where models
+    share a part. Arguments and errors as for `estimate_fisher`; `params` is
     applied to each model separately.
 
     Args:
@@ -120,17 +127,21 @@ def estimate_fishers(
 def _sweep(
     models: Mapping[str, torch.nn.Module], loader: Iterable[Any], params: Params, options: Options, progress: bool
 ) -> dict[str, Fisher]:
-    jobs = {name: Job(model, select_parameters(model, params), options) for name, model in models.items()}
-    for job in jobs.values():
-        check_parameters(job.selected)
+    for name, model in models.items():
+        check_module("model" if len(models) == 1 else f"model {name!r}", model)
     with ExitStack() as stack:
+        stack.enter_context(claims.estimating(models))  # first: another estimate has frozen what it does not select
+        jobs = {name: Job(model, select_parameters(model, params), options) for name, model in models.items()}
         for job in jobs.values():
-            stack.enter_context(preserved(job.model, job.selected.values()))
+            check_parameters(job.selected)
+        check_no_transform()
+        on = stack.enter_context(preserved([(job.model, job.selected.values()) for job in jobs.values()]))
         estimates = {name: _Chosen(job) for name, job in jobs.items()}
         for batch in _progress(loader) if progress else loader:
             plain = options.reading.plain(batch)
-            for estimate in estimates.values():
-                estimate.step(plain)
+            for i, estimate in enumerate(estimates.values()):
+                with on(i):
+                    estimate.step(plain)
         return {name: estimate.result() for name, estimate in estimates.items()}
 
 
@@ -160,6 +171,12 @@ class _Chosen(Estimate):
 
 def _general(job: Job, why: str) -> Estimate:
     return (SampleEstimate if job.estimator in ("sample", "expected") else BatchEstimate)(job, why)
+
+
+def check_no_transform() -> None:
+    """Raise a LayoutError inside vmap, grad or jvp of torch.func: no backward may run there."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise LayoutError("a transform of torch.func (vmap, grad or jvp) is active; call this package outside it")
 
 
 def _progress(loader: Iterable[Any]) -> Iterable[Any]:

@@ -65,6 +65,8 @@ class HeadEstimate(Estimate):
             raise NotAHead("the outputs are not the layer's own")
         if given.dim() != 2:
             raise NotAHead(f"its input is {list(given.shape)}, expected [B, features]")
+        if job.estimator != "batch" and given.layout != torch.strided:
+            raise NotAHead(f"its input is sparse ({given.layout})")
         self._add(given, logits, targets)
         self._totals.count(len(logits))
 

@@ -1,10 +1,8 @@
-"""What every estimator shares: what is asked for, a model left as it was, and forward, loss and samples of a batch."""
+"""What every estimator shares: what is asked for, and forward, loss and samples of a batch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +16,7 @@ from ..errors import ArgumentError, EstimationError
 from ..fisher import Fisher
 from .reading import Forward, Loss, OwnLoss, Reading, check_scalar
 
+MOST = (1 << 63) - 1
 OWN_LOSSES = {"expected": "cross entropy", "label_free": "mean ‖f(x)‖²"}
 
 
@@ -26,7 +25,8 @@ class Options:
     """What `estimate_fisher` and `estimate_fishers` were asked for, as documented there.
 
     Raises:
-        ArgumentError: unknown estimator, a loss function for an estimator that has its own, or negative `samples`.
+        ArgumentError: unknown estimator, a loss function for an estimator that has its own, negative `samples`, or a
+            number beyond 64 bits.
 
     """
 
@@ -41,7 +41,8 @@ class Options:
         check_one_of("estimator", self.estimator, ESTIMATORS)
         if self.loss_fn is not None and (own := OWN_LOSSES.get(self.estimator)):
             raise ArgumentError(f"estimator {self.estimator!r} has a loss of its own, {own}: leave loss_fn out")
-        check_count("samples", self.samples, least=0)
+        check_count("samples", self.samples, least=0, most=MOST)
+        check_count("seed", self.seed, least=-MOST, most=MOST)  # what torch's generators take
 
     @cached_property
     def reading(self) -> Reading:
@@ -85,39 +86,6 @@ class Estimate(ABC):
     @abstractmethod
     def result(self) -> Fisher:
         """The Fisher over all batches so far."""
-
-
-@contextmanager
-def preserved(model: torch.nn.Module, scope: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Eval mode, gradients only for `scope`, no gradients from before; everything is put back at the end.
-
-    Put back, also after an error: train/eval mode of every submodule, requires_grad and .grad of every parameter (the
-    same objects), every buffer (BatchNorm statistics among them), and torch's random state on the CPU and on the
-    devices of the model.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]  # offloaded: nothing to keep
-    devices = {p.device for p, _, _ in parameters if p.device.type == "cuda"}
-    chosen = {id(p) for p in scope}
-    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
-        try:
-            model.eval()
-            for p, _, _ in parameters:
-                p.grad = None
-                p.requires_grad_(id(p) in chosen)
-            with torch.enable_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for p, requires_grad, grad in parameters:
-                p.requires_grad_(requires_grad)
-                p.grad = grad
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
 
 
 def per_sample(job: Job, outputs: Any, targets: Any, step: int) -> Tensor:

@@ -158,7 +158,7 @@ def _axes(one: Trace, two: Trace, reasons: dict[str, str]) -> dict[Signature, li
 
 def _overlapping(trace: Trace, selected: dict[str, Any]) -> set[str]:
     """Parameters with an element that is used more than once."""
-    found, taken = set(), {name: torch.zeros(p.shape[0] if p.dim() else 1, dtype=torch.bool)
+    found, taken = set(), {name: torch.zeros(p.shape[0] if p.dim() else 1, dtype=torch.bool, device="cpu")
                            for name, p in selected.items()}  # fmt: skip
     for use in trace.uses:
         for rows in use.roles.values():

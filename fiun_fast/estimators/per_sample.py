@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
+from .claims import Shared
 from .job import Job, is_cut, per_sample, take
 from .totals import Totals
 
 CHUNK_BYTES = 64 << 20  # per-sample gradients held at a time
 VMAP, LOOP = "per-sample gradients, torch.func", "per-sample gradients, one by one"
+
+
+def _silence() -> warnings.catch_warnings:
+    before = warnings.catch_warnings()
+    before.__enter__()
+    warnings.filterwarnings("ignore", "There is a performance drop")  # still right, and still a batch
+    return before
+
+
+_quiet = Shared(_silence, lambda before: before.__exit__(None, None, None))
 
 
 class Round(NamedTuple):
@@ -55,8 +66,7 @@ class PerSample:
         """Add sum_n g_n^2 of these parameters over the batch, for every round; returns how it was done."""
         if self.refused is None and samples > 1:
             try:
-                with torch.no_grad(), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")  # still right, and still a batch
+                with torch.no_grad(), _quiet:
                     found = [self._by_vmap(batch, samples, names, round_, step) for round_ in rounds]
             except Exception as error:  # many kinds: no batching rule, data-dependent control flow, in-place writes
                 first = str(error).strip().partition("\n")[0].partition(". ")[0]

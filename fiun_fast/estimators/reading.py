@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import EstimationError
 
@@ -80,8 +81,14 @@ class Reading:
         return outputs_of(model(x.to(device))), None if y is None else y.to(device)
 
     def plain(self, batch: Any) -> Any:
-        """The batch, as a dict if it is a Mapping: torch's pytrees do not know other kinds, such as BatchEncoding."""
-        return dict(batch) if isinstance(batch, Mapping) and self.forward_fn is None else batch
+        """The batch, as a dict if it is a Mapping: torch's pytrees do not know other kinds, such as BatchEncoding.
+
+        Tensors made under inference_mode are cloned, since autograd refuses them.
+        """
+        plain = dict(batch) if isinstance(batch, Mapping) and self.forward_fn is None else batch
+        if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(plain)):
+            return plain
+        return pytree.tree_map_only(Tensor, lambda leaf: leaf.clone() if leaf.is_inference() else leaf, plain)
 
     def _parts(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         length = len(batch) if isinstance(batch, (tuple, list)) else 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import EstimationError
 from ..fisher import Fisher
@@ -44,6 +45,11 @@ class SampleEstimate(Estimate):
 
     def step(self, batch: Any) -> None:
         """Add the squares of every sample of a batch."""
+        if any(isinstance(leaf, Tensor) and "sparse" in str(leaf.layout) for leaf in pytree.tree_leaves(batch)):
+            raise EstimationError(
+                f"batch {self._totals.steps} holds a sparse tensor, which cannot be cut into samples: pass "
+                'tensor.to_dense(), or take estimator="batch"'
+            )
         samples = count(batch)
         if self._learned is None or (self._learned.samples < FEWEST <= samples):
             self._learned = learn(self._job, batch, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from ..arguments import check_count
+from ..arguments import check_count, check_number
 from ..errors import ArgumentError, EstimationError
-
-Fold = Callable[[str, Tensor, float], None]  # a parameter's name, its gradient, and the number to divide that by
+from .totals import Totals
 
 
 class _Stream:
-    """What the hooks of one `in_backward` share: which backward is running, and what to do when it ends."""
+    """What the hooks of one `in_backward` share: which backward is running, and what to do when it ends.
+
+    A backward that raises tells nobody. So what is to be called at its end is held by that backward alone, and gone
+    when that is.
+    """
 
     def __init__(
         self,
@@ -26,13 +30,13 @@ class _Stream:
         every: int,
         scale: float | Callable[[], float],
         free: bool,
-        fold: Fold,
-        stepped: Callable[[], None],
+        totals: Totals,
     ) -> None:
-        self.parameters, self.every, self._scale, self.free = parameters, every, scale, free
-        self._fold, self._stepped = fold, stepped
+        self._parameters, self._every, self._scale, self._free, self._totals = parameters, every, scale, free, totals
         self.backwards = 0  # completed
-        self._running = False
+        self._running = self._added = False  # a backward is under way; something of it has been added
+        self._task = 0  # its number, or that of one nested in it; torch's numbers ascend
+        self._end: Callable[[], object] = lambda: None  # what is called when it ends; None where it is gone
         self._factor = 1.0
         self._late: dict[str, None] = {}  # hold a gradient from earlier backwards of this mini-batch
 
@@ -41,51 +45,93 @@ class _Stream:
         return lambda parameter: self._arrived(name, parameter)
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
+        self._totals.check_right()
+        if self._running and self._is_another():
+            self._broken()
         if not self._running:
-            self._running = True
-            self._factor = float(self._scale() if callable(self._scale) else self._scale)
+            self._factor = check_scale(self._scale() if callable(self._scale) else self._scale)
+            self._running, self._added, self._task = True, False, torch._C._current_graph_task_id()
             self._await_end()
-        if (self.backwards + 1) % self.every:
+        if (self.backwards + 1) % self._every:
             self._late[name] = None
         else:
             self._late.pop(name, None)
             self._take(name, parameter)
 
+    def _is_another(self) -> bool:
+        """Whether this backward is not the one that was running, which must have raised."""
+        return self._end() is None or (torch._C._current_graph_task_id() > self._task and _enclosing() is None)
+
+    def _broken(self) -> None:
+        self._totals.spoil("a backward raised while its gradients streamed")
+        self._totals.check_right()
+
     def _await_end(self) -> None:
         """Have `_ended` called after the outermost backward; one nested in it (checkpointing) is not a step."""
         node = _enclosing()
+        ending = _Ending(self._ended if node is None else self._outlived)
+        self._end = weakref.ref(ending)
+        torch.autograd.Variable._execution_engine.queue_callback(ending)
         if node is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
             return
         following = next(n for n, _ in node.next_functions if n is not None)  # runs later, in the backward around this
 
         def reached(_: Any) -> None:
             handle.remove()
-            self._await_end()
+            if self._running and torch._C._current_graph_task_id() < self._task:
+                self._await_end()
 
         handle = following.register_prehook(reached)
 
+    def _outlived(self) -> None:
+        """A nested backward has ended well. Until the one around it is met, there is no end to be watched."""
+        self._end = lambda: self
+
     def _ended(self) -> None:
-        self._running = False
         self.backwards += 1
-        if self.backwards % self.every == 0:
+        if self.backwards % self._every == 0:
             for name in self._late:
-                self._take(name, self.parameters[name])
+                self._take(name, self._parameters[name])
             self._late.clear()
-            self._stepped()
+            self._totals.count(0)
+        self._running = False
 
     def _take(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        self._fold(name, parameter.grad, self._factor)
-        if self.free:
+        self._totals.add({name: parameter.grad}, scale=self._factor)
+        self._added = True
+        if self._free:
             parameter.grad = None
 
-    def drop(self) -> None:
-        """Clear the gradients of an incomplete mini-batch."""
-        if self.free:
-            for name in self._late:
-                self.parameters[name].grad = None
+    def close(self, raised: bool) -> None:
+        """After the last backward: `raised` says that an error is under way, which then counts.
+
+        Raises:
+            EstimationError: a backward raised, or the last mini-batch lacks some.
+
+        """
+        if self._running and (self._added or not raised):
+            if not raised:
+                self._broken()
+            self._totals.spoil("a backward raised while its gradients streamed")
+        if self._free:
+            for name in self._late:  # of an incomplete mini-batch
+                self._parameters[name].grad = None
+        if (rest := self.backwards % self._every) and not raised:
+            raise EstimationError(
+                f"{rest} of {self._every} backward passes of the last mini-batch were made: it was left out"
+            )
+
+
+class _Ending:
+    """What a backward calls when it ends, and drops when it raises."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def __call__(self) -> None:
+        self._then()
 
 
 def _enclosing() -> Any:
@@ -104,35 +150,45 @@ def in_backward(
     every: int,
     scale: float | Callable[[], float],
     free: bool,
-    fold: Fold,
-    stepped: Callable[[], None],
+    totals: Totals,
 ) -> Iterator[None]:
-    """Call `fold` from post-accumulate-grad hooks, at every `every`-th backward, and `stepped` after each of these.
+    """Add gradients from post-accumulate-grad hooks, at every `every`-th backward, and count a step after each such.
 
     A backward counts if at least one of the parameters takes part in it.
 
     Raises:
-        ArgumentError: `every` is not a whole number of at least 1.
-        EstimationError: a parameter holds a gradient on entry; on exit, the last backwards are fewer than `every`.
+        ArgumentError: `every` is not a whole number of at least 1, or `scale` is not a finite number above 0.
+        EstimationError: a parameter holds a gradient on entry; on exit, the last backwards are fewer than `every`, or a
+            backward raised, after which the sum is spoilt: an error at the next backward too.
 
     """
     check_count("every", every)
+    if not callable(scale):
+        check_scale(scale)
     for name, p in parameters.items():
         if p.grad is not None:
             raise EstimationError(f"parameter {name!r} holds a gradient already: set .grad to None before streaming")
-    stream = _Stream(parameters, every, scale, free, fold, stepped)
+    stream = _Stream(parameters, every, scale, free, totals)
     handles: list[Any] = []
+    raised = True
     try:
         for name, p in parameters.items():
             if p.requires_grad:
                 handles.append(p.register_post_accumulate_grad_hook(stream.hook(name)))
         yield
+        raised = False
     finally:
         for handle in handles:
             handle.remove()
-    if rest := stream.backwards % every:
-        stream.drop()
-        raise EstimationError(f"{rest} of {every} backward passes of the last mini-batch were made: it was left out")
+        stream.close(raised)
+
+
+def check_scale(value: Any) -> float:
+    """What a loss was multiplied by; an ArgumentError where it is not a finite number above 0."""
+    number = check_number("scale", value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+    if number == 0:
+        raise ArgumentError("scale is 0, expected a finite number above 0")
+    return number
 
 
 @contextmanager
@@ -150,6 +206,8 @@ def at_steps(optimizer: torch.optim.Optimizer, collect: Callable[[float], None])
         raise ArgumentError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
 
     def before(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if _inside_step(stepping):
+            return
         found: Any = getattr(stepping, "found_inf", None)  # a GradScaler sets it on fused optimisers only
         if found is not None and bool(found):
             return
@@ -161,3 +219,13 @@ def at_steps(optimizer: torch.optim.Optimizer, collect: Callable[[float], None])
         yield
     finally:
         handle.remove()
+
+
+def _inside_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step that calls its base class's has begun already: torch calls the hooks of both."""
+    code = getattr(type(optimizer).step, "__code__", None)
+    frame, steps = sys._getframe(1), 0
+    while frame is not None:
+        steps += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return steps > 1

@@ -5,12 +5,12 @@ Whatever reaches a kernel on its way into the sum is checked here, and the sum b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..errors import DeviceError, EstimationError, FiunError, LayoutError
+from ..errors import DeviceError, DTypeError, EstimationError, FiunError, LayoutError
 from ..fisher import Fisher, Provenance
 from ..kernels import select
 from ..layout import Layout
@@ -61,6 +61,7 @@ class Totals:
         self.kernels = select(backend, self._device.type)
         self._begin()
 
+    @torch.inference_mode(False)  # a sum is written to later, in whatever mode the caller is then
     def _begin(self) -> None:
         self.buffer = torch.zeros(self.layout.numel, dtype=self._dtype, device=self._device)
         check_addressable("the sum", self.buffer)  # under FakeTensorMode all that is made is fake
@@ -68,13 +69,25 @@ class Totals:
         self._flat = {name: view.view(-1) for name, view in self.views.items()}
         self._shapes = {name: view.shape for name, view in self.views.items()}
         self.steps = self.samples = 0
+        self._spoilt = ""
 
     def count(self, samples: int) -> None:
         """Count one more step, with this many samples."""
         self.steps += 1
         self.samples += samples
 
-    def add(self, gradients: Mapping[str, Tensor], *, zero: bool = False, scale: float = 1.0) -> None:
+    def spoil(self, why: str) -> None:
+        """Say that the sum has become wrong, as by part of a gradient: `add` and `fisher` are errors from now on."""
+        self._spoilt = self._spoilt or why
+
+    def check_right(self) -> None:
+        """Raise an EstimationError where the sum was spoilt."""
+        if self._spoilt:
+            raise EstimationError(f"{self._spoilt}: the sum is wrong now, and has to be begun anew")
+
+    def add(
+        self, gradients: Mapping[str, Tensor], *, zero: bool = False, scale: float = 1.0, samples: int | None = None
+    ) -> None:
         """Add |g|^power for some parameters' gradients; all are checked before anything is added.
 
         Args:
@@ -82,14 +95,17 @@ class Totals:
                 dense.
             zero: set the gradients to zero in the same pass.
             scale: number by which the gradients are divided first; not together with `zero`.
+            samples: count a step with this many samples; None: count none.
 
         Raises:
             FiunError: a gradient has no plain memory of its own; the message names its parameter.
             LayoutError: a gradient has another shape than the parameter had when the sum began.
             DeviceError: a gradient is on another device.
             DTypeError: a gradient has a dtype that the backend does not support.
+            EstimationError: the sum was spoilt, by an earlier call that was interrupted.
 
         """
+        self.check_right()
         if not self.views:  # `fisher` returned the buffer itself
             self._begin()
         strided, sparse, into = [], [], []
@@ -107,11 +123,19 @@ class Totals:
             check_writable((f"the gradient of {name!r}" for name in gradients), strided)
         if scale != 1:
             strided = [gradient / scale for gradient in strided]
-        self.kernels.accumulate(strided, into, self._power, zero)
-        if zero and sparse:  # the kernel has set dense copies to zero
-            with torch.no_grad():
-                for gradient in sparse:
-                    gradient.zero_()
+        try:
+            self.kernels.accumulate(strided, into, self._power, zero)
+            if samples is not None:
+                self.count(samples)
+            if zero and sparse:  # the kernel has set dense copies to zero
+                with torch.no_grad():
+                    for gradient in sparse:
+                        gradient.zero_()
+        except DTypeError:  # said before anything is added
+            raise
+        except BaseException:
+            self.spoil("an update was interrupted half way")
+            raise
 
     def _misfit(self, name: str, gradient: Tensor) -> FiunError:
         if gradient.device != self._device:
@@ -165,9 +189,10 @@ class Totals:
             in_place: divide the sum itself and return it, without a second buffer; later additions start a new sum.
 
         Raises:
-            EstimationError: nothing was added.
+            EstimationError: nothing was added, or the sum was spoilt.
 
         """
+        self.check_right()
         number = self.samples if self._estimator in BY_SAMPLE else self.steps
         check_not_empty(number, self._empty)
         record = Provenance(self._estimator, self.steps, self.samples, {} if how is None else how)
@@ -179,16 +204,27 @@ class Totals:
 
 
 def check_parameters(parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:
-    """Raise a FiunError unless all have plain memory of their own on one device, and a given layout's shapes."""
+    """Raise a FiunError unless all have plain memory on one device, may have gradients, and fit a given layout."""
     for name, p in parameters.items():
         if (flaw := flaw_of(p)) is not None:
             raise flaw.raised(f"parameter {name!r}")
     check_one_device(parameters, lambda name: f"parameter {name!r}")
+    check_no_inference(parameters.items())
     for name, p in parameters.items():
         if layout is not None and p.shape != layout[name].shape:
             raise LayoutError(
                 f"parameter {name!r} has shape {list(p.shape)}, expected {list(layout[name].shape)}, its shape when "
                 "the sum began"
+            )
+
+
+def check_no_inference(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise an EstimationError for the first tensor that was made under torch.inference_mode: autograd refuses it."""
+    for name, tensor in named:
+        if tensor.is_inference():
+            raise EstimationError(
+                f"{name!r} was made under torch.inference_mode(), which no gradient may pass: make the model outside "
+                "it, or copy it there, copy.deepcopy(model)"
             )
 
 

@@ -80,7 +80,8 @@ class _Dampening(Launch):
                     finite = merged.isfinite() & original.isfinite()
                     counts[node] += torch.stack([selected.sum(), (selected & (new == 0)).sum(), (~finite).sum()])
                     if not dry_run:
-                        theta.copy_(torch.where(selected, new, theta))
+                        with torch.inference_mode() if theta.is_inference() else torch.no_grad():
+                            theta.copy_(torch.where(selected, new, theta))
 
 
 class _Histogram(Histogram):

@@ -272,7 +272,7 @@ def test_files_that_are_no_logs(tmp_path):
     with pytest.raises(ff.UndoFileError, match="truncated or not an undo log"):
         ff.UndoLog.load(tmp_path / "cut")
     fisher_of(models["a"], 1).save(tmp_path / "fisher")
-    with pytest.raises(ff.UndoFileError, match=r"not an undo log of this package \(format fiun_fast.fisher/1"):
+    with pytest.raises(ff.UndoFileError, match=r"not an undo log of this package \(format fiun_fast.fisher/2"):
         ff.UndoLog.load(tmp_path / "fisher")
     record = {"node": "a", "name": "w", "shape": [3], "dtype": "float32", "after": 0}
     for index, old in ([3], [1.0]), ([-1], [1.0]), ([0], [1.0, 2.0]):

@@ -68,6 +68,16 @@ def test_every_case_is_as_in_the_textbook(backend, case):
     assert all(map(same_bits, fishers, after)), "a Fisher was changed"
 
 
+def test_infinite_weights_become_nan_where_the_original_fisher_is_zero(backend):
+    """As in the textbook: the factor is 0, and inf * 0 is NaN. They count as selected, and not as zeroed."""
+    for case in CASES:
+        if case.values == "infinite":
+            problem = build(case, backend.device)
+            report = problem.plan(backend.name).run_()
+            assert all(t.isnan().all() for t in problem.state().values())
+            assert (report.selected, report.zeroed) == (sum(t.numel() for t in problem.state().values()), 0)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if not c.exact and c.values == "random"], ids=lambda case: case.id)
 def test_sums_and_powers_are_close_to_the_float64_truth(backend, case):
     problem = build(case, backend.device, seed=1)

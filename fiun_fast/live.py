@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .compiling import ReachedNode
 from .dag import ForgetRequest, Model
-from .errors import LayoutError
+from .errors import ArgumentError, LayoutError
 from .fisher import Fisher, all_fit
 from .memory import Container, Home, Homes, all_held, all_plain, check_addressable, check_writable, has_no_shape
 
@@ -85,8 +85,7 @@ class LiveMemory:
             LayoutError: it has no shape.
 
         """
-        models = [self._nodes[i].model for i in nodes]
-        described = Described(nodes, names, *self._places(models, names))
+        described = Described(nodes, names, *self._places(nodes, names))
         self._place[nodes, 0] = len(self._described)
         self._place[nodes, 1] = np.arange(len(nodes))
         self._described.append(described)
@@ -208,12 +207,13 @@ class LiveMemory:
         )
 
     def _places(
-        self, models: Sequence[Model], names: Sequence[str]
+        self, nodes: Sequence[int], names: Sequence[str]
     ) -> tuple[list[list[Container | None]], list[list[str]]]:
-        """For each name and model the mapping that holds such a tensor, and its key there; None where no mapping does.
+        """For each name and node the mapping that holds such a tensor, and its key there; None where no mapping does.
 
         In a module that is the `_parameters` of a submodule, and the last part of the name.
         """
+        models: list[Model] = [self._nodes[i].model for i in nodes]
         containers: list[list[Container | None]] = []
         keys: list[list[str]] = []
         inside = [isinstance(model, nn.Module) for model in models]
@@ -224,7 +224,14 @@ class LiveMemory:
         for name in names:
             path, _, key = name.rpartition(".")
             if path not in owned:
-                owned[path] = [None if owner is None else owner._parameters for owner in self._owners(owners, path)]
+                its = self._owners(owners, path)
+                if any(isinstance(owner, torch.jit.ScriptModule) for owner in its):
+                    i = next(i for i, o in zip(nodes, its, strict=True) if isinstance(o, torch.jit.ScriptModule))
+                    raise ArgumentError(
+                        f"node {self._nodes[i].name!r}: {path!r} is a TorchScript module; "
+                        "put the module that it was made from in its place"
+                    )
+                owned[path] = [None if owner is None else owner._parameters for owner in its]
             if all(inside):
                 containers.append(owned[path])
                 keys.append([key] * len(models))

@@ -381,6 +381,14 @@ def test_one_bad_node_stops_the_whole_plan(spoil, error, message):
     assert all(torch.equal(v, before[k]) for k, v in snapshot({n: models[n] for n in "abc"}).items())
 
 
+def test_a_part_in_torchscript_is_named():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Sequential(torch.jit.script(nn.Linear(2, 2))))
+    whole, first = fisher_of(model, 1), fisher_of(model, 1, "0.*")
+    with pytest.raises(ff.ArgumentError, match=r"node 'model': '1\.0' is a TorchScript module"):
+        ff.dampen_(model, whole, whole)
+    ff.dampen_(model, first, first)
+
+
 def test_shared_memory_between_nodes_or_with_a_fisher():
     dag, models, requests = family()
     models["c"][0].weight = models["b"][0].weight

@@ -349,6 +349,12 @@ class Trials:
         self._plan, self._log = plan, log
         self._memory, self._lowest = plan._memory, plan._dampening.alpha.copy()
         self._changed = self._ended = False
+        self._fishers = self._versions()
+
+    def _versions(self) -> list[int]:
+        """Which state of their Fishers the trials began with; the log holds what these select."""
+        fishers = [owner.fisher for owner in (*self._plan._nodes, *self._plan._requests)]
+        return [-1 if fisher.buffer.is_inference() else fisher.buffer._version for fisher in fishers]
 
     def run(self, *, alpha: PerNode | None = None, lam: PerNode | None = None, dry_run: bool = False) -> Report:
         """Restore what an earlier trial changed, then run the plan with these values.
@@ -380,6 +386,10 @@ class Trials:
                     )
             if plan._memory is not self._memory or self._memory.moved():
                 raise UndoError("parameters or Fishers were moved or replaced since these trials began")
+            if self._versions() != self._fishers:
+                raise UndoError(
+                    "a Fisher was changed since these trials began, and their log was made with the old one"
+                )
         plan._take_values(*values)
         self._changed = not dry_run
         return plan._run(dry_run)

@@ -123,8 +123,12 @@ class Totals:
             check_writable((f"the gradient of {name!r}" for name in gradients), strided)
         if scale != 1:
             strided = [gradient / scale for gradient in strided]
+        # one tensor may be the gradient of two parameters: the first must not clear what the second is to count
+        at_once = zero and len({gradient.data_ptr() for gradient in strided}) == len(strided)
         try:
-            self.kernels.accumulate(strided, into, self._power, zero)
+            self.kernels.accumulate(strided, into, self._power, at_once)
+            if zero and not at_once:
+                torch._foreach_zero_(strided)
             if samples is not None:
                 self.count(samples)
             if zero and sparse:  # the kernel has set dense copies to zero

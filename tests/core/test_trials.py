@@ -106,6 +106,17 @@ def test_a_fisher_replaced_during_trials_is_noticed(problem):
     assert same(before, problem.state())
 
 
+def test_a_fisher_filled_in_place_during_trials_is_noticed(problem):
+    plan, before = problem.plan(None), problem.state()
+    with plan.trials(alpha=1.0) as trials:
+        trials.run(alpha=1.5)
+        problem.forgets[0].buffer.mul_(1000)
+        with pytest.raises(ff.UndoError, match="a Fisher was changed since these trials began"):
+            trials.run(alpha=1.5)
+        trials.run(alpha=1.5, dry_run=True)
+    assert same(before, problem.state())
+
+
 def test_a_model_moved_during_trials_is_an_error_at_the_end(problem):
     plan = problem.plan(None)
 

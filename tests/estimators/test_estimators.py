@@ -71,6 +71,18 @@ def test_accumulator_in_a_training_loop_agrees():
     assert accumulator.result().provenance.steps == 4
 
 
+def test_one_tensor_may_be_the_gradient_of_two_parameters():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    gradient = torch.randn(4, 4)
+    expected = (gradient**2).repeat(2, 1).flatten()
+    for p in model.parameters():
+        p.grad = gradient
+    accumulator = ff.FisherAccumulator(model)
+    accumulator.update(zero_grads=True)
+    assert torch.equal(accumulator.result().buffer, expected)
+    assert not gradient.any()
+
+
 def test_zero_grads_clears_in_the_same_pass():
     model = net().eval()
     x, y = batches(1)[0]

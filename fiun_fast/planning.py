@@ -353,7 +353,7 @@ class Trials:
 
     def _versions(self) -> list[int]:
         """Which state of their Fishers the trials began with; the log holds what these select."""
-        fishers = [owner.fisher for owner in (*self._plan._nodes, *self._plan._requests)]
+        fishers = [node.fisher for node in self._plan._nodes] + [one.fisher for one in self._plan._requests]
         return [-1 if fisher.buffer.is_inference() else fisher.buffer._version for fisher in fishers]
 
     def run(self, *, alpha: PerNode | None = None, lam: PerNode | None = None, dry_run: bool = False) -> Report:

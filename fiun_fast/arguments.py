@@ -41,8 +41,8 @@ def listed(dtypes: Iterable[torch.dtype]) -> str:
 def check_one_of(what: str, value: object, known: Iterable[str]) -> None:
     """Raise an ArgumentError that lists what is known, where `value` is not among it."""
     known = tuple(known)
-    if value not in known:
-        raise ArgumentError(f"{what} is {value!r}, expected one of {', '.join(known)}")
+    if not isinstance(value, str) or value not in known:
+        raise ArgumentError(f"{what} is {value!r:.80}, expected one of {', '.join(known)}")
 
 
 def check_number(what: str, value: object, dtype: torch.dtype = torch.float64) -> float:

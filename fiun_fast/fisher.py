@@ -14,6 +14,7 @@ import torch
 from . import files, optimizer_state
 from .arguments import FISHER_DTYPES, MERGE_RULES, MergeRule, check_number, check_one_of, short
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
+from .guards import denormals_kept
 from .kernels import select
 from .kernels.table import Merging
 from .layout import Layout, Params, select_parameters
@@ -69,6 +70,7 @@ class Fisher:
         self.provenance = provenance
 
     @classmethod
+    @denormals_kept()
     def from_dict(cls, values: Mapping[str, torch.Tensor], provenance: Provenance = UNKNOWN) -> Fisher:
         """Build from name -> tensor in the parameter's shape. Copies; half precision becomes float32.
 
@@ -206,6 +208,7 @@ class Fisher:
         self.check_memory("Fisher")
         return self.layout.views(self.buffer)
 
+    @denormals_kept()
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Fisher:
         """The same Fisher on another device or in float32/float64; itself where nothing changes."""
         self.check_memory("Fisher")

@@ -38,17 +38,24 @@ def signals_deferred() -> Iterator[None]:
         yield
         return
     caught: list[tuple[Callable[[int, Any], Any], int, Any]] = []
+    over: list[bool] = []
     with ExitStack() as stack:
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler):
 
                 def note(number: int, frame: Any, handler: Callable[[int, Any], Any] = handler) -> None:
-                    caught.append((handler, number, frame))
+                    if over:  # putting handlers back was itself interrupted, by one that was back already
+                        handler(number, frame)
+                    else:
+                        caught.append((handler, number, frame))
 
                 stack.callback(signal.signal, number, handler)
                 signal.signal(number, note)
-        yield
+        try:
+            yield
+        finally:
+            over.append(True)
     for handler, number, frame in caught:
         handler(number, frame)
 
@@ -62,11 +69,12 @@ def denormals_kept() -> Iterator[None]:
     if _TINY * _ONE != 0:
         yield
         return
-    threads = torch.get_num_threads()
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)
+    with alone:  # threads that begin meanwhile take over the number of this one
+        threads = torch.get_num_threads()
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_flush_denormal(True)

@@ -69,6 +69,10 @@ class Layout:
     """
 
     __slots__ = ("_hash", "_segments", "names", "numel")
+    _hash: int
+    _segments: dict[str, Segment]
+    names: tuple[str, ...]
+    numel: int
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], shards: Mapping[str, Shard] | None = None) -> None:
         if not isinstance(shapes, Mapping):
@@ -79,17 +83,32 @@ class Layout:
         for name in parts:
             if name not in shapes:
                 raise LayoutError(f"a shard of {name!r}, which is not in the layout{near(name, shapes)}")
-        self._segments: dict[str, Segment] = {}
+        segments: dict[str, Segment] = {}
         offset = 0
         for name, shape in shapes.items():
+            if not isinstance(name, str):
+                raise ArgumentError(f"parameter name {name!r} is a {type(name).__name__}, expected a string")
             size = _size(name, shape)
-            self._segments[name] = Segment(name, offset, math.prod(size), size, parts.get(name))
+            segments[name] = Segment(name, offset, math.prod(size), size, parts.get(name))
             offset += math.prod(size)
-        self.names: tuple[str, ...] = tuple(self._segments)
-        self.numel: int = offset
         if offset > LARGEST:
             raise LayoutError(f"a layout of {float(min(offset, 10**300)):.1e} elements, expected fewer than 2^63")
-        self._hash = hash(tuple((s.name, s.shape, s.shard) for s in self._segments.values()))
+        contents = hash(tuple((s.name, s.shape, s.shard) for s in segments.values()))
+        for key, value in (("_segments", segments), ("names", tuple(segments)), ("numel", offset), ("_hash", contents)):
+            object.__setattr__(self, key, value)
+
+    def __setattr__(self, key: str, value: object) -> None:
+        """Refuse: buffers are addressed by what a layout says.
+
+        Raises:
+            AttributeError: always.
+
+        """
+        raise AttributeError(f"a Layout does not change ({key}); make another")
+
+    def __delattr__(self, key: str) -> None:
+        """Refuse, as for setting."""
+        raise AttributeError(f"a Layout does not change ({key}); make another")
 
     def __reduce__(self) -> tuple:
         """Pickled by its contents: hashes of strings differ from process to process."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +22,18 @@ _IS_NESTED = attrgetter("is_nested")
 
 
 class Links:
-    """Submodules on the way to parameters: the mapping that holds each, its key there, itself; column by column."""
+    """What is on the way to parameters: the mapping that holds each, its key there, itself; column by column.
+
+    Submodules, and the dicts that modules keep them and their parameters in.
+    """
 
     def __init__(self) -> None:
-        self._containers: list[Mapping[str, nn.Module | None]] = []
+        self._containers: list[Mapping[str, Any]] = []
         self._keys: list[str] = []
-        self._modules: list[nn.Module] = []
+        self._modules: list[Any] = []
 
-    def add(self, containers: Sequence[Mapping[str, nn.Module | None]], key: str, modules: Sequence[nn.Module]) -> None:
-        """Take these down: each mapping holds one of the modules under that key."""
+    def add(self, containers: Sequence[Mapping[str, Any]], key: str, modules: Sequence[Any]) -> None:
+        """Take these down: each mapping holds one of the objects under that key."""
         self._containers += containers
         self._keys += [key] * len(modules)
         self._modules += modules
@@ -67,6 +71,7 @@ class LiveMemory:
     def __init__(self, nodes: Sequence[ReachedNode], requests: Sequence[ForgetRequest]) -> None:
         self._nodes, self._requests = nodes, requests
         self.links = Links()
+        self._layouts = Links()  # of Fishers
         self.parameters: list[Tensor] = []  # all that were bound
         self.owners: dict[int, int] = {}  # id of each of them -> index of its node
         self._described: list[Described] = []
@@ -117,19 +122,24 @@ class LiveMemory:
             column, its_keys = described.containers[s], described.keys[s]
             containers += column if at is None else [column[i] for i in at]
             keys += its_keys if at is None else [its_keys[i] for i in at]
-        found: list[Tensor] = [container[key] for container, key in zip(containers, keys, strict=True)]
-        self._check(nodes, names, found)
+        found: list[Tensor] = [container.get(key) for container, key in zip(containers, keys, strict=True)]  # type: ignore[misc]
+        self._check(nodes, names, containers, found)
         self._homes.add(containers, keys, found)
         self.parameters += found
         self.owners.update(zip(map(id, found), cycle(nodes)))
         return [found[i : i + len(nodes)] for i in range(0, len(found), len(nodes))]
 
-    def _check(self, nodes: Sequence[int], names: Sequence[str], tensors: list[Tensor]) -> None:
+    def _check(
+        self, nodes: Sequence[int], names: Sequence[str], containers: Sequence[Container], tensors: list[Tensor]
+    ) -> None:
         """Refuse what has no plain memory or is not contiguous; note what torch did not allocate. [names x nodes]."""
 
         def label(k: int) -> str:
             return self._label(nodes[k % len(nodes)], names[k // len(nodes)])
 
+        for k, container in enumerate(containers):
+            if type(container) is not dict and container.get(names[k // len(nodes)]) is not tensors[k]:
+                raise LayoutError(f"{label(k)}: the mapping makes it anew when it is asked for; pass what holds it")
         if not all_plain(tensors):
             for k, tensor in enumerate(tensors):
                 check_addressable(label(k), tensor)
@@ -173,7 +183,7 @@ class LiveMemory:
 
     def moved(self) -> bool:
         """Whether any submodule, parameter or Fisher was replaced, or lies otherwise than it did at `settle`."""
-        return self.links.replaced() is not None or self._homes.moved()
+        return any(links.replaced() is not None for links in (self.links, self._layouts)) or self._homes.moved()
 
     def check_writable(self) -> None:
         """Raise a LayoutError where a parameter lies in memory that is mapped read-only."""
@@ -202,6 +212,7 @@ class LiveMemory:
     def _watch(self, fishers: Sequence[Fisher]) -> None:
         new = {id(fisher): fisher for fisher in fishers if id(fisher) not in self._fishers}
         self._fishers |= new.keys()
+        self._layouts.add([vars(f) for f in new.values()], "layout", [f.layout for f in new.values()])
         self._homes.add(
             [vars(fisher) for fisher in new.values()], ["buffer"] * len(new), [fisher.buffer for fisher in new.values()]
         )
@@ -232,6 +243,8 @@ class LiveMemory:
                         "put the module that it was made from in its place"
                     )
                 owned[path] = [None if owner is None else owner._parameters for owner in its]
+                there = [owner for owner in its if owner is not None]
+                self.links.add([vars(o) for o in there], "_parameters", [o._parameters for o in there])
             if all(inside):
                 containers.append(owned[path])
                 keys.append([key] * len(models))
@@ -244,13 +257,16 @@ class LiveMemory:
         """The modules at that path, None where there is none; they and those above them become owners, and links."""
         if path not in owners:
             above, _, key = path.rpartition(".")
-            held = [None if parent is None else parent._modules for parent in self._owners(owners, above)]
+            parents = self._owners(owners, above)
+            held = [None if parent is None else parent._modules for parent in parents]
+            there = [parent for parent in parents if parent is not None]
+            self.links.add([vars(p) for p in there], "_modules", [p._modules for p in there])
             children = [None if mapping is None else mapping.get(key) for mapping in held]
             if all(isinstance(child, nn.Module) for child in children):
                 self.links.add(held, key, children)  # type: ignore[arg-type]
             else:
                 children = [child if isinstance(child, nn.Module) else None for child in children]
-                there = [(h, c) for h, c in zip(held, children, strict=True) if h is not None and c is not None]
-                self.links.add([mapping for mapping, _ in there], key, [child for _, child in there])
+                both = [(h, c) for h, c in zip(held, children, strict=True) if h is not None and c is not None]
+                self.links.add([mapping for mapping, _ in both], key, [child for _, child in both])
             owners[path] = children
         return owners[path]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .arguments import OnMismatch, check_number, short
+from .arguments import OnMismatch, check_number
 from .binding import Part, bind
 from .compiling import PerNode, Program, ReachedNode, compile_program, narrowest, values_per_node
 from .dag import ForgetRequest, Model
@@ -24,6 +24,7 @@ from .profile import Profiles, profiles_of, with_squares
 from .ratios import Ratios
 from .report import Audit, Facts, Report
 from .sharing import check_unshared
+from .summary import Traffic, summary, traffic_of
 from .tiles import examine, tiles
 from .undo import Recorder, UndoLog
 
@@ -37,18 +38,7 @@ class Choice:
     score: float
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one run moves where everything is selected; with nothing selected, `theta` falls away."""
-
-    forget: int  # each forget Fisher once a group
-    original: int  # each original Fisher once
-    theta: int  # read and written
-
-    @property
-    def total(self) -> int:
-        """Dense bytes of one run."""
-        return self.forget + self.original + self.theta
+_under_way: weakref.WeakSet[Trials] = weakref.WeakSet()  # of all plans of the process
 
 
 class Plan:
@@ -91,7 +81,6 @@ class Plan:
         self._known = frozenset(node.name for node in nodes) | frozenset(bystanders)
         self._merging, self._dampening = merging, dampening
         self._on_mismatch, self._backend = on_mismatch, backend
-        self._trying = False  # inside `with plan.trials()`
         self._build()
 
     def _build(self) -> None:
@@ -129,9 +118,20 @@ class Plan:
         """
         if dry_run and undo:
             raise ArgumentError("a dry run changes nothing, so there is nothing to undo: leave out dry_run or undo")
-        if self._trying and not dry_run:
-            raise ArgumentError("trials are under way on this plan, and take back only what their own run() did")
-        return self._run(bool(dry_run), undo, audit)
+        with alone:
+            if not dry_run:
+                self._check_no_trials()
+            return self._run(bool(dry_run), undo, audit)
+
+    def _check_no_trials(self) -> None:
+        """Trials take back what they changed, and with it what another run did there meanwhile."""
+        for trials in list(_under_way):
+            owners = trials.memory.owners
+            if trials.plan is self or not owners.keys().isdisjoint(self._memory.owners):
+                raise ArgumentError(
+                    f"trials are under way on {'this plan' if trials.plan is self else 'parameters of this plan'}, and "
+                    "take back only what their own run() did"
+                )
 
     def _run(self, dry_run: bool, undo: bool = False, audit: bool = False) -> Report:
         with alone:
@@ -139,23 +139,22 @@ class Plan:
             if not dry_run:
                 self._memory.check_writable()
             audited = self._audit() if audit else None
-            recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
             counts = {d: torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=d) for d in self._devices}
             alpha, lam = self._dampening.alpha.copy(), self._dampening.lam.copy()
-            log = self._write(counts, dry_run, recorder)
+            log = self._write(counts, dry_run, undo)
             return Report(self._facts, list(counts.values()), alpha, lam, dry_run=dry_run, audit=audited, undo=log)
 
-    def _write(
-        self, counts: Mapping[torch.device, torch.Tensor], dry_run: bool, recorder: Recorder | None
-    ) -> UndoLog | None:
+    def _write(self, counts: Mapping[torch.device, torch.Tensor], dry_run: bool, undo: bool) -> UndoLog | None:
         """Launch everything. Nothing is allocated from here on but by the log, and nothing interrupts."""
         if not dry_run:  # kernels write through addresses; autograd must hear of it
             torch.autograd.graph.increment_version(self._memory.parameters)
-        if recorder is None and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
+        if not undo and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
             self.parts[0].launch.run(counts[self.parts[0].table.device], dry_run)
             return None
+        recorder = None
         try:
             with signals_deferred():  # their handlers run, and may raise, when the block has ended
+                recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
                 for part in self.parts:
                     part.launch.run(counts[part.table.device], dry_run)
                 return None if recorder is None else recorder.seal()
@@ -240,25 +239,29 @@ class Plan:
 
         """
         with alone:
-            if self._trying:
+            if any(trials.plan is self for trials in _under_way):
                 raise ArgumentError("trials are under way on this plan already")
+            self._check_no_trials()
             before = self._dampening.alpha.copy(), self._dampening.lam.copy()
             lowest = self._values(alpha, None)
             self._refresh()
             self._memory.check_writable()
-            self._trying = True
-        try:
-            with alone:
+            try:
                 self._take_values(*lowest)
                 trials = Trials(self, Recorder(self.parts, self.nodes, self._memory).seal())
-            try:
-                yield trials
-            finally:
-                trials.end()
-        finally:
-            with alone:
-                self._trying = False
+            except BaseException:
                 self._take_values(*before)
+                raise
+        try:
+            _under_way.add(trials)
+            yield trials
+        finally:
+            with signals_deferred(), alone:
+                try:
+                    trials.end()
+                finally:
+                    _under_way.discard(trials)
+                    self._take_values(*before)
 
     def profile(self, *, norms: bool = False) -> Profiles:
         """How many elements any alpha would select at each node: {node: SelectionProfile}, in one pass over the plan.
@@ -307,36 +310,10 @@ class Plan:
     @property
     def traffic(self) -> Traffic:
         """Dense bytes of one run, over all launches (docs/architecture.md, cost model)."""
-        forget = original = theta = 0
-        for table in (part.table for part in self.parts):
-            length, k, n = (table.rows[:, column].astype(object) for column in (0, 2, 4))  # Python ints: no overflow
-            assert table.theta_dtype is not None
-            forget += table.fisher_dtype.itemsize * int((length * k).sum())
-            original += table.fisher_dtype.itemsize * int((length * n).sum())
-            theta += 2 * table.theta_dtype.itemsize * int((length * n).sum())
-        return Traffic(forget, original, theta)
+        return traffic_of(self.parts)
 
     def __str__(self) -> str:
-        traffic, elements = self.traffic, sum(numel for *_, numel in self._facts.nodes)
-        groups, rows = (sum(len(getattr(part.table, what)) for part in self.parts) for what in ("groups", "rows"))
-        launches = ", ".join(
-            f"{part.backend.name} on {part.table.device} "
-            f"({short(part.table.theta_dtype)}, Fishers {short(part.table.fisher_dtype)})"
-            for part in self.parts
-            if part.table.theta_dtype is not None
-        )
-        lines = [
-            f"{_count(len(self._nodes), 'node')} of {len(self._known):,}, {_count(elements, 'element')}, "
-            f"{_count(len(self._requests), 'request')}, merged by {self._merging.how}",
-            f"{_count(groups, 'group')}, {_count(rows, 'contiguous run')}, "
-            f"{_count(len(self.parts), 'launch')}: {launches}",
-            f"moves at most {_bytes(traffic.total)} a run: {_bytes(traffic.forget)} forget Fishers, "
-            f"{_bytes(traffic.original)} original Fishers, {_bytes(traffic.theta)} parameters read and written",
-        ]
-        left_out = {name: None for _, _, skipped, _ in self._facts.nodes for name in skipped}
-        if left_out:
-            lines.append(f"left out for another shape or no counterpart: {', '.join(left_out)}")
-        return "\n".join(lines)
+        return summary(self.parts, self._facts, self._merging.how)
 
     def __repr__(self) -> str:
         return f"Plan({len(self._nodes)} nodes, {len(self.parts)} launches)"
@@ -346,14 +323,14 @@ class Trials:
     """What `with plan.trials()` gives: run with values, look at the models, restore; as often as wanted."""
 
     def __init__(self, plan: Plan, log: UndoLog) -> None:
-        self._plan, self._log = plan, log
-        self._memory, self._lowest = plan._memory, plan._dampening.alpha.copy()
+        self.plan, self._log = plan, log
+        self.memory, self._lowest = plan._memory, plan._dampening.alpha.copy()
         self._changed = self._ended = False
         self._fishers = self._versions()
 
     def _versions(self) -> list[int]:
         """Which state of their Fishers the trials began with; the log holds what these select."""
-        fishers = [node.fisher for node in self._plan._nodes] + [one.fisher for one in self._plan._requests]
+        fishers = [node.fisher for node in self.plan._nodes] + [one.fisher for one in self.plan._requests]
         return [-1 if fisher.buffer.is_inference() else fisher.buffer._version for fisher in fishers]
 
     def run(self, *, alpha: PerNode | None = None, lam: PerNode | None = None, dry_run: bool = False) -> Report:
@@ -376,7 +353,7 @@ class Trials:
         if self._ended:
             raise UndoError("these trials have ended: a run after the `with` block would not be taken back")
         self.restore()
-        plan = self._plan
+        plan = self.plan
         values = plan._values(alpha, lam)
         if not dry_run:
             for name, lowest, now in zip(plan.nodes, self._lowest, values[0], strict=True):
@@ -384,7 +361,7 @@ class Trials:
                     raise ArgumentError(
                         f"node {name!r}: alpha {now:g} is below {lowest:g}, the lowest that trials(alpha=…) announced"
                     )
-            if plan._memory is not self._memory or self._memory.moved():
+            if plan._memory is not self.memory or self.memory.moved():
                 raise UndoError("parameters or Fishers were moved or replaced since these trials began")
             if self._versions() != self._fishers:
                 raise UndoError(
@@ -430,16 +407,3 @@ def _facts(program: Program, parts: list[Part], known: frozenset[str], merging: 
         tuple((r.origin, float(r.weight), weakref.ref(r.fisher)) for r in program.requests),
         {node.name: weakref.ref(node.fisher) for node in program.nodes},
     )
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("ch") else "s")
-
-
-def _bytes(n: int) -> str:
-    size, unit = float(n), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{n} B" if unit == "B" else f"{size:.3g} {unit}"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
+from .guards import alone, signals_deferred
 from .layout import Layout, Params, select_parameters
 from .memory import check_addressable, check_disjoint, span
 
@@ -105,6 +106,7 @@ def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def _move(layout: Layout, buffer: torch.Tensor, parameters: Mapping[str, torch.nn.Parameter]) -> None:
     """Copy the parameters into the buffer, [numel], and make them views of it."""
-    for name, view in layout.views(buffer).items():
-        view.copy_(parameters[name].detach())
-        parameters[name].data = view
+    with alone, signals_deferred():  # a run that another thread is in may be writing to the old memory
+        for name, view in layout.views(buffer).items():
+            view.copy_(parameters[name].detach())
+            parameters[name].data = view

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from .dag import InheritanceDAG, Model, check_model
 from .errors import ArgumentError, DTypeError, LayoutError, UndoError
 from .guards import alone, denormals_kept, signals_deferred
 from .live import Links, LiveMemory
-from .memory import check_addressable, check_writable, place_of
+from .memory import check_addressable, check_disjoint, check_writable, place_of, span
 from .tiles import possible_selection, tiles
 from .undo_file import BITS, Entry
 
@@ -152,6 +153,8 @@ class UndoLog:
                 raise LayoutError(f"{entry.where}: in the log, but not in the model")
             _check(entry, parameter)
             parameters.append(parameter)
+        spans = np.array([span(parameter) for parameter in parameters], dtype=np.int64).reshape(-1, 2)
+        check_disjoint(spans[:, 0], spans[:, 1], lambda i: self._entries[i].where)
         return parameters
 
     def _check_unchanged(self, flats: list[Tensor]) -> None:

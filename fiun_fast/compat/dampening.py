@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fiun_fast as ff
+from fiun_fast.guards import alone, denormals_kept, signals_deferred
+from fiun_fast.memory import check_disjoint, span
 
 from .importances import as_fisher
 
@@ -64,13 +67,17 @@ def dampen(
     plan = ff.plan(
         dag, requests, alpha=numbers.alpha, lam=numbers.lam, exponent=numbers.exponent, cap=numbers.cap, backend=backend
     )
-    report = plan.run_(**options)
-    if not options["dry_run"]:
-        with torch.no_grad():
+    with alone, signals_deferred():
+        report = plan.run_(**options)
+        if not options["dry_run"]:
             for name, copy in dense.items():
-                with torch.inference_mode() if parameters[name].is_inference() else torch.no_grad():
-                    parameters[name].copy_(copy)
+                _write(parameters[name], copy)
     return report
+
+
+def _write(parameter: Tensor, values: Tensor) -> None:
+    with torch.inference_mode() if parameter.is_inference() else torch.no_grad():
+        parameter.copy_(values)
 
 
 def _part(values: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> ff.Fisher:
@@ -85,9 +92,15 @@ def dampen_in_half_precision(
     numbers: Numbers,
 ) -> None:
     """The published chain, every step rounded to the importances' dtype: what the kernels deliberately do not do."""
-    for name, p in model.named_parameters():
-        if name in original:
+    parameters = {name: p for name, p in model.named_parameters() if name in original}
+    names, spans = list(parameters), np.array([span(p) for p in parameters.values()], dtype=np.int64).reshape(-1, 2)
+    check_disjoint(spans[:, 0], spans[:, 1], lambda i: f"parameter {names[i]!r}")
+    with alone, denormals_kept():
+        dampened = {}
+        for name, p in parameters.items():
             i, f = original[name].to(p.device), forget[name].to(p.device)
             factor = i.mul(numbers.lam).div(f).pow(numbers.exponent).clamp(max=numbers.cap)
-            with torch.inference_mode() if p.is_inference() else torch.no_grad():
-                p.copy_(torch.where(f > i.mul(numbers.alpha), p * factor, p))
+            dampened[name] = torch.where(f > i.mul(numbers.alpha), p * factor, p)
+        with signals_deferred():
+            for name, values in dampened.items():
+                _write(parameters[name], values)

@@ -48,6 +48,8 @@ class HeadEstimate(Estimate):
         job, met = self._job, []
         if self._layer._forward_hooks or self._layer._forward_pre_hooks:
             raise NotAHead("the layer has hooks, which may change its input or output")
+        if any(p._backward_hooks for p in self._layer.parameters(recurse=False)):
+            raise NotAHead("its parameters have hooks, which may change their gradients")
         hook = self._layer.register_forward_hook(
             lambda _, given, named, output: met.append((*given, *named.values(), output)), with_kwargs=True
         )

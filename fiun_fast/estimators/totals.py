@@ -5,7 +5,8 @@ Whatever reaches a kernel on its way into the sum is checked here, and the sum b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..errors import DeviceError, DTypeError, EstimationError, FiunError, Layout
 from ..fisher import Fisher, Provenance
 from ..kernels import select
 from ..layout import Layout
-from ..memory import check_addressable, check_one_device, check_writable, flaw_of
+from ..memory import check_addressable, check_one_device, check_writable, flaw_of, span
 from .capture import Rows
 
 POWERS = {"batch": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
@@ -124,7 +125,7 @@ class Totals:
         if scale != 1:
             strided = [gradient / scale for gradient in strided]
         # one tensor may be the gradient of two parameters: the first must not clear what the second is to count
-        at_once = zero and len({gradient.data_ptr() for gradient in strided}) == len(strided)
+        at_once = zero and _apart(strided)
         try:
             self.kernels.accumulate(strided, into, self._power, at_once)
             if zero and not at_once:
@@ -202,9 +203,15 @@ class Totals:
         record = Provenance(self._estimator, self.steps, self.samples, {} if how is None else how)
         if not in_place:
             return Fisher(self.buffer / number, self.layout, record)
-        done = Fisher(self.buffer.div_(number), self.layout, record)
+        buffer = self.buffer
         self.buffer, self.views, self._flat, self.steps, self.samples = torch.empty(0), {}, {}, 0, 0
-        return done
+        return Fisher(buffer.div_(number), self.layout, record)
+
+
+def _apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two of them share memory."""
+    spans = sorted(span(tensor) for tensor in tensors if tensor.numel())
+    return all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 def check_parameters(parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:

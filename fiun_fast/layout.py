@@ -227,7 +227,7 @@ def select_parameters(model: torch.nn.Module, params: Params = None) -> dict[str
 
     """
     check_module("model", model)
-    aliases = dict(model.named_parameters(remove_duplicate=False))
+    aliases = dict(every_name(model))
     chosen = {id(p) for p in _chosen(model, aliases, params)}
     selected = {name: p for name, p in model.named_parameters() if id(p) in chosen}
     if not selected:
@@ -238,6 +238,16 @@ def select_parameters(model: torch.nn.Module, params: Params = None) -> dict[str
         if p.dtype not in THETA_DTYPES:
             raise DTypeError(f"parameter {name!r} is {p.dtype}, expected one of {', '.join(map(short, THETA_DTYPES))}")
     return selected
+
+
+def every_name(model: torch.nn.Module, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Each parameter under all its names, in the module's order; a module inside itself is not entered again."""
+    for key, p in model._parameters.items():
+        if p is not None:
+            yield prefix + key, p
+    for key, child in model._modules.items():
+        if child is not None and not any(child is one for one in (*above, model)):
+            yield from every_name(child, f"{prefix}{key}.", (*above, model))
 
 
 def _chosen(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .compiling import ReachedNode
 from .dag import Model
 from .errors import LayoutError
+from .layout import every_name
 from .live import LiveMemory
 from .memory import flaw_of, span
 
@@ -101,7 +102,7 @@ def _label(node: str, model: Model, tensor: Tensor) -> str:
     if not isinstance(model, nn.Module):
         name = next(key for key, value in model.items() if value is tensor)
         return f"node {node!r}, tensor {name!r}"
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in every_name(model):
         if parameter is tensor:
             return f"node {node!r}, parameter {name!r}"
     name = next(name for name, buffer in model.named_buffers(remove_duplicate=False) if buffer is tensor)

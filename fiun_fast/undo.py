@@ -14,6 +14,7 @@ from .binding import Part
 from .dag import InheritanceDAG, Model, check_model
 from .errors import ArgumentError, DTypeError, LayoutError, UndoError
 from .guards import alone, denormals_kept, signals_deferred
+from .layout import every_name
 from .live import Links, LiveMemory
 from .memory import check_addressable, check_disjoint, check_writable, place_of, span
 from .tiles import possible_selection, tiles
@@ -246,7 +247,7 @@ def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, node
 
 def _tensors(model: Model) -> Mapping[str, Tensor]:
     if isinstance(model, torch.nn.Module):  # tied parameters under each of their names: a log has one of them
-        return dict(model.named_parameters(remove_duplicate=False))
+        return dict(every_name(model))
     return model
 
 

@@ -215,3 +215,14 @@ def test_stack_takes_a_scope_and_refuses_models_that_differ():
     with pytest.raises(ff.ArgumentError, match="expected a torch.nn.Module"):
         ff.stack_([one, 5])
     assert addresses == [p.data_ptr() for m in models.values() for p in m.parameters()]
+
+
+def test_modules_may_refer_to_each_other():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 2)))
+    model[1].add_module("above", model)
+    model[0].add_module("self", model[0])
+    assert ff.Layout.from_module(model).names == ("0.weight", "0.bias", "1.0.weight", "1.0.bias")
+    ff.flatten_(model)
+    shared = nn.Linear(2, 2)
+    twice = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared)})
+    assert ff.Layout.from_module(twice, "second.*").names == ("first.weight", "first.bias")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from memory_kinds import SHAPE, fisher
@@ -225,3 +227,47 @@ def test_models_may_be_mappings_of_any_kind(watch):
     with pytest.raises(ff.LayoutError, match="node 'm': the model has no parameter 'w'"):
         plan.run_()
     assert "w" not in model
+
+
+def test_dicts_of_a_module_that_were_exchanged_are_noticed(watch):
+    """As `copy.copy`, `__setstate__` and loaders do it: the objects stay, what they hold is another."""
+    for inner in (False, True):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        layout = ff.Layout.from_module(model)
+        good, bad = ff.Fisher(torch.ones(layout.numel), layout), ff.Fisher(torch.full((layout.numel,), 50.0), layout)
+        dag = ff.InheritanceDAG()
+        dag.add_model("m", model, good)
+        plan = ff.plan(dag, [ff.ForgetRequest("m", bad)])
+        changed = model[0] if inner else model
+        changed.__dict__.update(copy.deepcopy(changed).__dict__)
+        before = [p.detach().clone() for p in model.parameters()]
+        plan.run_()
+        assert not any(map(torch.equal, model.parameters(), before))
+
+
+def test_a_layout_does_not_change_and_another_one_is_noticed(watch):
+    good, bad = fisher(), fisher(50.0)
+    for name, value in (("numel", 3), ("names", ("v",)), ("other", 1)):
+        with pytest.raises(AttributeError, match="does not change"):
+            setattr(good.layout, name, value)
+    with pytest.raises(AttributeError, match="does not change"):
+        del good.layout.numel
+    dag = ff.InheritanceDAG()
+    dag.add_model("m", {"w": torch.ones(SHAPE)}, good)
+    plan = ff.plan(dag, [ff.ForgetRequest("m", bad)])
+    bad.layout = ff.Layout({"v": SHAPE})
+    with pytest.raises(ff.LayoutError, match="v .* only in the forget Fisher"):
+        plan.run_()
+
+
+def test_a_mapping_that_makes_tensors_when_asked_is_refused():
+    class Made(dict):
+        def get(self, key, default=None):
+            return super().get(key, default).clone()
+
+        def __getitem__(self, key):
+            return super().__getitem__(key).clone()
+
+    one = fisher(50.0)
+    with pytest.raises(ff.LayoutError, match="parameter 'w': the mapping makes it anew"):
+        ff.dampen_(Made(w=torch.ones(SHAPE)), fisher(), one)

@@ -295,3 +295,58 @@ def test_denormal_numbers_count_in_every_mode(flushing, backend, numel):
     assert torch.equal(theta, its_theta)
     assert not torch.equal(theta, values)
     assert counts == its_counts
+
+
+def test_a_handler_that_could_not_be_put_back_still_works():
+    """As when a timer's handler raises while the others are put back."""
+    raised = []
+    with signals_deferred():
+        left = signal.getsignal(signal.SIGINT)
+    assert left is not signal.default_int_handler
+    try:
+        left(signal.SIGINT, None)
+    except KeyboardInterrupt:
+        raised.append(True)
+    assert raised
+
+
+@pytest.mark.parametrize("move", [ff.flatten_, lambda model: ff.stack_([model])])
+def test_memory_is_not_moved_under_a_run(move):
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
+    layout = ff.Layout.from_module(model)
+    original, forget = (ff.Fisher(torch.rand(layout.numel), layout) for _ in range(2))
+    dag = ff.InheritanceDAG()
+    dag.add_model("m", model, original)
+    plan = ff.plan(dag, [ff.ForgetRequest("m", forget)], alpha=1.0, lam=1.0)
+    end = time.monotonic() + 0.5
+    errors: list[BaseException] = []
+
+    def moving() -> None:
+        try:
+            while time.monotonic() < end:
+                move(model)
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=moving)
+    worker.start()
+    while time.monotonic() < end:
+        plan.run_()
+    worker.join()
+    assert not errors
+
+
+def test_another_plan_is_refused_where_trials_are_under_way():
+    dag, models, requests = family()
+    before = state(models)
+    plan, other = (ff.plan(dag, requests, alpha=0.5) for _ in range(2))
+    apart, _, its_requests = family()
+    with plan.trials(alpha=0.1) as trials:
+        trials.run()
+        with pytest.raises(ff.ArgumentError, match="under way on parameters of this plan"):
+            other.run_()
+        other.run_(dry_run=True)
+        ff.plan(apart, its_requests, alpha=0.5).run_()
+    assert same(models, before)
+    other.run_()
+    assert not same(models, before)

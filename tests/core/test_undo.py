@@ -250,6 +250,18 @@ def test_models_by_name():
     assert all(torch.equal(bits(other["b"])[k], before[f"b.{k}"]) for k in other["b"] if f"b.{k}" in before)
 
 
+def test_one_model_for_two_nodes_is_refused():
+    dag = ff.InheritanceDAG()
+    models = {name: nn.Linear(3, 2) for name in "ab"}
+    layout = ff.Layout.from_module(models["a"])
+    for name, model in models.items():
+        dag.add_model(name, model, ff.Fisher(torch.ones(layout.numel), layout), parents=["a"] * (name == "b"))
+    report = ff.plan(dag, [ff.ForgetRequest("a", ff.Fisher(torch.full((layout.numel,), 50.0), layout))]).run_(undo=True)
+    with pytest.raises(ff.LayoutError, match=r"node 'a', parameter '\w+' and node 'b', parameter '\w+' share memory"):
+        report.undo.undo_({"a": models["a"], "b": models["a"]}, force=True)
+    report.undo_()
+
+
 def test_a_run_that_selects_nothing_can_be_saved_and_undone(tmp_path):
     model = net(0)
     report = ff.dampen_(model, fisher_of(model, 1), fisher_of(model, 2), alpha=1e30, undo=True)

@@ -71,6 +71,16 @@ def test_accumulator_in_a_training_loop_agrees():
     assert accumulator.result().provenance.steps == 4
 
 
+def test_hooks_of_parameters_count_in_the_head_too():
+    """Masking hooks are a usual way to freeze rows."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[2].weight.register_hook(lambda gradient: gradient * 3)
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
+    whole, head = (ff.estimate_fisher(model, batches, params=params) for params in (None, "last"))
+    assert torch.allclose(whole["2.weight"], head["2.weight"])
+
+
 def test_one_tensor_may_be_the_gradient_of_two_parameters():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     gradient = torch.randn(4, 4)
@@ -81,6 +91,13 @@ def test_one_tensor_may_be_the_gradient_of_two_parameters():
     accumulator.update(zero_grads=True)
     assert torch.equal(accumulator.result().buffer, expected)
     assert not gradient.any()
+    both = torch.randn(20)
+    expected = torch.cat([both[:16], both[4:]]) ** 2
+    model[0].weight.grad, model[1].weight.grad = both[:16].view(4, 4), both[4:].view(4, 4)
+    accumulator = ff.FisherAccumulator(model)
+    accumulator.update(zero_grads=True)
+    assert torch.equal(accumulator.result().buffer, expected)
+    assert not both.any()
 
 
 def test_zero_grads_clears_in_the_same_pass():

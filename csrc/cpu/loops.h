@@ -6,124 +6,24 @@
 
 #if defined(__GNUC__)
 #define FIUN_RESTRICT __restrict__
+#define FIUN_ALWAYS_INLINE inline __attribute__((always_inline))
+#define FIUN_KEEP_LOOP _Pragma("GCC unroll 1")  // else GCC unrolls loops over a few lanes before it can vectorise them
+#define FIUN_UNROLL _Pragma("GCC unroll 16")
+#define FIUN_PREFETCH(address) __builtin_prefetch(address)  // no function: GCC would drop calls of one that does nothing
 #else
 #define FIUN_RESTRICT __restrict
+#define FIUN_ALWAYS_INLINE inline
+#define FIUN_KEEP_LOOP
+#define FIUN_UNROLL
+#define FIUN_PREFETCH(address) (void)(address)
 #endif
 
+#include "vector.h"
+#include "dampen.h"
 #include "squares.h"
 
 namespace fiun {
 namespace FIUN_ISA {
-
-constexpr int64_t line_bytes = 64;
-
-template <class F>
-struct Lane {  // integer as wide as a Fisher's element, so that comparisons add up without repacking
-    using type = int32_t;
-};
-template <>
-struct Lane<double> {
-    using type = int64_t;
-};
-
-#if defined(__GNUC__)
-#define FIUN_KEEP_LOOP _Pragma("GCC unroll 1")  // else GCC unrolls loops over a few lanes before it can vectorise them
-#define FIUN_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
-#else
-#define FIUN_KEEP_LOOP
-#define FIUN_PREFETCH_TO_WRITE(address) (void)(address)
-#endif
-
-// How many of n elements are selected; counts those that are not finite.
-template <class F>
-inline int64_t select_line(const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged, const int n,
-                           const Rule<F>& rule, Counts& counts) {
-    using Int = typename Lane<F>::type;
-    Int selected = 0, nonfinite = 0;
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) {
-        selected += Int(is_selected(original[j], merged[j], rule));
-        nonfinite += 1 - (Int(is_finite(original[j])) & Int(is_finite(merged[j])));
-    }
-    counts.selected += selected;
-    counts.nonfinite += nonfinite;
-    return selected;
-}
-
-// n elements of theta that share a cache line.
-template <bool with_exponent, class T, class F>
-inline void dampen_line(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged,
-                        const int n, const Rule<F>& rule, bool write, Counts& counts) {
-    using Int = typename Lane<F>::type;
-    T next[line_bytes / sizeof(T)];
-    Int zeroed = 0;
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) {
-        const bool chosen = is_selected(original[j], merged[j], rule);
-        const T now = theta[j];
-        if (with_exponent && !chosen) {  // the power is a call, which costs much more than a branch
-            next[j] = now;
-            continue;
-        }
-        const T damped = dampened(now, dampening<with_exponent>(original[j], merged[j], rule));
-        next[j] = pick(chosen, damped, now);
-        zeroed += Int(chosen) & Int(is_zero(damped));
-    }
-    counts.zeroed += zeroed;
-    if (!write) return;
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) theta[j] = next[j];
-}
-
-template <bool with_exponent, class T, class F>
-inline void dampen_few(T* theta, const F* original, const F* merged, int64_t n, const Rule<F>& rule, bool write,
-                       Counts& counts) {
-    if (select_line(original, merged, int(n), rule, counts) > 0) {
-        dampen_line<with_exponent>(theta, original, merged, int(n), rule, write, counts);
-    }
-}
-
-// Theta is neither read nor written on lines where nothing is selected. A block of lines is looked through first, without
-// branches. Where few are selected, blocks are long, so that scattered lines of theta are all on their way from memory
-// before the first is needed; where many are, the hardware sees them coming and what was looked at should stay cached.
-template <bool with_exponent, class T, class F>
-inline Counts dampen_all(T* theta, const F* original, const F* merged, int64_t n, const Rule<F>& rule, bool write) {
-    constexpr int lanes = int(line_bytes / sizeof(T)), long_block = 128, short_block = 16;
-    Counts counts;
-    const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(theta) % line_bytes) / int64_t(sizeof(T));
-    const int64_t head = to_line < n ? to_line : n, whole = head + (n - head) / lanes * lanes;
-    if (head > 0) dampen_few<with_exponent>(theta, original, merged, head, rule, write, counts);
-    bool dense = true;
-    for (int64_t from = head, to; from < whole; from = to) {
-        const int64_t size = (dense ? short_block : long_block) * lanes;
-        to = whole - from < size ? whole : from + size;
-        int64_t touched[long_block];
-        int64_t count = 0;
-        for (int64_t i = from; i < to; i += lanes) {
-            const bool any = select_line(original + i, merged + i, lanes, rule, counts) != 0;
-            touched[count] = i;
-            count += any;
-            if (!dense) FIUN_PREFETCH_TO_WRITE(any ? static_cast<const void*>(theta + i) : touched);
-        }
-        for (int64_t c = 0; c < count; ++c) {
-            const int64_t i = touched[c];
-            dampen_line<with_exponent>(theta + i, original + i, merged + i, lanes, rule, write, counts);
-        }
-        dense = 2 * count * lanes > to - from;
-    }
-    if (whole < n) {
-        dampen_few<with_exponent>(theta + whole, original + whole, merged + whole, n - whole, rule, write, counts);
-    }
-    return counts;
-}
-
-template <class T, class F>
-Counts dampen(void* theta, const void* original, const void* merged, int64_t n, const Dampening& how) {
-    const Rule<F> rule{F(how.alpha), F(how.lam), F(how.exponent), F(how.cap)};
-    const auto all = how.exponent == 1 ? dampen_all<false, T, F> : dampen_all<true, T, F>;
-    return all(static_cast<T*>(theta), static_cast<const F*>(original), static_cast<const F*>(merged), n, rule,
-               how.write);
-}
 
 template <Merge how, class F>
 inline void merge_in(F* FIUN_RESTRICT merged, const F* FIUN_RESTRICT forget, F weight, const int n) {

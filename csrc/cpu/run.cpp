@@ -164,6 +164,8 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
     // of this run alone; nothing is allocated on the threads, where nothing may throw
     const std::unique_ptr<double[]> scratch(new double[size_t(threads * scratch_bytes / int64_t(sizeof(double)))]);
 
+    const Dampening how{limits_.exponent, limits_.cap, write};
+
     auto do_unit = [&](int64_t u, int thread) {
         char* const mine = reinterpret_cast<char*>(scratch.get()) + thread * scratch_bytes;
         Tally tally(counts);
@@ -179,12 +181,18 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
                     merge(mine, sources, table_.weights + row[1], row[2], at, n, merging_.how, merging_.scale);
                     merged = mine;
                 }
-                for (int64_t t = item.first; t < item.last; ++t) {
-                    const int64_t* target = table_.targets + 3 * (row[3] + t);
-                    const int64_t node = target[2];
-                    const Dampening how{limits_.alpha[node], limits_.lam[node], limits_.exponent, limits_.cap, write};
-                    tally.add(node, dampen(reinterpret_cast<char*>(target[0]) + at * theta_bytes,
-                                           reinterpret_cast<const char*>(target[1]) + at * fisher_bytes, merged, n, how));
+                const int64_t* const targets = table_.targets + 3 * row[3];
+                for (int64_t t = item.first; t < item.last; t += nodes_at_once) {
+                    Node nodes[nodes_at_once];
+                    const int count = int(std::min<int64_t>(nodes_at_once, item.last - t));
+                    for (int i = 0; i < count; ++i) {
+                        const int64_t* target = targets + 3 * (t + i);
+                        nodes[i] = {reinterpret_cast<char*>(target[0]) + at * theta_bytes,
+                                    reinterpret_cast<const char*>(target[1]) + at * fisher_bytes,
+                                    limits_.alpha[target[2]], limits_.lam[target[2]]};
+                    }
+                    dampen(nodes, count, merged, n, how);
+                    for (int i = 0; i < count; ++i) tally.add(targets[3 * (t + i) + 2], nodes[i].counts);
                 }
                 at += n;
             }

@@ -11,14 +11,15 @@ namespace FIUN_ISA {
 
 constexpr int64_t line_bytes = 64;
 
-// Lines that go by before the next stream has its turn. Where registers hold the constants of four streams, one; else
-// so many that it costs little to fetch them again.
+// Streams that go side by side, and the lines of each that go by before the next has its turn. As measured: where registers
+// hold the constants of four streams, four and one; else two, and so many lines that fetching the constants costs little.
 #if defined(FIUN_AVX512)
-constexpr int64_t turn = 1;
+constexpr int side_by_side = 4;
+constexpr int64_t turn = 1, ahead = 16;  // lines; ahead: that prefetching goes before
 #else
-constexpr int64_t turn = 8;
+constexpr int side_by_side = 2;
+constexpr int64_t turn = 8, ahead = 8;
 #endif
-constexpr int64_t ahead = 16;  // lines that prefetching is ahead by
 
 template <class F>
 struct Lane {  // integer as wide as a Fisher's element, so that comparisons add up without repacking
@@ -194,11 +195,10 @@ inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lin
     }
 }
 
-// n elements of `count` nodes, at most nodes_at_once, whose parameters lie alike within their lines: four nodes in turns,
-// or each node as four stretches in turns; what is left, line by line.
+// n elements of `count` nodes whose parameters lie alike within their lines: several nodes side by side, or a node as
+// several stretches; what is left, line by line.
 template <bool with_exponent, class T, class F>
 inline void dampen_alike(Node* nodes, int count, const F* merged, int64_t n, const Dampening& how) {
-    static_assert(nodes_at_once == 4, "streams are written out");
     constexpr int64_t size = line_size<T, F>, worth_it = 64;  // lines of a stretch
     const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(nodes[0].theta) % line_bytes) / int64_t(sizeof(T));
     const int64_t head = to_line < n ? to_line : n, lines = (n - head) / size;
@@ -215,23 +215,21 @@ inline void dampen_alike(Node* nodes, int count, const F* merged, int64_t n, con
         node.counts.zeroed += dampen_few<with_exponent>(theta, original, m, int(to - from), rule, how.write);
     };
     for (int i = 0; i < count; ++i) edge(nodes[i], 0, head);
-    int64_t done = 0;  // lines
-    if constexpr (!with_exponent) {  // else the powers take longer than memory
-        const bool together = count == nodes_at_once;
-        const int64_t each = together ? lines / turn * turn : lines / nodes_at_once / turn * turn;
-        if (together || each >= worth_it) {
-            for (int i = 0; i < (together ? 1 : count); ++i) {
-                const int n1 = together ? 1 : i, n2 = together ? 2 : i, n3 = together ? 3 : i;
-                const int64_t next = together ? 0 : each;
-                const Stream<T, F> four[] = {stream(i, 0), stream(n1, next), stream(n2, 2 * next), stream(n3, 3 * next)};
-                dampen_lines<nodes_at_once, with_exponent>(four, each, how);
-            }
-            done = together ? each : nodes_at_once * each;
+    for (int i = 0, step; i < count; i += step) {
+        const bool together = count - i >= side_by_side;
+        const int64_t each = (together ? lines : lines / side_by_side) / turn * turn;
+        int64_t done = 0;  // lines
+        step = together ? side_by_side : 1;
+        if (!with_exponent && (together || each >= worth_it)) {  // powers take longer than memory
+            Stream<T, F> streams[side_by_side];
+            for (int s = 0; s < side_by_side; ++s) streams[s] = together ? stream(i + s, 0) : stream(i, s * each);
+            dampen_lines<side_by_side, with_exponent>(streams, each, how);
+            done = together ? each : side_by_side * each;
         }
-    }
-    for (int i = 0; i < count && done < lines; ++i) {
-        const Stream<T, F> one[] = {stream(i, done)};
-        dampen_lines<1, with_exponent>(one, lines - done, how);
+        for (int s = 0; s < step && done < lines; ++s) {
+            const Stream<T, F> one[] = {stream(i + s, done)};
+            dampen_lines<1, with_exponent>(one, lines - done, how);
+        }
     }
     for (int i = 0; i < count; ++i) edge(nodes[i], head + lines * size, n);
 }

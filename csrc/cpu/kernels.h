@@ -25,7 +25,7 @@ struct Node {
 };
 constexpr int nodes_at_once = 4;
 
-// merged [n]; up to nodes_at_once nodes
+// merged [n]; `count` nodes, up to nodes_at_once
 using DampenLoop = void (*)(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how);
 // out [n] = scale * reduce over k of weights[k] * (sources[k] + offset elements) [n]; how: 0 max, 1 mean, 2 sum
 using MergeLoop = void (*)(void* out, const int64_t* sources, const double* weights, int64_t count, int64_t offset,

@@ -25,47 +25,48 @@
 namespace fiun {
 namespace FIUN_ISA {
 
-template <Merge how, class F>
-inline void merge_in(F* FIUN_RESTRICT merged, const F* FIUN_RESTRICT forget, F weight, const int n) {
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) merged[j] = merged_with(merged[j], forget[j], weight, how);
+// A vector of what was merged so far, and of one more source: `merged_with` of element.h.
+template <Merge how, class V>
+inline V merged_lanes(V so_far, V term) {
+    if constexpr (how != Merge::max) return so_far + term;
+    return select(at_most(so_far, so_far), greater_of(so_far, term), so_far);  // a NaN on either side wins
 }
 
-// n elements that share a cache line: out = what was merged so far (or nothing, if first), merged with K more sources.
+// out = what was merged there so far (or nothing, if first), merged with K more sources, and finished if they are the
+// last. All K streams are read side by side: more of memory is on its way at any time than with one after the other.
 template <Merge how, int K, bool first, class F>
-inline void merge_line(F* FIUN_RESTRICT out, const F* const* sources, const F* weights, int64_t at, const int n) {
-    F merged[line_bytes / sizeof(F)];
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) {
-        const F term = sources[0][at + j];
-        merged[j] = first ? term * weights[0] : merged_with(out[at + j], term, weights[0], how);
+inline void merge_few(F* out, const F* const* sources, const F* weights, int64_t n, int64_t divisor, F scale) {
+    const int64_t whole = n / lanes<F> * lanes<F>;
+    Vector<F> w[K];
+    for (int k = 0; k < K; ++k) w[k] = spread(weights[k]);
+    const Vector<F> divisors = spread(F(divisor)), scales = spread(scale);
+    for (int64_t i = 0; i < whole; i += lanes<F>) {
+        Vector<F> merged = load(sources[0] + i) * w[0];
+        if (!first) merged = merged_lanes<how>(load(out + i), merged);
+        FIUN_UNROLL
+        for (int k = 1; k < K; ++k) merged = merged_lanes<how>(merged, load(sources[k] + i) * w[k]);
+        if (how != Merge::max && divisor != 1) merged = merged / divisors;
+        if (scale != 1) merged = merged * scales;
+        store(out + i, merged);
     }
-    if (K > 1) merge_in<how>(merged, sources[K > 1 ? 1 : 0] + at, weights[K > 1 ? 1 : 0], n);
-    if (K > 2) merge_in<how>(merged, sources[K > 2 ? 2 : 0] + at, weights[K > 2 ? 2 : 0], n);
-    if (K > 3) merge_in<how>(merged, sources[K > 3 ? 3 : 0] + at, weights[K > 3 ? 3 : 0], n);
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) out[at + j] = merged[j];
-}
-
-// All K streams are read side by side: more of memory is on its way at any time than with one after the other.
-template <Merge how, int K, bool first, class F>
-inline void merge_few(F* out, const F* const* sources, const F* weights, int64_t n) {
-    constexpr int lanes = int(line_bytes / sizeof(F));
-    const int64_t whole = n / lanes * lanes;
-    for (int64_t i = 0; i < whole; i += lanes) merge_line<how, K, first>(out, sources, weights, i, lanes);
-    if (whole < n) merge_line<how, K, first>(out, sources, weights, whole, int(n - whole));
+    for (int64_t i = whole; i < n; ++i) {
+        F merged = sources[0][i] * weights[0];
+        if (!first) merged = merged_with(out[i], sources[0][i], weights[0], how);
+        for (int k = 1; k < K; ++k) merged = merged_with(merged, sources[k][i], weights[k], how);
+        out[i] = merge_finished(merged, divisor, scale, divisor == 1 ? how : Merge::mean);
+    }
 }
 
 template <Merge how, class F>
 inline void merge_all(F* to, const int64_t* sources, const double* weights, int64_t count, int64_t offset, int64_t n,
-                      F scale, Merge kind) {
+                      F scale, int64_t divisor) {
     constexpr int64_t block = 2048;  // of `to` stays in the first-level cache while more sources are merged in
     constexpr int64_t few = 4;
     for (int64_t at = 0; at < n; at += block) {
         const int64_t m = n - at < block ? n - at : block;
-        F* const out = to + at;
         for (int64_t k = 0; k < count; k += few) {
             const int64_t more = count - k < few ? count - k : few;
+            const bool last = k + more == count;
             const F* from[few];
             F w[few];
             for (int64_t j = 0; j < more; ++j) {
@@ -80,10 +81,8 @@ inline void merge_all(F* to, const int64_t* sources, const double* weights, int6
                                         : more == 2 ? merge_few<how, 2, false, F>
                                         : more == 3 ? merge_few<how, 3, false, F>
                                                     : merge_few<how, 4, false, F>);
-            part(out, from, w, m);
+            part(to + at, from, w, m, last ? divisor : 1, last ? scale : F(1));
         }
-        if (scale == 1 && kind != Merge::mean) continue;
-        for (int64_t i = 0; i < m; ++i) out[i] = merge_finished(out[i], count, scale, kind);
     }
 }
 
@@ -91,7 +90,7 @@ template <class F>
 void merge(void* to, const int64_t* sources, const double* weights, int64_t count, int64_t offset, int64_t n, int how,
            double scale) {
     const auto all = Merge(how) == Merge::max ? merge_all<Merge::max, F> : merge_all<Merge::sum, F>;
-    all(static_cast<F*>(to), sources, weights, count, offset, n, F(scale), Merge(how));
+    all(static_cast<F*>(to), sources, weights, count, offset, n, F(scale), Merge(how) == Merge::mean ? count : 1);
 }
 
 template <bool square, bool zero, class T, class F>

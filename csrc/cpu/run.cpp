@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t tile = 32768;
 
 // Bytes of memory traffic to hand to a thread at once: at most, and at least (waking another for less costs more).
-constexpr int64_t unit_most = int64_t(4) << 20, unit_least = int64_t(128) << 10;
+constexpr int64_t unit_most = int64_t(16) << 20, unit_least = int64_t(128) << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

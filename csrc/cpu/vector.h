@@ -96,6 +96,8 @@ inline Halves select(__mmask16 k, Halves yes, Halves no) {
 }
 inline Floats lesser(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // b where either is NaN
 inline Doubles lesser(Doubles a, Doubles b) { return _mm512_min_pd(a, b); }
+inline Floats greater_of(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Doubles greater_of(Doubles a, Doubles b) { return _mm512_max_pd(a, b); }
 // a / b in the lanes of the mask, 0 in the others, which are not divided at all: a subnormal there would cost dearly
 inline Floats divide(__mmask16 k, Floats a, Floats b) { return _mm512_maskz_div_ps(k, a, b); }
 inline Doubles divide(__mmask8 k, Doubles a, Doubles b) { return _mm512_maskz_div_pd(k, a, b); }
@@ -137,6 +139,10 @@ inline V select(M mask, V yes, V no) {
 template <class V>
 inline V lesser(V a, V b) {
     return a < b ? a : b;
+}
+template <class V>
+inline V greater_of(V a, V b) {
+    return a > b ? a : b;
 }
 template <class M, class V>
 inline V divide(M mask, V a, V b) {

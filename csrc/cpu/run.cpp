@@ -28,36 +28,6 @@ int64_t unit_bytes(int64_t total, int threads) {
     return std::clamp(total / (int64_t(threads) * 16), unit_least, unit_most);
 }
 
-// Large new memory comes page by page as it is first written, which takes longer than a merge. Ask for large pages.
-void expect_writes(int64_t address, int64_t bytes) {
-#ifdef __linux__
-    constexpr int64_t page = int64_t(2) << 20;
-    const int64_t from = divide_up(address, page) * page, to = (address + bytes) / page * page;
-    if (to - from >= 2 * page) madvise(reinterpret_cast<void*>(from), size_t(to - from), MADV_HUGEPAGE);  // a hint
-#else
-    (void)address, (void)bytes;
-#endif
-}
-
-// Hands out the numbers 0 .. count - 1 in order; whoever is free takes the next.
-template <class Body>
-void share_out(int64_t count, int threads, Body& body) {
-    struct Shared {
-        std::atomic<int64_t> next{0};
-        int64_t count;
-        Body* body;
-    } shared;
-    shared.count = count;
-    shared.body = &body;
-    on_threads(
-        int(std::min<int64_t>(threads, count)),
-        [](void* context, int thread) {
-            Shared& s = *static_cast<Shared*>(context);
-            for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) (*s.body)(i, thread);
-        },
-        &shared);
-}
-
 struct Item {  // elements [from, to) of a row, for targets [first, last) of the row
     int64_t row, from, to, first, last;
 };
@@ -101,6 +71,16 @@ class Tally {
 };
 
 }  // namespace
+
+void expect_writes(int64_t address, int64_t bytes) {
+#ifdef __linux__
+    constexpr int64_t page = int64_t(2) << 20;
+    const int64_t from = divide_up(address, page) * page, to = (address + bytes) / page * page;
+    if (to - from >= 2 * page) madvise(reinterpret_cast<void*>(from), size_t(to - from), MADV_HUGEPAGE);  // a hint
+#else
+    (void)address, (void)bytes;
+#endif
+}
 
 // Items of about one unit each, grouped where they are smaller. units: where each group of items starts, and the end.
 struct DampenLaunch::Schedule {

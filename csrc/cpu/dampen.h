@@ -79,20 +79,6 @@ inline int64_t count_nonfinite(const F* original, const F* merged, int64_t n) {
 
 // ---- by vectors -----------------------------------------------------------------------------------------------------
 
-// Whether a vector of Fishers meets a vector of parameters, once these are widened.
-template <class T, class F>
-constexpr bool has_vectors = false;
-template <class F>
-constexpr bool has_vectors<F, F> = true;
-#if defined(__GNUC__)
-template <>
-constexpr bool has_vectors<bf16, float> = true;
-#endif
-#if defined(FIUN_FP16_VECTORS)
-template <>
-constexpr bool has_vectors<fp16, float> = true;
-#endif
-
 // The largest number that is rounded to 0: half of the smallest subnormal one, as a tie goes to the even 0.
 template <class T>
 constexpr float rounds_to_zero = 0;

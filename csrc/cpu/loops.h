@@ -18,7 +18,9 @@
 #define FIUN_PREFETCH(address) (void)(address)
 #endif
 
+// in this order: each needs those before it
 #include "vector.h"
+#include "halves.h"
 #include "dampen.h"
 #include "squares.h"
 
@@ -95,7 +97,15 @@ void merge(void* to, const int64_t* sources, const double* weights, int64_t coun
 
 template <bool square, bool zero, class T, class F>
 inline void accumulate_all(F* FIUN_RESTRICT into, T* FIUN_RESTRICT gradient, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t i = 0;
+    if constexpr (has_vectors<T, F>) {
+        for (; i + lanes<F> <= n; i += lanes<F>) {
+            const Vector<F> g = widened(gradient + i);
+            store(into + i, load(into + i) + (square ? g * g : positive(g)));
+            if (zero) memset(static_cast<void*>(gradient + i), 0, sizeof(T) * lanes<F>);
+        }
+    }
+    for (; i < n; ++i) {
         into[i] = accumulated(into[i], F(widen(gradient[i])), square);
         if (zero) gradient[i] = T{};
     }

@@ -1,20 +1,19 @@
 // What the loops need of vectors, for every instruction set: included by loops.h, compiled once for each. Arithmetic is
-// what compilers have for vector types (+, -, *, /); this adds loads, masks, and the conversions of half precision.
+// what compilers have for vector types (+, -, *, /); this adds loads, masks, and sums. halves.h has the conversions.
 //
 // A `Mask` says for each lane yes or no: a register of bits under AVX-512, else lanes of 0 and -1. Without GNU vectors
-// (MSVC) a vector is a plain number, and the same loops go one element at a time.
+// (MSVC; elsewhere with FIUN_ONE_LANE) a vector is a plain number, and the same loops go one element at a time.
 #pragma once
 
-#if defined(__ARM_NEON)
-#include <arm_neon.h>
-#elif defined(__SSE2__)
+#if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
 namespace fiun {
 namespace FIUN_ISA {
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(FIUN_ONE_LANE)
+#define FIUN_GNU_VECTORS 1
 
 #ifndef FIUN_VECTOR_BYTES
 #define FIUN_VECTOR_BYTES 16  // what every x86-64 (SSE2) and every arm64 (NEON) has
@@ -43,7 +42,6 @@ struct VectorOf {
 template <class N>
 constexpr int lanes = 1;
 using Bytes = bool;
-using Halves = uint16_t;
 
 template <class N>
 inline N spread(N x) {
@@ -148,7 +146,7 @@ template <class M, class V>
 inline V divide(M mask, V a, V b) {
     return mask ? a / b : V{};
 }
-#if defined(__GNUC__)
+#if defined(FIUN_GNU_VECTORS)
 template <class M>
 inline M counted(M so_far, M mask) {
     return so_far - mask;
@@ -185,7 +183,7 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_p
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return c + a * b; }
 #endif
 
-#if defined(__GNUC__)
+#if defined(FIUN_GNU_VECTORS)
 inline Floats positive(Floats v) { return bit_cast<Floats>(bit_cast<Words>(v) & 0x7fffffffu); }
 inline Doubles positive(Doubles v) { return bit_cast<Doubles>(bit_cast<Vector<uint64_t>>(v) & (~uint64_t(0) >> 1)); }
 
@@ -221,59 +219,6 @@ inline bool beyond_finite(bool found) {
     return found;
 }
 inline int64_t total(int64_t count) { return count; }
-#endif
-
-// ---- half precision ------------------------------------------------------------------------------------------------
-
-inline Floats widened(const float* from) { return load(from); }
-inline Doubles widened(const double* from) { return load(from); }
-template <class M>
-inline void store_where(M mask, float* to, Floats v) {
-    store(to, select(mask, v, load(to)));
-}
-template <class M>
-inline void store_where(M mask, double* to, Doubles v) {
-    store(to, select(mask, v, load(to)));
-}
-
-#if defined(__GNUC__)
-inline Floats widened(const bf16* from) {
-    return bit_cast<Floats>(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
-}
-template <class M>
-inline void store_where(M mask, bf16* to, Floats v) {  // the rounding is that of `narrow` in element.h
-    const Words bits = bit_cast<Words>(v), high = bits >> 16, before = __builtin_convertvector(load_as<Halves>(to), Words);
-    const Words rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
-    const Words number = select(at_most(v, v), rounded, high | 0x40u);  // the comparison is false for NaN
-    store(to, __builtin_convertvector(select(mask, number, before), Halves));
-}
-#endif
-
-#if defined(FIUN_AVX512) || defined(FIUN_AVX2) || (defined(__ARM_NEON) && defined(__aarch64__))
-#define FIUN_FP16_VECTORS 1
-#if defined(FIUN_AVX512)
-inline Floats widen_halves(Halves h) { return _mm512_cvtph_ps(__m256i(h)); }
-inline Halves narrow_halves(Floats v) { return Halves(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
-#elif defined(FIUN_AVX2)
-inline Floats widen_halves(Halves h) { return _mm256_cvtph_ps(__m128i(h)); }
-inline Halves narrow_halves(Floats v) { return Halves(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
-inline Halves select(Vector<int32_t> mask, Halves yes, Halves no) {
-    const __m128i low = _mm256_castsi256_si128(__m256i(mask)), high = _mm256_extracti128_si256(__m256i(mask), 1);
-    return Halves(_mm_blendv_epi8(__m128i(no), __m128i(yes), _mm_packs_epi32(low, high)));
-}
-#else
-inline Floats widen_halves(Halves h) { return vcvt_f32_f16(float16x4_t(h)); }
-inline Halves narrow_halves(Floats v) { return Halves(vcvt_f16_f32(v)); }
-inline Halves select(Vector<int32_t> mask, Halves yes, Halves no) {
-    const Halves k = Halves(vmovn_s32(mask));
-    return (k & yes) | (~k & no);
-}
-#endif
-inline Floats widened(const fp16* from) { return widen_halves(load_as<Halves>(from)); }
-template <class M>
-inline void store_where(M mask, fp16* to, Floats v) {
-    store(to, select(mask, narrow_halves(v), load_as<Halves>(to)));
-}
 #endif
 
 }  // namespace FIUN_ISA

@@ -14,7 +14,6 @@ import torch
 
 from .arguments import THETA_DTYPES, short
 from .errors import ArgumentError, DTypeError, LayoutError
-from .kernels.cpu import expect_writes
 from .memory import check_addressable, check_disjoint, check_one_device, span
 
 Params = str | Iterable[str] | Callable[[str, torch.Tensor], bool] | None
@@ -301,7 +300,7 @@ def flatten_(model: torch.nn.Module, params: Params = None) -> torch.Tensor:
     names, spans = list(parameters), np.array([span(p) for p in parameters.values()])
     check_disjoint(spans[:, 0], spans[:, 1], lambda i: repr(names[i]))
     layout = Layout({name: p.shape for name, p in parameters.items()})
-    buffer = expect_writes(torch.empty(layout.numel, dtype=like.dtype, device=like.device))
+    buffer = torch.empty(layout.numel, dtype=like.dtype, device=like.device)
     for (name, view), p in zip(layout.views(buffer).items(), parameters.values(), strict=True):
         view.copy_(p.detach())
         parameters[name].data = view

@@ -14,7 +14,6 @@ import torch
 
 from .arguments import FISHER_DTYPES
 from .errors import FisherFileError, FiunError
-from .kernels.cpu import expect_writes
 from .layout import Layout
 from .version import __version__
 
@@ -165,7 +164,7 @@ def read_fisher(path: str | os.PathLike[str]) -> tuple[torch.Tensor, Layout, dic
         first = file.read(file.layout.names[0])
         if first.dtype not in FISHER_DTYPES:
             raise FisherFileError(f"{os.fspath(path)}: its numbers are {first.dtype}, expected float32 or float64")
-        buffer = expect_writes(torch.empty(file.layout.numel, dtype=first.dtype, device="cpu"))
+        buffer = torch.empty(file.layout.numel, dtype=first.dtype, device="cpu")
         for segment in file.layout:
             values = file.read(segment.name)
             if values.dtype != buffer.dtype:

@@ -79,7 +79,7 @@ def loops(n: int, times: int) -> Iterator[Work]:
         yield f"merge 3, {how}", repeated(call, n, times), lines
     for dtype in (F32, BF16):
         gradient = torch.randn(n, generator=generator).to(dtype)
-        for power, zero, label in ((2, False, "g²"), (1, False, "|g|"), (2, True, "g², zeroing")):
+        for power, zero, label in ((2, False, "g²"), (1, False, "abs"), (2, True, "g², zeroing")):
             pairs = [gradient] * times, [out] * times, power, zero
             yield f"accumulate {label}, {NAMES[dtype]}", partial(cpu.BACKEND.accumulate, *pairs), lines
     bins, bases = torch.zeros(1, BINS, dtype=torch.int64), np.zeros(1, dtype=np.int64)

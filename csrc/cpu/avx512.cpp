@@ -12,10 +12,12 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header starts from undefined vectors on purpose
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define FIUN_ISA avx512
-#define FIUN_VECTOR_512
+#define FIUN_AVX512
+#define FIUN_VECTOR_BYTES 64
 #define FIUN_ISA_NAME "avx512"
 #include "loops.h"
 #if defined(__clang__)

@@ -90,39 +90,36 @@ struct Work {
     std::vector<Item> items;
     std::vector<double> scratch;  // [threads, tile]; nothing is allocated on the threads, where nothing may throw
     std::vector<uint32_t> own;    // [threads, Bins::own_size]
-    std::atomic<int64_t> next{0};
 
-    void take_part(int thread) {
+    void operator()(int64_t number, int thread) {
         const int64_t bytes = kind_bytes[table.fisher_kind];
         const MergeLoop merge = kernels.merge[table.fisher_kind];
         const HistogramLoop find = kernels.histogram[table.fisher_kind];
         char* const tile_of_mine = reinterpret_cast<char*>(scratch.data() + thread * tile);
         int32_t where[block];
         Bins mine(counts, own.data() + thread * Bins::own_size);
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < int64_t(items.size());) {
-            const Item& item = items[size_t(i)];
-            const int64_t* row = table.rows + 5 * item.row;
-            const int64_t* sources = table.sources + row[1];
-            const double* weights = table.weights + row[1];
-            const bool merges = row[2] > 1 || weights[0] != 1 || merging.scale != 1;
-            for (int64_t at = item.from; at < item.to;) {
-                const int64_t n = merges ? std::min(tile, item.to - at) : item.to - at;
-                const char* merged = reinterpret_cast<const char*>(sources[0]) + at * bytes;
-                if (merges) {
-                    merge(tile_of_mine, sources, weights, row[2], at, n, merging.how, merging.scale);
-                    merged = tile_of_mine;
-                }
-                for (int64_t t = item.first; t < item.last; ++t) {
-                    const int64_t* target = table.targets + 3 * (row[3] + t);
-                    const char* original = reinterpret_cast<const char*>(target[1]) + at * bytes;
-                    for (int64_t b = 0; b < n; b += block) {
-                        const int64_t m = std::min(block, n - b);
-                        find(original + b * bytes, merged + b * bytes, m, low, bases[target[2]], nearest, where);
-                        mine.add(target[2], where, m);
-                    }
-                }
-                at += n;
+        const Item& item = items[size_t(number)];
+        const int64_t* row = table.rows + 5 * item.row;
+        const int64_t* sources = table.sources + row[1];
+        const double* weights = table.weights + row[1];
+        const bool merges = row[2] > 1 || weights[0] != 1 || merging.scale != 1;
+        for (int64_t at = item.from; at < item.to;) {
+            const int64_t n = merges ? std::min(tile, item.to - at) : item.to - at;
+            const char* merged = reinterpret_cast<const char*>(sources[0]) + at * bytes;
+            if (merges) {
+                merge(tile_of_mine, sources, weights, row[2], at, n, merging.how, merging.scale);
+                merged = tile_of_mine;
             }
+            for (int64_t t = item.first; t < item.last; ++t) {
+                const int64_t* target = table.targets + 3 * (row[3] + t);
+                const char* original = reinterpret_cast<const char*>(target[1]) + at * bytes;
+                for (int64_t b = 0; b < n; b += block) {
+                    const int64_t m = std::min(block, n - b);
+                    find(original + b * bytes, merged + b * bytes, m, low, bases[target[2]], nearest, where);
+                    mine.add(target[2], where, m);
+                }
+            }
+            at += n;
         }
     }
 };
@@ -133,10 +130,9 @@ void run_histogram(const Kernels& kernels, const Table& table, const Merging& me
                    bool nearest, int64_t* counts, int threads) {
     Work work{kernels, table, merging, bases, low, nearest, counts, cut(table, threads), {}, {}};
     threads = int(std::min<int64_t>(threads, int64_t(work.items.size())));
-    if (threads == 0) return;
     work.scratch.resize(size_t(threads * tile));
     work.own.resize(size_t(threads * Bins::own_size));
-    on_threads(threads, [](void* context, int thread) { static_cast<Work*>(context)->take_part(thread); }, &work);
+    share_out(int64_t(work.items.size()), threads, work);
 }
 
 }  // namespace fiun

@@ -12,12 +12,21 @@ struct Counts {
 };
 
 struct Dampening {
-    double alpha, lam, exponent, cap;
+    double exponent, cap;
     bool write;  // false: only count
 };
 
-// theta [n], original [n], merged [n]
-using DampenLoop = Counts (*)(void* theta, const void* original, const void* merged, int64_t n, const Dampening& how);
+// One of the nodes that a merged Fisher is applied to.
+struct Node {
+    void* theta;           // [n]
+    const void* original;  // [n]
+    double alpha, lam;
+    Counts counts{};  // added to
+};
+constexpr int nodes_at_once = 4;
+
+// merged [n]; `count` nodes, up to nodes_at_once
+using DampenLoop = void (*)(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how);
 // out [n] = scale * reduce over k of weights[k] * (sources[k] + offset elements) [n]; how: 0 max, 1 mean, 2 sum
 using MergeLoop = void (*)(void* out, const int64_t* sources, const double* weights, int64_t count, int64_t offset,
                            int64_t n, int how, double scale);

@@ -6,166 +6,69 @@
 
 #if defined(__GNUC__)
 #define FIUN_RESTRICT __restrict__
+#define FIUN_ALWAYS_INLINE inline __attribute__((always_inline))
+#define FIUN_KEEP_LOOP _Pragma("GCC unroll 1")  // else GCC unrolls loops over a few lanes before it can vectorise them
+#define FIUN_UNROLL _Pragma("GCC unroll 16")
+#define FIUN_PREFETCH(address) __builtin_prefetch(address)  // no function: GCC would drop calls of one that does nothing
 #else
 #define FIUN_RESTRICT __restrict
+#define FIUN_ALWAYS_INLINE inline
+#define FIUN_KEEP_LOOP
+#define FIUN_UNROLL
+#define FIUN_PREFETCH(address) (void)(address)
 #endif
 
+// in this order: each needs those before it
+#include "vector.h"
+#include "halves.h"
+#include "dampen.h"
 #include "squares.h"
 
 namespace fiun {
 namespace FIUN_ISA {
 
-constexpr int64_t line_bytes = 64;
-
-template <class F>
-struct Lane {  // integer as wide as a Fisher's element, so that comparisons add up without repacking
-    using type = int32_t;
-};
-template <>
-struct Lane<double> {
-    using type = int64_t;
-};
-
-#if defined(__GNUC__)
-#define FIUN_KEEP_LOOP _Pragma("GCC unroll 1")  // else GCC unrolls loops over a few lanes before it can vectorise them
-#define FIUN_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
-#else
-#define FIUN_KEEP_LOOP
-#define FIUN_PREFETCH_TO_WRITE(address) (void)(address)
-#endif
-
-// How many of n elements are selected; counts those that are not finite.
-template <class F>
-inline int64_t select_line(const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged, const int n,
-                           const Rule<F>& rule, Counts& counts) {
-    using Int = typename Lane<F>::type;
-    Int selected = 0, nonfinite = 0;
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) {
-        selected += Int(is_selected(original[j], merged[j], rule));
-        nonfinite += 1 - (Int(is_finite(original[j])) & Int(is_finite(merged[j])));
-    }
-    counts.selected += selected;
-    counts.nonfinite += nonfinite;
-    return selected;
+// A vector of what was merged so far, and of one more source: `merged_with` of element.h.
+template <Merge how, class V>
+inline V merged_lanes(V so_far, V term) {
+    if constexpr (how != Merge::max) return so_far + term;
+    return select(at_most(so_far, so_far), greater_of(so_far, term), so_far);  // a NaN on either side wins
 }
 
-// n elements of theta that share a cache line.
-template <bool with_exponent, class T, class F>
-inline void dampen_line(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged,
-                        const int n, const Rule<F>& rule, bool write, Counts& counts) {
-    using Int = typename Lane<F>::type;
-    T next[line_bytes / sizeof(T)];
-    Int zeroed = 0;
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) {
-        const bool chosen = is_selected(original[j], merged[j], rule);
-        const T now = theta[j];
-        if (with_exponent && !chosen) {  // the power is a call, which costs much more than a branch
-            next[j] = now;
-            continue;
-        }
-        const T damped = dampened(now, dampening<with_exponent>(original[j], merged[j], rule));
-        next[j] = pick(chosen, damped, now);
-        zeroed += Int(chosen) & Int(is_zero(damped));
-    }
-    counts.zeroed += zeroed;
-    if (!write) return;
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) theta[j] = next[j];
-}
-
-template <bool with_exponent, class T, class F>
-inline void dampen_few(T* theta, const F* original, const F* merged, int64_t n, const Rule<F>& rule, bool write,
-                       Counts& counts) {
-    if (select_line(original, merged, int(n), rule, counts) > 0) {
-        dampen_line<with_exponent>(theta, original, merged, int(n), rule, write, counts);
-    }
-}
-
-// Theta is neither read nor written on lines where nothing is selected. A block of lines is looked through first, without
-// branches. Where few are selected, blocks are long, so that scattered lines of theta are all on their way from memory
-// before the first is needed; where many are, the hardware sees them coming and what was looked at should stay cached.
-template <bool with_exponent, class T, class F>
-inline Counts dampen_all(T* theta, const F* original, const F* merged, int64_t n, const Rule<F>& rule, bool write) {
-    constexpr int lanes = int(line_bytes / sizeof(T)), long_block = 128, short_block = 16;
-    Counts counts;
-    const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(theta) % line_bytes) / int64_t(sizeof(T));
-    const int64_t head = to_line < n ? to_line : n, whole = head + (n - head) / lanes * lanes;
-    if (head > 0) dampen_few<with_exponent>(theta, original, merged, head, rule, write, counts);
-    bool dense = true;
-    for (int64_t from = head, to; from < whole; from = to) {
-        const int64_t size = (dense ? short_block : long_block) * lanes;
-        to = whole - from < size ? whole : from + size;
-        int64_t touched[long_block];
-        int64_t count = 0;
-        for (int64_t i = from; i < to; i += lanes) {
-            const bool any = select_line(original + i, merged + i, lanes, rule, counts) != 0;
-            touched[count] = i;
-            count += any;
-            if (!dense) FIUN_PREFETCH_TO_WRITE(any ? static_cast<const void*>(theta + i) : touched);
-        }
-        for (int64_t c = 0; c < count; ++c) {
-            const int64_t i = touched[c];
-            dampen_line<with_exponent>(theta + i, original + i, merged + i, lanes, rule, write, counts);
-        }
-        dense = 2 * count * lanes > to - from;
-    }
-    if (whole < n) {
-        dampen_few<with_exponent>(theta + whole, original + whole, merged + whole, n - whole, rule, write, counts);
-    }
-    return counts;
-}
-
-template <class T, class F>
-Counts dampen(void* theta, const void* original, const void* merged, int64_t n, const Dampening& how) {
-    const Rule<F> rule{F(how.alpha), F(how.lam), F(how.exponent), F(how.cap)};
-    const auto all = how.exponent == 1 ? dampen_all<false, T, F> : dampen_all<true, T, F>;
-    return all(static_cast<T*>(theta), static_cast<const F*>(original), static_cast<const F*>(merged), n, rule,
-               how.write);
-}
-
-template <Merge how, class F>
-inline void merge_in(F* FIUN_RESTRICT merged, const F* FIUN_RESTRICT forget, F weight, const int n) {
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) merged[j] = merged_with(merged[j], forget[j], weight, how);
-}
-
-// n elements that share a cache line: out = what was merged so far (or nothing, if first), merged with K more sources.
+// out = what was merged there so far (or nothing, if first), merged with K more sources, and finished if they are the
+// last. All K streams are read side by side: more of memory is on its way at any time than with one after the other.
 template <Merge how, int K, bool first, class F>
-inline void merge_line(F* FIUN_RESTRICT out, const F* const* sources, const F* weights, int64_t at, const int n) {
-    F merged[line_bytes / sizeof(F)];
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) {
-        const F term = sources[0][at + j];
-        merged[j] = first ? term * weights[0] : merged_with(out[at + j], term, weights[0], how);
+inline void merge_few(F* out, const F* const* sources, const F* weights, int64_t n, int64_t divisor, F scale) {
+    const int64_t whole = n / lanes<F> * lanes<F>;
+    Vector<F> w[K];
+    for (int k = 0; k < K; ++k) w[k] = spread(weights[k]);
+    const Vector<F> divisors = spread(F(divisor)), scales = spread(scale);
+    for (int64_t i = 0; i < whole; i += lanes<F>) {
+        Vector<F> merged = load(sources[0] + i) * w[0];
+        if (!first) merged = merged_lanes<how>(load(out + i), merged);
+        FIUN_UNROLL
+        for (int k = 1; k < K; ++k) merged = merged_lanes<how>(merged, load(sources[k] + i) * w[k]);
+        if (how != Merge::max && divisor != 1) merged = merged / divisors;
+        if (scale != 1) merged = merged * scales;
+        store(out + i, merged);
     }
-    if (K > 1) merge_in<how>(merged, sources[K > 1 ? 1 : 0] + at, weights[K > 1 ? 1 : 0], n);
-    if (K > 2) merge_in<how>(merged, sources[K > 2 ? 2 : 0] + at, weights[K > 2 ? 2 : 0], n);
-    if (K > 3) merge_in<how>(merged, sources[K > 3 ? 3 : 0] + at, weights[K > 3 ? 3 : 0], n);
-    FIUN_KEEP_LOOP
-    for (int j = 0; j < n; ++j) out[at + j] = merged[j];
-}
-
-// All K streams are read side by side: more of memory is on its way at any time than with one after the other.
-template <Merge how, int K, bool first, class F>
-inline void merge_few(F* out, const F* const* sources, const F* weights, int64_t n) {
-    constexpr int lanes = int(line_bytes / sizeof(F));
-    const int64_t whole = n / lanes * lanes;
-    for (int64_t i = 0; i < whole; i += lanes) merge_line<how, K, first>(out, sources, weights, i, lanes);
-    if (whole < n) merge_line<how, K, first>(out, sources, weights, whole, int(n - whole));
+    for (int64_t i = whole; i < n; ++i) {
+        F merged = sources[0][i] * weights[0];
+        if (!first) merged = merged_with(out[i], sources[0][i], weights[0], how);
+        for (int k = 1; k < K; ++k) merged = merged_with(merged, sources[k][i], weights[k], how);
+        out[i] = merge_finished(merged, divisor, scale, divisor == 1 ? how : Merge::mean);
+    }
 }
 
 template <Merge how, class F>
 inline void merge_all(F* to, const int64_t* sources, const double* weights, int64_t count, int64_t offset, int64_t n,
-                      F scale, Merge kind) {
+                      F scale, int64_t divisor) {
     constexpr int64_t block = 2048;  // of `to` stays in the first-level cache while more sources are merged in
     constexpr int64_t few = 4;
     for (int64_t at = 0; at < n; at += block) {
         const int64_t m = n - at < block ? n - at : block;
-        F* const out = to + at;
         for (int64_t k = 0; k < count; k += few) {
             const int64_t more = count - k < few ? count - k : few;
+            const bool last = k + more == count;
             const F* from[few];
             F w[few];
             for (int64_t j = 0; j < more; ++j) {
@@ -180,10 +83,8 @@ inline void merge_all(F* to, const int64_t* sources, const double* weights, int6
                                         : more == 2 ? merge_few<how, 2, false, F>
                                         : more == 3 ? merge_few<how, 3, false, F>
                                                     : merge_few<how, 4, false, F>);
-            part(out, from, w, m);
+            part(to + at, from, w, m, last ? divisor : 1, last ? scale : F(1));
         }
-        if (scale == 1 && kind != Merge::mean) continue;
-        for (int64_t i = 0; i < m; ++i) out[i] = merge_finished(out[i], count, scale, kind);
     }
 }
 
@@ -191,12 +92,20 @@ template <class F>
 void merge(void* to, const int64_t* sources, const double* weights, int64_t count, int64_t offset, int64_t n, int how,
            double scale) {
     const auto all = Merge(how) == Merge::max ? merge_all<Merge::max, F> : merge_all<Merge::sum, F>;
-    all(static_cast<F*>(to), sources, weights, count, offset, n, F(scale), Merge(how));
+    all(static_cast<F*>(to), sources, weights, count, offset, n, F(scale), Merge(how) == Merge::mean ? count : 1);
 }
 
 template <bool square, bool zero, class T, class F>
 inline void accumulate_all(F* FIUN_RESTRICT into, T* FIUN_RESTRICT gradient, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t i = 0;
+    if constexpr (has_vectors<T, F>) {
+        for (; i + lanes<F> <= n; i += lanes<F>) {
+            const Vector<F> g = widened(gradient + i);
+            store(into + i, load(into + i) + (square ? g * g : positive(g)));
+            if (zero) memset(static_cast<void*>(gradient + i), 0, sizeof(T) * lanes<F>);
+        }
+    }
+    for (; i < n; ++i) {
         into[i] = accumulated(into[i], F(widen(gradient[i])), square);
         if (zero) gradient[i] = T{};
     }

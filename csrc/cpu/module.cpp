@@ -91,7 +91,8 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("isa", [](const std::string& isa) { return choose(isa).isa; }, arg("isa") = "");
     module.def("usable_isas", [] { return names(usable_kernels()); });
     module.def("compiled_isas", [] { return names(compiled_kernels()); });
-    module.def("use_openmp", &use_openmp, arg("address"));
+    module.def("use_openmp", &use_openmp, arg("parallel"), arg("thread_number"));
+    module.def("expect_writes", &expect_writes, arg("address"), arg("bytes"));
     py::class_<DampenLaunch>(module, "DampenLaunch")
         .def(py::init(&prepare_dampen), arg("rows"), arg("row_count"), arg("sources"), arg("weights"), arg("targets"),
              arg("fisher_kind"), arg("merge"), arg("scale"), arg("theta_kind"), arg("alpha"), arg("lam"),

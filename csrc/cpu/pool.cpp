@@ -29,7 +29,7 @@ struct DefaultArithmetic {
 
 class Pool {
   public:
-    void run(int threads, void (*body)(void*), void* data) {
+    void run(int threads, void (*body)(void*, int), void* data) {
         std::lock_guard<std::mutex> one_job_at_a_time(turn_);
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -41,7 +41,7 @@ class Pool {
             ++job_;
         }
         wake_.notify_all();
-        body(data);
+        body(data, 0);
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return running_ == 0; });
     }
@@ -62,7 +62,7 @@ class Pool {
             seen = job_;
             if (thread > wanted_) continue;
             lock.unlock();
-            body_(data_);
+            body_(data_, thread);
             lock.lock();
             if (--running_ == 0) done_.notify_one();
         }
@@ -70,7 +70,7 @@ class Pool {
 
     std::mutex turn_, mutex_;
     std::condition_variable wake_, done_;
-    void (*body_)(void*) = nullptr;
+    void (*body_)(void*, int) = nullptr;
     void* data_ = nullptr;
     int helpers_ = 0, wanted_ = 0, running_ = 0;
     int64_t job_ = 0;
@@ -90,6 +90,7 @@ Pool& pool() {
 
 using OpenMp = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 std::atomic<OpenMp> openmp{nullptr};
+std::atomic<int (*)()> openmp_thread{nullptr};
 
 #ifndef _WIN32
 const int watch_forks = pthread_atfork(nullptr, nullptr, [] {
@@ -101,25 +102,27 @@ const int watch_forks = pthread_atfork(nullptr, nullptr, [] {
 struct Job {
     void (*work)(void*, int);
     void* context;
-    std::atomic<int> threads{0};
 };
 
-void take_part(void* data) {
-    Job& job = *static_cast<Job*>(data);
+void take_part(void* data, int thread) {
+    const Job& job = *static_cast<Job*>(data);
     DefaultArithmetic arithmetic;
-    job.work(job.context, job.threads.fetch_add(1, std::memory_order_relaxed));
+    job.work(job.context, thread);
 }
 
 }  // namespace
 
-void use_openmp(int64_t address) { openmp.store(reinterpret_cast<OpenMp>(address)); }
+void use_openmp(int64_t parallel, int64_t thread_number) {
+    openmp_thread.store(reinterpret_cast<int (*)()>(thread_number));
+    openmp.store(thread_number ? reinterpret_cast<OpenMp>(parallel) : nullptr);
+}
 
 void on_threads(int threads, void (*work)(void*, int), void* context) {
     Job job{work, context};
     if (threads <= 1) {
-        take_part(&job);
+        take_part(&job, 0);
     } else if (const OpenMp parallel = openmp.load()) {
-        parallel(take_part, &job, unsigned(threads), 0);
+        parallel([](void* data) { take_part(data, openmp_thread.load()()); }, &job, unsigned(threads), 0);
     } else {
         pool().run(threads, take_part, &job);
     }

@@ -19,43 +19,13 @@ namespace {
 constexpr int64_t tile = 32768;
 
 // Bytes of memory traffic to hand to a thread at once: at most, and at least (waking another for less costs more).
-constexpr int64_t unit_most = int64_t(4) << 20, unit_least = int64_t(128) << 10;
+constexpr int64_t unit_most = int64_t(16) << 20, unit_least = int64_t(128) << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Small enough that every thread gets many, so that none waits long at the end.
 int64_t unit_bytes(int64_t total, int threads) {
     return std::clamp(total / (int64_t(threads) * 16), unit_least, unit_most);
-}
-
-// Large new memory comes page by page as it is first written, which takes longer than a merge. Ask for large pages.
-void expect_writes(int64_t address, int64_t bytes) {
-#ifdef __linux__
-    constexpr int64_t page = int64_t(2) << 20;
-    const int64_t from = divide_up(address, page) * page, to = (address + bytes) / page * page;
-    if (to - from >= 2 * page) madvise(reinterpret_cast<void*>(from), size_t(to - from), MADV_HUGEPAGE);  // a hint
-#else
-    (void)address, (void)bytes;
-#endif
-}
-
-// Hands out the numbers 0 .. count - 1 in order; whoever is free takes the next.
-template <class Body>
-void share_out(int64_t count, int threads, Body& body) {
-    struct Shared {
-        std::atomic<int64_t> next{0};
-        int64_t count;
-        Body* body;
-    } shared;
-    shared.count = count;
-    shared.body = &body;
-    on_threads(
-        int(std::min<int64_t>(threads, count)),
-        [](void* context, int thread) {
-            Shared& s = *static_cast<Shared*>(context);
-            for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) (*s.body)(i, thread);
-        },
-        &shared);
 }
 
 struct Item {  // elements [from, to) of a row, for targets [first, last) of the row
@@ -101,6 +71,16 @@ class Tally {
 };
 
 }  // namespace
+
+void expect_writes(int64_t address, int64_t bytes) {
+#ifdef __linux__
+    constexpr int64_t page = int64_t(2) << 20;
+    const int64_t from = divide_up(address, page) * page, to = (address + bytes) / page * page;
+    if (to - from >= 2 * page) madvise(reinterpret_cast<void*>(from), size_t(to - from), MADV_HUGEPAGE);  // a hint
+#else
+    (void)address, (void)bytes;
+#endif
+}
 
 // Items of about one unit each, grouped where they are smaller. units: where each group of items starts, and the end.
 struct DampenLaunch::Schedule {
@@ -164,6 +144,8 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
     // of this run alone; nothing is allocated on the threads, where nothing may throw
     const std::unique_ptr<double[]> scratch(new double[size_t(threads * scratch_bytes / int64_t(sizeof(double)))]);
 
+    const Dampening how{limits_.exponent, limits_.cap, write};
+
     auto do_unit = [&](int64_t u, int thread) {
         char* const mine = reinterpret_cast<char*>(scratch.get()) + thread * scratch_bytes;
         Tally tally(counts);
@@ -179,12 +161,18 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
                     merge(mine, sources, table_.weights + row[1], row[2], at, n, merging_.how, merging_.scale);
                     merged = mine;
                 }
-                for (int64_t t = item.first; t < item.last; ++t) {
-                    const int64_t* target = table_.targets + 3 * (row[3] + t);
-                    const int64_t node = target[2];
-                    const Dampening how{limits_.alpha[node], limits_.lam[node], limits_.exponent, limits_.cap, write};
-                    tally.add(node, dampen(reinterpret_cast<char*>(target[0]) + at * theta_bytes,
-                                           reinterpret_cast<const char*>(target[1]) + at * fisher_bytes, merged, n, how));
+                const int64_t* const targets = table_.targets + 3 * row[3];
+                for (int64_t t = item.first; t < item.last; t += nodes_at_once) {
+                    Node nodes[nodes_at_once];
+                    const int count = int(std::min<int64_t>(nodes_at_once, item.last - t));
+                    for (int i = 0; i < count; ++i) {
+                        const int64_t* target = targets + 3 * (t + i);
+                        nodes[i] = {reinterpret_cast<char*>(target[0]) + at * theta_bytes,
+                                    reinterpret_cast<const char*>(target[1]) + at * fisher_bytes,
+                                    limits_.alpha[target[2]], limits_.lam[target[2]]};
+                    }
+                    dampen(nodes, count, merged, n, how);
+                    for (int i = 0; i < count; ++i) tally.add(targets[3 * (t + i) + 2], nodes[i].counts);
                 }
                 at += n;
             }

@@ -62,6 +62,9 @@ class DampenLaunch {
     std::unique_ptr<const Schedule> schedule_;
 };
 
+// Large new memory comes page by page as it is first written, which takes longer than a merge. Asks for large pages.
+void expect_writes(int64_t address, int64_t bytes);
+
 void run_merge(const Kernels& kernels, int fisher_kind, const int64_t* sources, const double* weights, int64_t count,
                int merge, double scale, int64_t out, int64_t n, int threads);
 

@@ -5,56 +5,34 @@
 namespace fiun {
 namespace FIUN_ISA {
 
-// A vector, and a fused multiply-add where the instruction set has one; sums may differ by it, nothing else uses it.
-#if defined(FIUN_VECTOR_512)
-using Vector = __m512;
-inline Vector load_vector(const float* from) { return _mm512_loadu_ps(from); }
-inline void store_vector(float* to, Vector v) { _mm512_storeu_ps(to, v); }
-inline Vector spread(float x) { return _mm512_set1_ps(x); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-constexpr int vector_lanes = 16, tile_rows = 8;
-#elif defined(FIUN_VECTOR_256)
-using Vector = __m256;
-inline Vector load_vector(const float* from) { return _mm256_loadu_ps(from); }
-inline void store_vector(float* to, Vector v) { _mm256_storeu_ps(to, v); }
-inline Vector spread(float x) { return _mm256_set1_ps(x); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-constexpr int vector_lanes = 8, tile_rows = 4;
+#if defined(FIUN_AVX512)
+constexpr int tile_rows = 8;
 #else
-struct Vector {
-    float lane[4];
-};
-inline Vector load_vector(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
-inline void store_vector(float* to, Vector v) { memcpy(to, v.lane, sizeof(v.lane)); }
-inline Vector spread(float x) { return {{x, x, x, x}}; }
-inline Vector multiply_add(Vector a, Vector b, Vector c) {
-    for (int i = 0; i < 4; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-    return c;
-}
-constexpr int vector_lanes = 4, tile_rows = 4;
+constexpr int tile_rows = 4;
 #endif
+constexpr int vector_lanes = lanes<float>;
 constexpr int tile_vectors = 3, tile_columns = tile_vectors * vector_lanes;  // the accumulators fill the registers
 
 // into [rows, tile_columns] += (sum_t left[t][row] panel[t][column])^2
 template <int rows>
 inline void square_tile(const float* left, int64_t left_step, const float* panel, int64_t positions, float* into,
                         int64_t into_step) {
-    Vector sum[rows][tile_vectors];
+    Floats sum[rows][tile_vectors];
     for (int i = 0; i < rows; ++i) {
         for (int v = 0; v < tile_vectors; ++v) sum[i][v] = spread(0.0f);
     }
     for (int64_t t = 0; t < positions; ++t) {
-        Vector right[tile_vectors];
-        for (int v = 0; v < tile_vectors; ++v) right[v] = load_vector(panel + t * tile_columns + v * vector_lanes);
+        Floats right[tile_vectors];
+        for (int v = 0; v < tile_vectors; ++v) right[v] = load(panel + t * tile_columns + v * vector_lanes);
         for (int i = 0; i < rows; ++i) {
-            const Vector one = spread(left[t * left_step + i]);
+            const Floats one = spread(left[t * left_step + i]);
             for (int v = 0; v < tile_vectors; ++v) sum[i][v] = multiply_add(one, right[v], sum[i][v]);
         }
     }
     for (int i = 0; i < rows; ++i) {
         for (int v = 0; v < tile_vectors; ++v) {
             float* to = into + i * into_step + v * vector_lanes;
-            store_vector(to, multiply_add(sum[i][v], sum[i][v], load_vector(to)));
+            store(to, multiply_add(sum[i][v], sum[i][v], load(to)));
         }
     }
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DeviceError, DTypeError, EstimationError, FiunError, LayoutError
 from ..fisher import Fisher, Provenance
 from ..kernels import select
+from ..kernels.cpu import expect_writes
 from ..layout import Layout
 from ..memory import check_addressable, check_one_device, check_writable, flaw_of, span
 from .capture import Rows
@@ -64,8 +65,9 @@ class Totals:
 
     @torch.inference_mode(False)  # a sum is written to later, in whatever mode the caller is then
     def _begin(self) -> None:
-        self.buffer = torch.zeros(self.layout.numel, dtype=self._dtype, device=self._device)
+        self.buffer = torch.empty(self.layout.numel, dtype=self._dtype, device=self._device)
         check_addressable("the sum", self.buffer)  # under FakeTensorMode all that is made is fake
+        expect_writes(self.buffer).zero_()
         self.views = self.layout.views(self.buffer)
         self._flat = {name: view.view(-1) for name, view in self.views.items()}
         self._shapes = {name: view.shape for name, view in self.views.items()}

@@ -42,7 +42,7 @@ def load() -> ModuleType | str:
         "(FIUN_FAST_CPU=1 shows the compiler's errors)",
     )
     if not isinstance(module, str) and os.getpid() == IMPORTED_BY:  # in a child of fork torch's threads are gone
-        module.use_openmp(openmp_of_torch())
+        module.use_openmp(*openmp_of_torch())
     return module
 
 
@@ -51,12 +51,29 @@ def extension() -> ModuleType:
     return extensions.require(NAME, load())
 
 
-def openmp_of_torch() -> int:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, 0 for none: csrc/cpu/pool.h says why."""
+def openmp_of_torch() -> tuple[int, int]:
+    """Addresses of GOMP_parallel and omp_get_thread_num in the OpenMP runtime that torch has loaded, (0, 0) for none.
+
+    csrc/cpu/pool.h says why.
+    """
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+        runtime = ctypes.CDLL(None)
+        functions = runtime.GOMP_parallel, runtime.omp_get_thread_num
+        parallel, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+        return parallel, number
     except (AttributeError, OSError, TypeError):
-        return 0
+        return 0, 0
+
+
+def expect_writes(buffer: torch.Tensor) -> torch.Tensor:
+    """Ask for large pages for a buffer that is new and not yet written; a hint, which only Linux takes.
+
+    Whoever writes there first decides on which socket's memory a page lies: torch's threads, or these kernels'.
+    """
+    module = load()
+    if buffer.device.type == "cpu" and not isinstance(module, str):
+        module.expect_writes(buffer.data_ptr(), buffer.numel() * buffer.element_size())
+    return buffer
 
 
 def isas() -> dict[str, bool]:

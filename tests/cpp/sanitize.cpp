@@ -1,5 +1,6 @@
 // The C++ of the cpu backend against a scalar loop of the element rules, bit for bit, in blocks of memory that end where
 // the data end: made to run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (sanitize.sh).
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/pool.h"
 #include "../../csrc/cpu/run.h"
 #include "../../csrc/element.h"
 
@@ -288,6 +290,24 @@ void check_outer_square(const Kernels& kernels, int threads) {
     }
 }
 
+// Stretches follow one another and differ by one at most; every number is handed out once, whoever asks.
+void check_sharing() {
+    const Kernels& any = *usable_kernels().front();
+    for (int threads = 1; threads <= 7; ++threads) {
+        for (int64_t count : {0, 1, 2, 5, 6, 7, 8, 100, 1001}) {
+            expect(stretch_start(count, threads, 0) == 0 && stretch_start(count, threads, threads) == count, "ends", any);
+            for (int t = 0; t < threads; ++t) {
+                const int64_t size = stretch_start(count, threads, t + 1) - stretch_start(count, threads, t);
+                expect(size == count / threads || size == count / threads + 1, "a stretch", any);
+            }
+            std::vector<std::atomic<int>> taken(static_cast<size_t>(count));
+            auto body = [&](int64_t i, int) { ++taken[size_t(i)]; };
+            share_out(count, threads, body);
+            for (auto& times : taken) expect(times == 1, "a share", any);
+        }
+    }
+}
+
 template <class T, class F>
 void check(const Kernels& kernels, int rounds) {
     for (int round = 0; round < rounds; ++round) {
@@ -334,6 +354,7 @@ int main(int argc, char** argv) {
         check<fp16, double>(*kernels, rounds);
         std::printf("  %s: as the scalar loop\n", kernels->isa);
     }
+    check_sharing();
     check_conversions<bf16>(*usable_kernels().front());
     check_conversions<fp16>(*usable_kernels().front());
     return 0;

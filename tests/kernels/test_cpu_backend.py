@@ -61,12 +61,12 @@ def script(body: str, *arguments: str, timeout: float = 120) -> subprocess.Compl
 @pytest.fixture(params=["openmp", "pool"])
 def team(request):
     """Threads of torch's OpenMP runtime, where it has one, and those of our own pool."""
-    address = cpu.openmp_of_torch()
-    if request.param == "openmp" and not address:
+    addresses = cpu.openmp_of_torch()
+    if request.param == "openmp" and not all(addresses):
         pytest.skip("torch has brought no OpenMP runtime with GOMP_parallel")
-    cpu.extension().use_openmp(address if request.param == "openmp" else 0)
+    cpu.extension().use_openmp(*(addresses if request.param == "openmp" else (0, 0)))
     yield request.param
-    cpu.extension().use_openmp(address)
+    cpu.extension().use_openmp(*addresses)
 
 
 @pytest.mark.parametrize("case", [WIDE, MIXED, *(c for c in CASES if c.shapes is TILES)], ids=lambda case: case.id)

@@ -1,0 +1,234 @@
+// theta *= min(lam I / m, cap) where m > alpha I, on one CPU thread: included by loops.h, compiled once for each
+// instruction set. What is done to a line of 64 bytes is written once, over the vectors of vector.h; the edges of a row,
+// exponents other than 1 and rare pairs of dtypes go by the rules of element.h, which the compiler vectorises.
+//
+// A line costs few instructions only if nothing is reduced on the way: selected and zeroed elements are counted by lane,
+// and the largest bit pattern that was met says at the end whether anything was not finite.
+#pragma once
+
+namespace fiun {
+namespace FIUN_ISA {
+
+constexpr int64_t line_bytes = 64;
+
+// Streams that go side by side, and the lines of each that go by before the next has its turn. As measured: where registers
+// hold the constants of four streams, four and one; else two, and so many lines that fetching the constants costs little.
+#if defined(FIUN_AVX512)
+constexpr int side_by_side = 4;
+constexpr int64_t turn = 1, ahead = 16;  // lines; ahead: that prefetching goes before
+#else
+constexpr int side_by_side = 2;
+constexpr int64_t turn = 8, ahead = 8;
+#endif
+
+template <class F>
+struct Lane {  // integer as wide as a Fisher's element, so that comparisons add up without repacking
+    using type = typename BitsOf<F>::type;
+};
+
+// ---- by the rules of element.h: any n, any dtypes -------------------------------------------------------------------
+
+// How many of n elements are selected; counts those that are not finite.
+template <class F>
+inline int64_t select_few(const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged, const int n,
+                          const Rule<F>& rule, Counts& counts) {
+    using Int = typename Lane<F>::type;
+    Int selected = 0, nonfinite = 0;
+    FIUN_KEEP_LOOP
+    for (int j = 0; j < n; ++j) {
+        selected += Int(is_selected(original[j], merged[j], rule));
+        nonfinite += 1 - (Int(is_finite(original[j])) & Int(is_finite(merged[j])));
+    }
+    counts.selected += selected;
+    counts.nonfinite += nonfinite;
+    return selected;
+}
+
+// At most a line, or a vector of Fishers where that is more. Returns how many came out as 0.
+template <bool with_exponent, class T, class F>
+inline int64_t dampen_few(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged,
+                          const int n, const Rule<F>& rule, bool write) {
+    using Int = typename Lane<F>::type;
+    T next[line_bytes / sizeof(uint16_t)];
+    Int zeroed = 0;
+    FIUN_KEEP_LOOP
+    for (int j = 0; j < n; ++j) {
+        const bool chosen = is_selected(original[j], merged[j], rule);
+        const T now = theta[j];
+        if (with_exponent && !chosen) {  // the power is a call, which costs much more than a branch
+            next[j] = now;
+            continue;
+        }
+        const T damped = dampened(now, dampening<with_exponent>(original[j], merged[j], rule));
+        next[j] = pick(chosen, damped, now);
+        zeroed += Int(chosen) & Int(is_zero(damped));
+    }
+    if (write) {
+        FIUN_KEEP_LOOP
+        for (int j = 0; j < n; ++j) theta[j] = next[j];
+    }
+    return zeroed;
+}
+
+template <class F>
+inline int64_t count_nonfinite(const F* original, const F* merged, int64_t n) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; ++j) count += 1 - (int64_t(is_finite(original[j])) & int64_t(is_finite(merged[j])));
+    return count;
+}
+
+// ---- by vectors -----------------------------------------------------------------------------------------------------
+
+// The largest number that is rounded to 0: half of the smallest subnormal one, as a tie goes to the even 0.
+template <class T>
+constexpr float rounds_to_zero = 0;
+template <>
+constexpr float rounds_to_zero<bf16> = 4.591774807899561e-41f;  // 2^-134
+template <>
+constexpr float rounds_to_zero<fp16> = 2.98023223876953125e-08f;  // 2^-25
+
+// Numbers that all streams of a call have in common.
+template <class T, class F>
+struct Common {
+    Dampening how;
+    Vector<F> cap = spread(F(how.cap)), infinity = spread(F(HUGE_VAL)), zero = spread(F(rounds_to_zero<T>));
+    Rule<F> rule(const Node& node) const { return {F(node.alpha), F(node.lam), F(how.exponent), F(how.cap)}; }
+};
+
+// What is known of a node, and what was seen, while its lines go by.
+template <class F>
+struct Running {
+    Vector<F> alpha, lam;
+    Vector<typename Lane<F>::type> selected{}, zeroed{};
+    Bytes largest{};
+    int64_t zeroed_by_rules = 0;
+    void start(const Node& node) { alpha = spread(F(node.alpha)), lam = spread(F(node.lam)); }
+};
+
+// Elements of a line: 64 bytes of theta, and at least a vector of Fishers.
+template <class T, class F>
+constexpr int line_size = int(line_bytes / sizeof(T)) > lanes<F> ? int(line_bytes / sizeof(T)) : lanes<F>;
+
+template <bool with_exponent, class T, class F>
+FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const F* merged, const Node& node,
+                                    const Common<T, F>& common, Running<F>& run) {
+    constexpr int size = line_size<T, F>, parts = size / lanes<F>;
+    Vector<F> i[parts], m[parts];
+    decltype(greater(i[0], m[0])) chosen[parts], touched{};
+    FIUN_UNROLL
+    for (int p = 0; p < parts; ++p) {
+        i[p] = load(original + p * lanes<F>);
+        m[p] = load(merged + p * lanes<F>);
+        chosen[p] = greater(m[p], run.alpha * i[p]);
+        touched = either(touched, chosen[p]);
+        run.largest = larger_bytes(larger_bytes(run.largest, i[p]), m[p]);
+    }
+    FIUN_PREFETCH(original + ahead * size);
+    if (!any(touched)) return;
+    FIUN_PREFETCH(theta + ahead * size);
+    FIUN_UNROLL
+    for (int p = 0; p < parts; ++p) run.selected = counted(run.selected, chosen[p]);
+    if constexpr (with_exponent || !has_vectors<T, F>) {
+        run.zeroed_by_rules +=
+            dampen_few<with_exponent>(theta, original, merged, size, common.rule(node), common.how.write);
+    } else {
+        FIUN_UNROLL
+        for (int p = 0; p < parts; ++p) {
+            T* const t = theta + p * lanes<F>;
+            // m = inf is not divided by: exactly 0, without the NaN of inf / inf
+            const auto divides = both(chosen[p], greater(common.infinity, m[p]));
+            const Vector<F> factor = divide(divides, run.lam * i[p], m[p]);
+            const Vector<F> next = widened(t) * lesser(common.cap, factor);
+            run.zeroed = counted(run.zeroed, both(chosen[p], at_most(positive(next), common.zero)));
+            if (common.how.write) store_where(chosen[p], t, next);
+        }
+    }
+}
+
+// Whole lines of one node; theta is at the start of a line.
+template <class T, class F>
+struct Stream {
+    T* theta;
+    const F *original, *merged;
+    Node* node;
+};
+
+// Several streams in turns, so that more memory is on its way at any time. The lines of more than one are whole turns.
+template <int count, bool with_exponent, class T, class F>
+inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lines, const Dampening& how) {
+    constexpr int64_t size = line_size<T, F>, step = count == 1 ? 1 : turn;
+    const Common<T, F> common{how};
+    Running<F> runs[count];
+    for (int s = 0; s < count; ++s) runs[s].start(*streams[s].node);
+    for (int64_t from = 0; from < lines * size; from += step * size) {
+        FIUN_UNROLL
+        for (int s = 0; s < count; ++s) {
+            const Stream<T, F> stream = streams[s];
+            FIUN_KEEP_LOOP
+            for (int64_t at = from; at < from + step * size; at += size) {
+                dampen_line<with_exponent>(stream.theta + at, stream.original + at, stream.merged + at, *stream.node,
+                                           common, runs[s]);
+            }
+        }
+    }
+    for (int s = 0; s < count; ++s) {
+        Counts& counts = streams[s].node->counts;
+        counts.selected += total(runs[s].selected);
+        counts.zeroed += total(runs[s].zeroed) + runs[s].zeroed_by_rules;
+        if (beyond_finite<F>(runs[s].largest)) {
+            counts.nonfinite += count_nonfinite(streams[s].original, streams[s].merged, lines * size);
+        }
+    }
+}
+
+// n elements of `count` nodes whose parameters lie alike within their lines: several nodes side by side, or a node as
+// several stretches; what is left, line by line.
+template <bool with_exponent, class T, class F>
+inline void dampen_alike(Node* nodes, int count, const F* merged, int64_t n, const Dampening& how) {
+    constexpr int64_t size = line_size<T, F>, worth_it = 64;  // lines of a stretch
+    const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(nodes[0].theta) % line_bytes) / int64_t(sizeof(T));
+    const int64_t head = to_line < n ? to_line : n, lines = (n - head) / size;
+    const auto stream = [&](int i, int64_t line) {
+        const int64_t at = head + line * size;
+        return Stream<T, F>{static_cast<T*>(nodes[i].theta) + at, static_cast<const F*>(nodes[i].original) + at, merged + at,
+                            nodes + i};
+    };
+    const auto edge = [&](Node& node, int64_t from, int64_t to) {
+        const Rule<F> rule = Common<T, F>{how}.rule(node);
+        T* const theta = static_cast<T*>(node.theta) + from;
+        const F *const original = static_cast<const F*>(node.original) + from, *const m = merged + from;
+        if (from == to || select_few(original, m, int(to - from), rule, node.counts) == 0) return;
+        node.counts.zeroed += dampen_few<with_exponent>(theta, original, m, int(to - from), rule, how.write);
+    };
+    for (int i = 0; i < count; ++i) edge(nodes[i], 0, head);
+    for (int i = 0, step; i < count; i += step) {
+        const bool together = count - i >= side_by_side;
+        const int64_t each = (together ? lines : lines / side_by_side) / turn * turn;
+        int64_t done = 0;  // lines
+        step = together ? side_by_side : 1;
+        if (!with_exponent && (together || each >= worth_it)) {  // powers take longer than memory
+            Stream<T, F> streams[side_by_side];
+            for (int s = 0; s < side_by_side; ++s) streams[s] = together ? stream(i + s, 0) : stream(i, s * each);
+            dampen_lines<side_by_side, with_exponent>(streams, each, how);
+            done = together ? each : side_by_side * each;
+        }
+        for (int s = 0; s < step && done < lines; ++s) {
+            const Stream<T, F> one[] = {stream(i + s, done)};
+            dampen_lines<1, with_exponent>(one, lines - done, how);
+        }
+    }
+    for (int i = 0; i < count; ++i) edge(nodes[i], head + lines * size, n);
+}
+
+template <class T, class F>
+void dampen(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how) {
+    const auto alike = how.exponent == 1 ? dampen_alike<false, T, F> : dampen_alike<true, T, F>;
+    const auto offset = [&](int i) { return reinterpret_cast<uintptr_t>(nodes[i].theta) % line_bytes; };
+    int same = 1;
+    while (same < count && offset(same) == offset(0)) ++same;
+    if (same == count) return alike(nodes, count, static_cast<const F*>(merged), n, how);
+    for (int i = 0; i < count; ++i) alike(nodes + i, 1, static_cast<const F*>(merged), n, how);
+}
+
+}  // namespace FIUN_ISA
+}  // namespace fiun

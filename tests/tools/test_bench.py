@@ -123,7 +123,7 @@ def test_cases_are_selected_by_name_and_by_family():
 
 
 def test_a_record_survives_being_kept_and_has_no_names_of_places(bench, tmp_path):
-    if not bench.record.rows:
+    if bench.record.ours("a") is None:
         bench.measure("a")
     path = run.path_for(bench.record, tmp_path)
     bench.record.save(path)

@@ -138,40 +138,38 @@ WAYS = {  # name -> kind, way
     "foreach": ("torch", Way(merge_foreach, dampen_foreach)),
 }
 SETS = {"mode": "max-autotune-no-cudagraphs"}  # graphs are replayed apart from this, on a GPU
-COMPILED: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    # name -> how theta lies, whether a group is one graph, options of torch.compile
-    "compiled, list": ("list", False, {}),
-    "compiled, flat": ("flat", False, {}),
-    "compiled, stacked": ("stacked", False, {}),
-    "one graph, flat": ("flat", True, {}),
-    "one graph, stacked": ("stacked", True, {}),
-    "max-autotune, flat": ("flat", True, SETS),
-    "max-autotune, stacked": ("stacked", True, SETS),
+COMPILED: dict[str, tuple[bool, bool, dict[str, Any]]] = {
+    # name -> are the models one tensor, [N, P]; is a group one graph; options of torch.compile
+    "compiled, flat": (False, False, {}),
+    "compiled, stacked": (True, False, {}),
+    "one graph, flat": (False, True, {}),
+    "one graph, stacked": (True, True, {}),
+    "max-autotune, flat": (False, True, SETS),
+    "max-autotune, stacked": (True, True, SETS),
 }
 MANY = 16  # flat models in one graph; with more, compiling takes longer than anybody waits
 
 
 def compiled(name: str, alpha: float, lam: float, backend: str) -> Callable[[Network], None]:
-    """One of `COMPILED`, to be called with a network. Models are re-homed for it, but for a list.
+    """One of `COMPILED`, to be called with a network, for which the models were re-homed: flat, or stacked as one.
 
     A graph a merge and one a model, or one for a group: the merge goes into the loop that dampens. Compilation happens
     at the first call and is not timed; the caller resets torch._dynamo, so that the shapes of other cases reach no
     limit. Numbers are constants to the compiler.
     """
-    form, whole, options = COMPILED[name]
-    merge, dampen = (merge_tidy, dampen_tidy) if form == "list" else (merge_flat, dampen_tensor)
+    _, whole, options = COMPILED[name]
 
-    def with_numbers(theta: Any, original: Any, merged: Any) -> None:
-        dampen(theta, original, merged, alpha, lam)
+    def with_numbers(theta: Tensor, original: Tensor, merged: Tensor) -> None:
+        dampen_tensor(theta, original, merged, alpha, lam)
 
     def group(thetas: Sequence, originals: Sequence, sources: Sequence) -> None:
-        merged = merge(sources)
+        merged = merge_flat(sources)
         for theta, original in zip(thetas, originals, strict=True):
             with_numbers(theta, original, merged)
 
     made = [
         torch.compile(f, backend=backend, dynamic=False, fullgraph=True, **options)
-        for f in (merge, with_numbers, group)
+        for f in (merge_flat, with_numbers, group)
     ]
     if not whole:
         way = Way(made[0], lambda theta, original, merged, *numbers: made[1](theta, original, merged))

@@ -169,20 +169,15 @@ class Network:
             torch._dynamo.reset()
             stack, buffers = self.pristine.clone(), [fisher.buffer for fisher in self.originals]
             flat = (stack.unbind(), buffers, [fisher.buffer for fisher in self.forgets], lists[3])
-            stacked = ([stack], [torch.stack(buffers)], flat[2], [Group(sources, (0,))])
+            stacked = ([stack], [torch.stack(buffers) if nodes > 1 else buffers[0]], flat[2], [Group(sources, (0,))])
             apart = Kept([[row] for row in stack], [[row] for row in self.pristine])
-            forms: dict[str, tuple[baselines.Network, Kept]] = {
-                "list": (lists, self.kept),
-                "flat": (flat, apart),
-                "stacked": (stacked, apart),
-            }
-            for name, (form, whole, _) in baselines.COMPILED.items():
-                if (form == "stacked" and nodes == 1) or (form == "flat" and whole and nodes > baselines.MANY):
+            for name, (one, whole, _) in baselines.COMPILED.items():
+                if (one and nodes == 1) or (whole and not one and nodes > baselines.MANY):
                     continue
-                network, kept = forms[form]
+                network: baselines.Network = stacked if one else flat
                 calls = 1 if whole else len(network[3][0].nodes) + (len(sources) > 1)
                 run = partial(baselines.compiled(name, ALPHA, LAM, compiler), network)
-                yield Variant(name, "torch", run, kept.restore, kept.outcome, calls, True)
+                yield Variant(name, "torch", run, apart.restore, apart.outcome, calls, True)
         for backend, kind in backends(self.device):
             ours = kind == "ours"  # one launch: all nodes are on one device and of one dtype
             plan = self.plan(backend)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median_high
 
@@ -26,8 +26,20 @@ ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "bench" / "results", ROOT / "docs" / "img"
 TABLES = {ROOT / "README.md": True, ROOT / "docs" / "performance.md": False}  # file -> only the cases of README
 IN_README = ("a", "b-clustered", "c", "d", "f-fp32", "g", "h-8", "j-demo")
-BARS = ("a-all", "a", "b-clustered", "b-scattered", "c", "d", "e", "f-fp32", "f-bf16")
+BARS = ("a", "b-none", "b-clustered", "b-scattered", "c", "d", "e", "e-stack", "f-fp32", "f-bf16")
 BARS += ("g", "g-zero", "h-2", "h-8", "h-32")
+AIMS: dict[str, tuple[float | None, float | None]] = {  # case -> how many times faster than existing code, than torch
+    "a": (60, 1.2),
+    "b-none": (None, 2.0),
+    "b-clustered": (80, 1.4),
+    "c": (40, 1.7),
+    "d": (18, 1.25),
+    "e": (None, 1.0),
+    "e-stack": (None, 1.2),
+    "f-bf16": (None, 1.2),
+    "g": (2.5, 1.0),
+    "k-sample": (None, 1.4),
+}
 ROOF = {  # case -> its name in the roofline, and where that stands
     "b-clustered": ("1 % selected", (-92, 24)),
     "g": ("accumulate g²", (-96, 6)),
@@ -38,6 +50,7 @@ ROOF = {  # case -> its name in the roofline, and where that stands
 # Okabe and Ito's colours; each kind also has a marker of its own.
 LOOK = {"naive": ("#D55E00", "s"), "torch": ("#56B4E9", "D"), "ours": ("#0072B2", "o")}
 NAMES = {"naive": "existing code", "torch": "best in plain torch", "ours": "fiun_fast"}
+REACH = ["", "case", "aim: existing code", "found", "aim: best torch", "found", "the best torch", "takes by itself"]
 HEADS = ["", "case", *NAMES.values(), "faster than existing", "than best torch", "of copy bandwidth"]
 FOOT = {"fontsize": 8, "color": "#555555"}
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
@@ -159,6 +172,40 @@ def table(records: Iterable[Record], few: bool) -> str:
     return text
 
 
+def reach(records: Iterable[Record]) -> str:
+    """Markdown: what was aimed at and found, against which rival, and what bounds it."""
+    text = ""
+    for record in records:
+        rows = []
+        for case, aims in AIMS.items():
+            torch, ours = (record.best(case, kind) for kind in ("torch", "ours"))
+            if ours is None:
+                continue
+            cells = [case, ours.title]
+            for aim, found in zip(aims, (ours.vs_naive, ours.vs_torch), strict=True):
+                cells += [f"{aim:g}×", _bold(found < aim, f"{found:.3g}×")] if aim and found else ["", ""]
+            shares = sorted(((ms / ours.ms, name) for name, ms in (ours.bound or {}).items()), reverse=True)
+            parts = ", ".join(f"{name} {share:.0%}" for share, name in shares)
+            rows.append([*cells, torch.variant if torch else "", parts])
+        text += f"{machine(record)}:\n\n{markdown(REACH, rows, left=2)}"
+        if (one := record.ours("a-thread")) and (every := record.ours("a")):
+            ours, copy = one.ms / every.ms, every.copy_gbps / one.copy_gbps
+            text += f"\nCase a is {ours:.2f} times as fast on {record.environment['threads']} threads as on one, "
+            text += f"a plain copy {copy:.2f} times.\n"
+    return text
+
+
+def _bold(yes: bool, text: str) -> str:
+    return f"**{text}**" if yes else text
+
+
+def fill_pages(records: dict[str, Record]) -> Iterator[Path]:
+    """Write the tables into the pages that have a place for them; these."""
+    for path, few in TABLES.items():
+        if fill(path, "bench", table(records.values(), few)) | fill(path, "reach", reach(records.values())):
+            yield path
+
+
 def chosen(paths: list[Path]) -> dict[str, Record]:
     """Device -> its record."""
     found: dict[str, Record] = {}
@@ -192,9 +239,8 @@ def main() -> None:
                 path = IMAGES / f"{draw.__name__}-{device}.svg"
                 draw(record).savefig(path, metadata={"Date": None})
                 print(path.relative_to(ROOT))
-    for path, few in TABLES.items():
-        if fill(path, "bench", table(records.values(), few)):
-            print(path.relative_to(ROOT))
+    for path in fill_pages(records):
+        print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

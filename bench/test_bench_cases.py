@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fiun_fast.bench.measure import on_threads
+
 
 def test_case(name, bench, benchmark):
     """The race is interleaved and goes into our table; pytest-benchmark then times our fastest way, for histories."""
@@ -20,4 +22,5 @@ def test_case(name, bench, benchmark):
 
     benchmark.group = f"{bench.mode} on {bench.device}"
     benchmark.extra_info.update({r.variant: r.ms for r in rows})
-    benchmark.pedantic(work, setup=cold, rounds=5)
+    with on_threads(case.threads):
+        benchmark.pedantic(work, setup=cold, rounds=5)

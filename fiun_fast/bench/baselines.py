@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 Tensors = list[Tensor]
+Network = tuple[Sequence[Any], Sequence[Any], Sequence[Any], "Sequence[Group]"]
+# parameters by model, originals by model, forget Fishers by request, groups
 
 
 class Group(NamedTuple):
@@ -32,8 +34,8 @@ class Way(NamedTuple):
 
 
 @torch.no_grad()
-def unlearn(way: Way, network: tuple[Sequence, Sequence, Sequence, Sequence[Group]], alpha: float, lam: float) -> None:
-    """Model by model; the network is (parameters by model, originals by model, forget Fishers by request, groups)."""
+def unlearn(way: Way, network: Network, alpha: float, lam: float) -> None:
+    """Model by model."""
     thetas, originals, forgets, groups = network
     for group in groups:
         sources = [forgets[k] for k in group.sources]
@@ -135,22 +137,51 @@ WAYS = {  # name -> kind, way
     "tidy": ("torch", Way(merge_tidy, dampen_tidy)),
     "foreach": ("torch", Way(merge_foreach, dampen_foreach)),
 }
-COMPILED: dict[str, dict[str, Any]] = {"compiled": {}}  # name -> options of torch.compile, such as a mode
+SETS = {"mode": "max-autotune-no-cudagraphs"}  # graphs are replayed apart from this, on a GPU
+COMPILED: dict[str, tuple[bool, bool, dict[str, Any]]] = {
+    # name -> are the models one tensor, [N, P]; is a group one graph; options of torch.compile
+    "compiled, flat": (False, False, {}),
+    "compiled, stacked": (True, False, {}),
+    "one graph, flat": (False, True, {}),
+    "one graph, stacked": (True, True, {}),
+    "max-autotune, flat": (False, True, SETS),
+    "max-autotune, stacked": (True, True, SETS),
+}
+MANY = 16  # flat models in one graph; with more, compiling takes longer than anybody waits
 
 
-def compiled(flat: bool, alpha: float, lam: float, backend: str, **options: Any) -> Way:
-    """torch.compile over flat buffers, the models re-homed for it, or over lists of parameters; one call a model.
+def compiled(name: str, alpha: float, lam: float, backend: str) -> Callable[[Network], None]:
+    """One of `COMPILED`, to be called with a network, for which the models were re-homed: flat, or stacked as one.
 
-    Compilation happens at the first call and is not timed; the caller resets torch._dynamo, so that the shapes of other
-    cases reach no limit. Numbers are constants to the compiler.
+    A graph a merge and one a model, or one for a group: the merge goes into the loop that dampens. Compilation happens
+    at the first call and is not timed; the caller resets torch._dynamo, so that the shapes of other cases reach no
+    limit. Numbers are constants to the compiler.
     """
-    merge, dampen = (merge_flat, dampen_tensor) if flat else (merge_tidy, dampen_tidy)
+    _, whole, options = COMPILED[name]
 
-    def with_numbers(theta: Any, original: Any, merged: Any) -> None:
-        dampen(theta, original, merged, alpha, lam)
+    def with_numbers(theta: Tensor, original: Tensor, merged: Tensor) -> None:
+        dampen_tensor(theta, original, merged, alpha, lam)
 
-    made = [torch.compile(f, backend=backend, dynamic=False, fullgraph=True, **options) for f in (merge, with_numbers)]
-    return Way(made[0], lambda theta, original, merged, *numbers: made[1](theta, original, merged))
+    def group(thetas: Sequence, originals: Sequence, sources: Sequence) -> None:
+        merged = merge_flat(sources)
+        for theta, original in zip(thetas, originals, strict=True):
+            with_numbers(theta, original, merged)
+
+    made = [
+        torch.compile(f, backend=backend, dynamic=False, fullgraph=True, **options)
+        for f in (merge_flat, with_numbers, group)
+    ]
+    if not whole:
+        way = Way(made[0], lambda theta, original, merged, *numbers: made[1](theta, original, merged))
+        return lambda network: unlearn(way, network, alpha, lam)
+
+    @torch.no_grad()
+    def run(network: Network) -> None:
+        thetas, originals, forgets, groups = network
+        for g in groups:
+            made[2]([thetas[n] for n in g.nodes], [originals[n] for n in g.nodes], [forgets[k] for k in g.sources])
+
+    return run
 
 
 def accumulate_naive(gradients: Tensors, totals: Tensors) -> None:

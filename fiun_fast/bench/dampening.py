@@ -20,11 +20,12 @@ from fiun_fast.arguments import BackendName
 
 from . import baselines
 from .baselines import Group
-from .measure import Case, Kept, Variant
+from .measure import Case, Kept, Machine, Variant, level_2_cache, on_threads
 
 Shapes = dict[str, tuple[int, ...]]  # name of a parameter -> its shape
 
 ALPHA, LAM = 10.0, 1.0
+LINE = 64  # bytes of a line of the cache
 RUN = 512  # elements in a row that are selected together, where the selection is clustered
 TIMED: dict[str, tuple[BackendName, ...]] = {  # backends worth a row, by device
     "cpu": ("reference", "cpu"),
@@ -46,7 +47,7 @@ def resnet18(width: int = 64) -> Shapes:
 
 def head(features: int, classes: int) -> Shapes:
     """Shapes of a last layer."""
-    return {"fc.weight": (classes, features), "fc.bias": (classes,)}
+    return {"weight": (classes, features), "bias": (classes,)}
 
 
 class ResNet18(nn.Module):
@@ -86,17 +87,18 @@ class _Block(nn.Module):
 
 
 class Network:
-    """N models of one layout. The first K are origins of a request each; all others inherit from all of them.
+    """N models of one layout. K requests arise at the first and reach all: everyone has K sources.
 
     Parameters are tensors of their own, as in any model; Fishers are flat, and the baselines get views into them.
 
     Args:
         device: where all is.
         shapes: layout of each model.
-        nodes, sources: N, K; with K = 1 all nodes are in one group.
+        nodes, sources: N, K.
         share: of the elements that are selected, at random.
         run: elements in a row that are selected together, as whole filters are in class forgetting.
         dtype: of the parameters; Fishers are fp32.
+        stacked: `ff.stack_` has put the models into one storage.
 
     """
 
@@ -109,6 +111,7 @@ class Network:
         share: float = 0.5,
         run: int = 1,
         dtype: torch.dtype = torch.float32,
+        stacked: bool = False,
     ) -> None:
         self.device, self.layout = device, ff.Layout(shapes)
         size, random = self.layout.numel, torch.Generator(device).manual_seed(0)
@@ -117,29 +120,31 @@ class Network:
             return torch.rand(count, device=device, generator=random)
 
         self.forgets = [ff.Fisher(uniform().add_(0.01).pow_(4), self.layout) for _ in range(sources)]
-        everyone = tuple(range(sources))
-        origins = [Group((k,), (k,)) for k in everyone] if sources > 1 else []
-        self.groups = [*origins, Group(everyone, tuple(range(len(origins), nodes)))]
+        merged = baselines.merge_flat([forget.buffer for forget in self.forgets])
         self.pristine = torch.empty(nodes, size, dtype=dtype, device=device)  # [N, P]
         self.originals: list[ff.Fisher] = []
-        self.selected = 0
-        for group in self.groups:
-            merged = baselines.merge_flat([self.forgets[k].buffer for k in group.sources])
-            for n in group.nodes:
-                chosen = (uniform(math.ceil(size / run)) < share).repeat_interleave(run)[:size]
-                ratio = uniform()  # of I to m; the threshold is 1 / alpha
-                ratio = torch.where(chosen, 0.09 * ratio, 0.11 + ratio)
-                self.originals.append(ff.Fisher(ratio.mul_(merged), self.layout))
-                self.pristine[n].copy_(torch.randn(size, device=device, generator=random))
-                self.selected += int(chosen.sum())
+        self.selected, self.untouched = 0, 0  # elements; those in lines of theta that hold no selected one
+        line = LINE // dtype.itemsize
+        for row in self.pristine:
+            chosen = (uniform(math.ceil(size / run)) < share).repeat_interleave(run)[:size]
+            ratio = uniform()  # of I to m; the threshold is 1 / alpha
+            ratio = torch.where(chosen, 0.09 * ratio, 0.11 + ratio)
+            self.originals.append(ff.Fisher(ratio.mul_(merged), self.layout))
+            row.copy_(torch.randn(size, device=device, generator=random))
+            self.selected += int(chosen.sum())
+            lines = chosen[: size // line * line].view(-1, line)
+            self.untouched += line * int((~lines.any(1)).sum())
         views = [self.layout.views(row) for row in self.pristine]
-        models = [{name: view.clone() for name, view in named.items()} for named in views]
-        self.kept = Kept([list(model.values()) for model in models], [list(named.values()) for named in views])
+        models: list[Any] = [{name: view.clone() for name, view in named.items()} for named in views]
+        if stacked:
+            models = [nn.ParameterDict(list(model.items())) for model in models]
+            ff.stack_(models)
+        thetas = [[p.detach() for p in model.values()] for model in models]
+        self.kept = Kept(thetas, [list(named.values()) for named in views])
         self.dag = ff.InheritanceDAG()
         for n, (model, original) in enumerate(zip(models, self.originals, strict=True)):
-            parents = [] if n < max(1, len(origins)) else [f"n{k}" for k in everyone]
-            self.dag.add_model(f"n{n}", model, fisher=original, parents=parents)
-        self.requests = [ff.ForgetRequest(f"n{k}", forget) for k, forget in enumerate(self.forgets)]
+            self.dag.add_model(f"n{n}", model, fisher=original, parents=["n0"] if n else [])
+        self.requests = [ff.ForgetRequest("n0", forget) for forget in self.forgets]
 
     def plan(self, backend: str | None = None) -> ff.Plan:
         """The plan over all nodes."""
@@ -153,55 +158,71 @@ class Network:
 
     def variants(self, compiler: str | None) -> Iterator[Variant]:
         """All ways to dampen the network; `compiler` None leaves torch.compile out."""
+        sources, nodes = tuple(range(len(self.forgets))), len(self.originals)
         originals = [list(fisher.as_dict().values()) for fisher in self.originals]
         forgets = [list(fisher.as_dict().values()) for fisher in self.forgets]
-        lists = (self.kept.tensors, originals, forgets, self.groups)
+        lists = (self.kept.tensors, originals, forgets, [Group(sources, tuple(range(nodes)))])
         for name, (kind, way) in baselines.WAYS.items():
             unlearn = partial(baselines.unlearn, way, lists, ALPHA, LAM)
             yield Variant(name, kind, unlearn, self.kept.restore, self.kept.outcome)
         if compiler is not None:
             torch._dynamo.reset()
-            for name, options in baselines.COMPILED.items():
-                way = baselines.compiled(False, ALPHA, LAM, compiler, **options)
-                yield _compiled(f"{name}, list", way, lists, self.kept)
-                way = baselines.compiled(True, ALPHA, LAM, compiler, **options)
-                yield from self._flat(name, way)
+            stack, buffers = self.pristine.clone(), [fisher.buffer for fisher in self.originals]
+            flat = (stack.unbind(), buffers, [fisher.buffer for fisher in self.forgets], lists[3])
+            stacked = ([stack], [torch.stack(buffers) if nodes > 1 else buffers[0]], flat[2], [Group(sources, (0,))])
+            apart = Kept([[row] for row in stack], [[row] for row in self.pristine])
+            for name, (one, whole, _) in baselines.COMPILED.items():
+                if (one and nodes == 1) or (whole and not one and nodes > baselines.MANY):
+                    continue
+                network: baselines.Network = stacked if one else flat
+                calls = 1 if whole else len(network[3][0].nodes) + (len(sources) > 1)
+                run = partial(baselines.compiled(name, ALPHA, LAM, compiler), network)
+                yield Variant(name, "torch", run, apart.restore, apart.outcome, calls, True)
         for backend, kind in backends(self.device):
             ours = kind == "ours"  # one launch: all nodes are on one device and of one dtype
             plan = self.plan(backend)
             yield Variant(backend, kind, plan.run_, self.kept.restore, self.kept.outcome, int(ours), ours)
 
-    def _flat(self, name: str, way: baselines.Way) -> Iterator[Variant]:
-        """Compiled over flat buffers, model by model; and last layers stacked, one call a group.
-
-        The models do not own their parameters then.
-        """
-        buffers = [fisher.buffer for fisher in self.originals]
-        sources = [fisher.buffer for fisher in self.forgets]
-        flat = self.pristine.clone()
-        kept = Kept([[row] for row in flat], [[row] for row in self.pristine])
-        yield _compiled(f"{name}, flat", way, (flat.unbind(), buffers, sources, self.groups), kept)
-        if len(self.originals) > len(self.forgets) and len(self.layout) <= 2:
-            stack, stacked = self.pristine.clone(), torch.stack(buffers)
-            kept = Kept([[row] for row in stack], [[row] for row in self.pristine])
-            rows = [slice(group.nodes[0], group.nodes[-1] + 1) for group in self.groups]
-            groups = [Group(group.sources, (i,)) for i, group in enumerate(self.groups)]
-            parts = [stack[row] for row in rows], [stacked[row] for row in rows]
-            yield _compiled(f"{name}, stacked", way, (*parts, sources, groups), kept)
-
-
-def _compiled(name: str, way: baselines.Way, network: tuple[Any, Any, Any, Sequence[Group]], kept: Kept) -> Variant:
-    """One call a model, and one a merge."""
-    calls = sum(len(group.nodes) + (len(group.sources) > 1) for group in network[3])
-    run = partial(baselines.unlearn, way, network, ALPHA, LAM)
-    return Variant(name, "torch", run, kept.restore, kept.outcome, calls, True)
-
 
 def dampen(
-    device: torch.device, compiler: str | None, *network: Any, only: Sequence[str] | None = None, **more: Any
+    device: torch.device,
+    compiler: str | None,
+    *network: Any,
+    only: Sequence[str] | None = None,
+    threads: int | None = None,
+    **more: Any,
 ) -> Case:
     """A `Network` as a case, with all variants or with `only` these kinds; its floor is what its plan says it moves."""
     made = Network(device, *network, **more)
     variants = [v for v in made.variants(None if only else compiler) if only is None or v.kind in only]
     floor, elements = made.plan("reference").traffic.total, made.pristine.numel()
-    return Case(floor, elements, variants, made.expected, selected=made.selected / elements)
+    moved = floor - 2 * made.untouched * made.pristine.element_size()
+    case = Case(floor, elements, variants, made.expected, selected=made.selected / elements, threads=threads)
+    if only is None and device.type == "cpu":
+        case.moved, case.limits = moved, partial(limits, device, *network, **more)
+    return case
+
+
+def limits(device: torch.device, shapes: Shapes, nodes: int, sources: int, *how: Any, **more: Any) -> dict[str, float]:
+    """Milliseconds that parts of a case's work take by themselves, measured with smaller networks.
+
+    Host: `run_` over as many models and parameters, of one element each. Instructions: the work with all of it in the
+    level-2 cache of one core, less its host time; that an element, for all elements, over the threads.
+    """
+
+    def least(shapes: Shapes, nodes: int) -> tuple[float, int]:
+        """Seconds of the fastest run, and elements."""
+        network = Network(device, shapes, nodes, sources, *how, **more)
+        plan, machine, times = network.plan(), Machine(device, small=True), []
+        for _ in range(max(20, 500 // nodes)):
+            network.kept.restore()
+            times.append(machine.seconds(plan.run_))
+        return min(times), network.pristine.numel()
+
+    threads, few = torch.get_num_threads(), min(nodes, 16)
+    fits = level_2_cache() // (2 * few * (4 + more.get("dtype", torch.float32).itemsize) + 8 * sources)  # half of it
+    host, _ = least(dict.fromkeys(shapes, (1,)), nodes)
+    with on_threads(1):
+        (most, many), (some, less) = (least({"weight": (n,)}, few) for n in (fits, 1))
+    elements = nodes * ff.Layout(shapes).numel
+    return {"instructions": 1e3 * (most - some) / (many - less) * elements / threads, "host": 1e3 * host}

@@ -7,8 +7,9 @@ not limit case k: its yardsticks are one ordinary forward and backward, and one 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -174,6 +175,13 @@ def merge(device: torch.device, compiler: str | None, shapes: Shapes, sources: i
 
     variants = [variant(name, kind, partial(way.merge, lists)) for name, (kind, way) in baselines.WAYS.items()]
     variants.append(variant("stack", "torch", stack))
+    if compiler is not None:
+        torch._dynamo.reset()
+        loop, buffers = (
+            torch.compile(baselines.merge_flat, backend=compiler, dynamic=False),
+            [f.buffer for f in fishers],
+        )
+        variants.append(variant("compiled, flat", "torch", lambda: [loop(buffers)]))
     variants += [variant(backend, kind, partial(ours, backend)) for backend, kind in backends(device)]
     return Case(4 * (sources + 1) * layout.numel, layout.numel, variants, stack)
 
@@ -242,14 +250,14 @@ class Work:
         self.model(x)
 
     def sum(
-        self, backward: Callable, squares: Callable, names: Iterable[str], batches: list, count: int | None = None
+        self, backward: Callable, squares: Callable, parameters: Mapping[str, Tensor], batches: list, count: int = 0
     ) -> None:
         """Sum what `squares` finds at each parameter after each batch, over the count, or over the samples."""
-        total = {name: torch.zeros_like(self.parameters[name]) for name in names}
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for x, y in batches:
             backward(x, y)
             for name, t in total.items():
-                t += squares(self.parameters[name])
+                t += squares(parameters[name])
         self.found = {name: t / (count or self.samples) for name, t in total.items()}
 
     def loop(self) -> None:
@@ -274,36 +282,28 @@ class Work:
         self.found = {name: t / self.samples for name, t in total.items()}
 
     def backpack(self) -> None:
-        """BackPACK's sum of squared gradients."""
+        """BackPACK's sum of squared gradients, with a model of its own: its hooks stay, and take nothing in place."""
         from backpack import backpack, extend, extensions  # type: ignore[import-not-found]
 
-        model, loss = extend(self.model), extend(nn.CrossEntropyLoss(reduction="sum"))
+        model, loss = copy.deepcopy(self.model), extend(nn.CrossEntropyLoss(reduction="sum"))
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+        extend(model)
 
         def backward(x: Tensor, y: Tensor) -> None:
             with backpack(extensions.SumGradSquared()):
                 loss(model(x), y).backward()
 
-        self.sum(backward, lambda p: p.sum_grad_squared, self.parameters, self.batches)
-
-    def opacus(self) -> None:
-        """Per-sample gradients of Opacus."""
-        from opacus import GradSampleModule  # type: ignore[import-not-found]
-
-        wrapped = GradSampleModule(self.model, strict=False, loss_reduction="sum")
-
-        def backward(x: Tensor, y: Tensor) -> None:
-            wrapped.zero_grad()
-            cross_entropy(wrapped(x), y, reduction="sum").backward()
-
-        self.sum(backward, lambda p: p.grad_sample.pow(2).sum(0), self.parameters, self.batches)
-        wrapped.to_standard_module()
+        self.sum(backward, lambda p: p.sum_grad_squared, dict(model.named_parameters()), self.batches)
 
     def head_backward(self, freeze: bool) -> None:
         """Existing code for the last layer: a backward through the model, or with the body frozen."""
         body = [p for name, p in self.parameters.items() if name not in self.head] if freeze else []
         for p in body:
             p.requires_grad_(False)
-        self.sum(self.backward, lambda p: p.grad.clone().pow(2), self.head, self.batches, BATCHES)
+        head = {name: self.parameters[name] for name in self.head}
+        self.sum(self.backward, lambda p: p.grad.clone().pow(2), head, self.batches, BATCHES)
         for p in body:
             p.requires_grad_(True)
 
@@ -330,16 +330,15 @@ class Work:
 def sample(device: torch.device, compiler: str | None, width: int, batch: int) -> Case:
     """The whole network's true empirical Fisher."""
     work = Work(device, width, batch)
-    others = {"BackPACK": work.backpack, "Opacus": work.opacus}
-    missing = [name for name in others if importlib.util.find_spec(name.lower()) is None]
+    there = importlib.util.find_spec("backpack") is not None
     ways: dict[str, tuple[str, Callable]] = {
         "a backward a sample": ("naive", work.loop),
         "vmap": ("torch", partial(work.vmap, batch)),
         f"vmap, chunks of {CHUNK}": ("torch", partial(work.vmap, CHUNK)),
-        **{name: ("torch", way) for name, way in others.items() if name not in missing},
+        **({"BackPACK": ("torch", work.backpack)} if there else {}),
     }
-    floor, skipped = ("forward + backward", work.backward), dict.fromkeys(missing, "not installed")
-    return work.case(floor, ways, None, "sample", flips=FLIPS, skipped=skipped)
+    skipped = {} if there else {"BackPACK": "not installed"}
+    return work.case(("forward + backward", work.backward), ways, None, "sample", flips=FLIPS, skipped=skipped)
 
 
 def head(device: torch.device, compiler: str | None, width: int, batch: int) -> Case:

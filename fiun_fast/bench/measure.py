@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing import get_context
@@ -52,6 +53,9 @@ class Case:
     ulps: int = 0  # units in the last place allowed against it; 0 where the bit contract holds
     flips: float = 0.0  # share of elements that may be further off: a threshold met values that differ by an ulp
     selected: float | None = None  # share of elements dampened
+    moved: int | None = None  # bytes that it moves, lines of theta counted only where something is selected
+    limits: Callable[[], dict[str, float]] | None = None  # measures what else could bound it: name -> milliseconds
+    threads: int | None = None  # None: as many as torch has
     skipped: dict[str, str] = field(default_factory=dict)  # variant -> why it is not here
     name: str = ""  # the letter it is known by
     title: str = ""
@@ -279,14 +283,36 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+@contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """Inside, torch has that many threads; None: no change."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def last_level_cache(device: torch.device) -> int:
     """Bytes of the largest cache; 32 MB where the machine does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [path.read_text() for path in CACHE.glob("index*/size")]
-    units = {"K": 1 << 10, "M": 1 << 20}
-    found = [int(m[1]) * units[m[2]] for text in sizes if (m := re.match(r"(\d+)([KM])", text))]
-    return max(found, default=32 << 20)
+    return max(_caches().values(), default=32 << 20)
+
+
+def level_2_cache() -> int:
+    """Bytes that a core has; 512 kB where the machine does not say."""
+    return _caches().get(2, 1 << 19)
+
+
+def _caches() -> dict[int, int]:
+    """Level -> bytes."""
+    units, found = {"K": 1 << 10, "M": 1 << 20}, {}
+    for folder in CACHE.glob("index*"):
+        if m := re.match(r"(\d+)([KM])", (folder / "size").read_text()):
+            found[int((folder / "level").read_text())] = int(m[1]) * units[m[2]]
+    return found
 
 
 def nothing(*_: object) -> None:

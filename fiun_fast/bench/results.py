@@ -37,6 +37,7 @@ class Row:
     share: float | None = None  # that over copy_gbps
     vs_naive: float | None = None  # median of the naive variant over this one's
     vs_torch: float | None = None  # the same for the best in plain torch
+    bound: dict[str, float] | None = None  # ms that its memory, its instructions and the host take by themselves
     extra_bytes: int | None = None  # peak memory on top of what was there before the run
     calls: int | None = None  # torch operators, compiled graphs and launches of one run
     launches: int | None = None  # kernels on a GPU

@@ -3,14 +3,16 @@
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+import textbook_ssd
 import torch
 from rich.console import Console
 
 from fiun_fast import cli
-from fiun_fast.bench import measure, results, run
+from fiun_fast.bench import baselines, measure, results, run
 from fiun_fast.bench.files import fill, markdown, write_json
 
 CPU = torch.device("cpu")
@@ -54,6 +56,35 @@ def test_a_wrong_variant_is_not_timed():
         measure.check(case)
 
 
+def test_the_naive_chain_is_that_of_the_published_classes():
+    torch.manual_seed(0)
+    found, wanted = textbook_ssd.ResNet(), textbook_ssd.ResNet()
+    wanted.load_state_dict(found.state_dict())
+    original, forget = ({n: torch.rand_like(p) for n, p in found.named_parameters()} for _ in range(2))
+    textbook_ssd.modify(wanted, original, forget, alpha=0.8, lam=1.3)
+    thetas = [p.detach() for p in found.parameters()]
+    before = [theta.clone() for theta in thetas]
+    baselines.dampen_naive(thetas, list(original.values()), list(forget.values()), 0.8, 1.3)
+    assert all(map(torch.equal, thetas, wanted.parameters()))
+    assert not all(map(torch.equal, thetas, before))
+
+
+def test_what_bounds_a_case_is_measured_on_its_threads(monkeypatch):
+    bench, threads = run.Bench("tiny", CPU, compiler=None, weigh=False), torch.get_num_threads()
+    seen = []
+    monkeypatch.setattr(run, "race", lambda *a: seen.append(torch.get_num_threads()) or measure.race(*a))
+    with measure.on_threads(2):
+        for name in ("a-thread", "b-none"):
+            case, rows = bench.measure(name)
+            (bound,) = (row.bound for row in rows if row.kind == "ours")
+            assert set(bound) == {"memory", "instructions", "host"}
+            assert bound["memory"] == pytest.approx(case.moved / rows[0].copy_gbps / 1e6)
+            assert bound["host"] > 0
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == threads
+    assert case.moved < 0.6 * case.floor, "with nothing selected, theta stays where it is"
+
+
 def test_ulps():
     one = torch.tensor([1.0, -1.0, 0.0, 2.0])
     next_up = torch.tensor([1.0000001, -1.0000001, -0.0, 2.0])
@@ -88,11 +119,11 @@ def test_memory_is_weighed_in_a_process_of_its_own():
 
 def test_cases_are_selected_by_name_and_by_family():
     assert run.select(["g", "h-2"], "tiny") == ["g", "g-zero", "g-hooks", "h-2"]
-    assert run.select(["k-head", "a"], "tiny") == ["a", "a-all", "k-head"]
+    assert run.select(["k-head", "a"], "tiny") == ["a", "a-thread", "k-head"]
 
 
 def test_a_record_survives_being_kept_and_has_no_names_of_places(bench, tmp_path):
-    if not bench.record.rows:
+    if bench.record.ours("a") is None:
         bench.measure("a")
     path = run.path_for(bench.record, tmp_path)
     bench.record.save(path)
@@ -116,12 +147,29 @@ def test_pictures_and_tables_from_a_record(bench, tmp_path):
             draw(bench.record).savefig(tmp_path / "picture.svg")
             assert (tmp_path / "picture.svg").stat().st_size > 5000
             plots.plt.close("all")
+    text = plots.reach([bench.record])
+    (row,) = (line for line in text.splitlines() if line.startswith("| a |"))
+    assert f"| a | {bench.record.ours('a').title} | 60× |" in row
+    assert f"{bench.record.ours('a').vs_torch:.3g}×" in row
+    assert set(re.findall(r"(\w+) \d+%", row)) == {"memory", "instructions", "host"}
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
     assert fill(page, "bench", plots.table([bench.record], few=True))
     assert "old" not in page.read_text()
     assert "| a | dampen one ResNet-18" in page.read_text()
     assert page.read_text().endswith("<!-- /bench -->\nafter\n")
+
+
+def test_the_pages_have_the_numbers_of_the_committed_results(tmp_path, monkeypatch):
+    plots = load("plots")
+    copies = {tmp_path / path.name: few for path, few in plots.TABLES.items()}
+    for page, copy in zip(plots.TABLES, copies, strict=True):
+        copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    pages = {copy: page.read_text(encoding="utf-8") for page, copy in zip(plots.TABLES, copies, strict=True)}
+    monkeypatch.setattr(plots, "TABLES", copies)
+    assert list(plots.fill_pages(plots.chosen([]))) == list(copies)
+    for copy, text in pages.items():
+        assert copy.read_text(encoding="utf-8") == text, f"{copy.name}: `make plots` was not run"
 
 
 def test_files_are_plain_json_with_a_row_a_line(tmp_path):
@@ -177,4 +225,4 @@ def test_command_line(capsys, monkeypatch):
     assert seen["a"] == (["a"], "quick", None, None)
     monkeypatch.undo()
     assert cli.main(["bench", "--case", "zebra"]) == 1
-    assert "no case 'zebra' in full mode; known are a, a-all" in capsys.readouterr().err
+    assert "no case 'zebra' in full mode; known are a, a-thread" in capsys.readouterr().err

@@ -6,7 +6,7 @@ raises a FiunError must have changed nothing; no other exception may come out; b
 meant (other models, layers that are dead, elements around a view, Fishers) never change.
 
 Arguments of all steps are plain numbers, so that a sequence is a list of names and numbers: `replay` takes one from
-tests/fuzz/corpus. Each step is written to `Machine.journal` before it is done: after a crash it is known what led there.
+tests/fuzz/corpus. Each step is written to `Machine.journal` before it is done, so that a crash can be traced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 from cases import merge_textbook, reaches, ssd_modify_weight
@@ -230,8 +230,9 @@ class Machine(RuleBasedStateMachine):
 
     journal: TextIO | None = None
     left_out: frozenset[str] = frozenset()  # steps that are not taken
+    last: Machine  # the one that was made last
     taken = 0  # steps of all machines
-    calls: Counter[str] = Counter()  # of the package: done or refused
+    calls: ClassVar[Counter[str]] = Counter()  # of the package: done or refused
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +242,7 @@ class Machine(RuleBasedStateMachine):
         self.logs: list[Log] = []
         self.others: list[Any] = []  # tensors and modules that are not, or no more, in a model: none may change
         self.threads = torch.get_num_threads()
-        type(self).last = self
+        Machine.last = self
         if self.journal is not None:
             self.journal.seek(0)
             self.journal.truncate()
@@ -271,7 +272,7 @@ class Machine(RuleBasedStateMachine):
 
     @step(seed=SEED, modules=st.integers(0, 15), wide=st.booleans())
     def begin(self, seed: int, modules: int, wide: bool) -> None:
-        """Four models in a DAG; bit i of `modules`: is the i-th one a module (else a dict of tensors)?"""
+        """Four models in a DAG; bit i of `modules`: whether the i-th is a module, else a dict of tensors."""
         generator = torch.Generator().manual_seed(seed)
         kind = torch.float64 if wide else torch.float32
         self.dag = ff.InheritanceDAG()
@@ -316,7 +317,8 @@ class Machine(RuleBasedStateMachine):
         try:
             result = work()
         except ff.FiunError as error:
-            assert may is not True, f"refused: {type(error).__name__}: {error}"
+            if may is True:
+                raise AssertionError(f"refused: {type(error).__name__}: {error}") from error
             result, writes = None, None
             self.tally("refused")
         else:
@@ -619,6 +621,7 @@ class Machine(RuleBasedStateMachine):
             return
         before = {(n, key): bits(parameter_of(self.models[n], key)).clone() for n in planned.nodes for key in SHAPES}
         start = {key: b.view(parameter_of(self.models[key[0]], key[1]).dtype) for key, b in before.items()}
+        can_change = self.textbook(replace(planned, alpha=dict.fromkeys(PARENTS, lowest))).chosen
         lam_now = dict(planned.lam)
         changed = False
         for alpha, lam in tried:
@@ -641,16 +644,13 @@ class Machine(RuleBasedStateMachine):
             for key, (_, view) in live.items():
                 if not torch.equal(view, others[key]):
                     self.explain(others, key, view)
-        refused = False
-        if end == "replace":
-            old = parameter_of(self.models[node], name)
-            self.put(node, name, old.detach().clone())
-            refused = changed and node in planned.nodes
+        may = True
+        if end == "replace" and node in planned.nodes:
+            may = not (changed and bool(can_change[node, name].any()))
+            self.put(node, name, parameter_of(self.models[node], name).detach().clone())
+            start.pop((node, name), None)
         if end == "run":
             self.call(lambda: planned.plan.run_(), False)
-        if refused:
-            self.call(lambda: context.__exit__(None, None, None), None)
-            return
 
         def leave() -> None:
             if end != "raise":
@@ -662,7 +662,7 @@ class Machine(RuleBasedStateMachine):
             except KeyboardInterrupt:
                 pass
 
-        self.call(leave, True, lambda _: start)
+        self.call(leave, may, lambda _: start if changed else {})
 
     @step(which=ANY, what=st.sampled_from(["profile", "norms", "print", "merge", "dampen", "digest", "file", "pickle"]))
     def look(self, which: int, what: str) -> None:

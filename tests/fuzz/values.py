@@ -206,7 +206,7 @@ class Cases:
         its = [k for k, origin in enumerate(self.origins) if reaches(self.parents, origin, node)]
         raise AssertionError(
             f"{backend}, {node}.{name}[{at}] ({found.dtype}): {found[bad].item()!r}, expected {wanted[bad].item()!r}; "
-            f"theta {self.models[node][name].reshape(-1)[at].item()!r}, I {self.originals[node].buffer[place].item()!r}, "
+            f"theta {self.models[node][name].reshape(-1)[at].item()!r}, I {self.originals[node].buffer[place]!r}, "
             f"F {[self.forgets[k].buffer[place].item() for k in its]}, weights {[self.weights[k] for k in its]}, "
             f"{self.merge}, scale {self.scale}, alpha {self.alpha[node]}, lambda {self.lam[node]}, cap {self.cap}"
         )

@@ -230,7 +230,7 @@ class Machine(RuleBasedStateMachine):
 
     journal: TextIO | None = None
     left_out: frozenset[str] = frozenset()  # steps that are not taken
-    last: Machine  # the one that was made last
+    failed: ClassVar[list[tuple[str, dict[str, Any]]] | None] = None  # steps of the first that found something
     taken = 0  # steps of all machines
     calls: ClassVar[Counter[str]] = Counter()  # of the package: done or refused
 
@@ -242,7 +242,6 @@ class Machine(RuleBasedStateMachine):
         self.logs: list[Log] = []
         self.others: list[Any] = []  # tensors and modules that are not, or no more, in a model: none may change
         self.threads = torch.get_num_threads()
-        Machine.last = self
         if self.journal is not None:
             self.journal.seek(0)
             self.journal.truncate()
@@ -266,7 +265,11 @@ class Machine(RuleBasedStateMachine):
         needs = {"undo": self.logs, "copy_log": self.logs}
         needs |= dict.fromkeys(["run", "run_in_threads", "set_values", "trials", "look"], self.plans)
         if needs.get(name, True) and name not in self.left_out:
-            getattr(self, name)(**values)
+            try:
+                getattr(self, name)(**values)
+            except Exception:
+                Machine.failed = Machine.failed or list(self.steps)
+                raise
 
     # ---- what there is, and what must hold --------------------------------------------------------------------------
 
@@ -942,8 +945,8 @@ class Random(Machine):
 
     @initialize(start=st.tuples(STEPS["begin"], STEPS["make_plan"]))
     def start(self, start: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        self.begin(**start[0])
-        self.make_plan(**start[1])
+        self.do("begin", start[0])
+        self.do("make_plan", start[1])
 
     @rule(which=one_of(**MAKING, **CALLS))
     def calls(self, which: tuple[str, dict[str, Any]]) -> None:
@@ -960,7 +963,7 @@ class Random(Machine):
 
 def replay(steps: Iterable[tuple[str, dict[str, Any]]]) -> Machine:
     """Do a recorded sequence; raises what was found, if it is still there."""
-    machine = Machine()
+    machine = Random()
     try:
         for name, values in steps:
             machine.do(name, values)

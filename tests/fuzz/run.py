@@ -69,12 +69,13 @@ def sequences(seed: int, examples: int, length: int, journal: Path | None = None
         suppress_health_check=list(hypothesis.HealthCheck),
         report_multiple_bugs=False,
     )
+    live.Machine.failed = None
     try:
         live.Machine.journal = None if journal is None else journal.open("w+")
         run_state_machine_as_test(hypothesis.seed(seed)(live.Random), settings=settings)
     except Exception as error:
         live.Machine.journal = None
-        steps = live.shrunk(live.Machine.last.steps)
+        steps = live.shrunk(live.Machine.failed or [])
         return {"part": "live", "error": f"{type(error).__name__}: {error}"[:400], "steps": steps}
     return None
 

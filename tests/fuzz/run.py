@@ -1,6 +1,7 @@
-"""Fuzzing for as long as one likes: random sequences on live objects, random dampening cases, the same interpreted.
+"""Fuzzing for as long as one likes: random sequences on live objects, random dampening cases, the same interpreted,
+mutated files.
 
-    python tests/fuzz/run.py --seconds 60 --seed 0 [--only live values interpreted] [--out results.json]
+    python tests/fuzz/run.py --seconds 60 --seed 0 [--only live values interpreted files] [--out results.json]
 
 Each part runs in a process of its own, which may crash: what it was doing is in a file by then. Prints what was done
 and found; whatever was found is written to tests/fuzz/corpus, as short as it could be made, and ends with status 1.
@@ -24,10 +25,11 @@ from typing import Any
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-PARTS = {"live": 0.5, "values": 0.3, "interpreted": 0.2}  # shares of the time
+PARTS = {"live": 0.4, "values": 0.3, "interpreted": 0.15, "files": 0.15}  # shares of the time
 BACKENDS = {"values": ("cpu", "reference"), "interpreted": ("triton",)}
 SHAPE = {"values": {"parameters": 200, "run": 1.5}, "interpreted": {"parameters": 400, "run": 30.0}}
 EXAMPLES, LENGTH = 25, 40  # sequences that hypothesis draws from one seed, and how long one is
+MUTATED = 250  # files of each format and seed
 MOST = 5  # findings, then a part ends
 
 
@@ -46,6 +48,11 @@ def again(finding: dict[str, Any]) -> None:
         import live
 
         live.replay(finding["steps"])
+        return
+    if finding["part"] == "files":
+        import files
+
+        files.fuzz(finding["format"], MUTATED, finding["seed"])
         return
     import values
 
@@ -93,6 +100,18 @@ def cases(part: str, seed: int) -> tuple[int, dict[str, Any] | None]:
     return made.number, None
 
 
+def mutated(seed: int) -> tuple[int, dict[str, Any] | None]:
+    """Mutated files of each format: how many, and what was found."""
+    import files
+
+    for name in files.FORMATS:
+        try:
+            files.fuzz(name, MUTATED, seed)
+        except files.WrongError as error:
+            return 0, {"part": "files", "seed": seed, "format": name, "error": str(error)[:600]}
+    return MUTATED * len(files.FORMATS), None
+
+
 def work(part: str, seconds: float, seed: int, journal: Path) -> Iterator[dict[str, Any]]:
     """Until the time is over: what was done so far, and what was found."""
     begun, number, found = time.monotonic(), 0, 0
@@ -106,7 +125,7 @@ def work(part: str, seconds: float, seed: int, journal: Path) -> Iterator[dict[s
             extra = {"steps": live.Machine.taken, "calls": dict(sorted(live.Machine.calls.items()))}
         else:
             journal.write_text(json.dumps({"seed": seed}))
-            done, finding = cases(part, seed)
+            done, finding = mutated(seed) if part == "files" else cases(part, seed)
             number += done
         found += finding is not None
         seed += 1

@@ -1,5 +1,4 @@
-"""Fuzzing for as long as one likes: random sequences on live objects, random dampening cases, the same interpreted,
-mutated files.
+"""Fuzzing for as long as one likes: random sequences on live objects, random dampening cases, mutated files.
 
     python tests/fuzz/run.py --seconds 60 --seed 0 [--only live values interpreted files] [--out results.json]
 

@@ -128,7 +128,8 @@ def work(part: str, seconds: float, seed: int, journal: Path) -> Iterator[dict[s
             number += done
         found += finding is not None
         seed += 1
-        yield {"cases": number, "seconds": round(time.monotonic() - begun, 1), **extra, "finding": finding}
+        spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time(), 1)}
+        yield {"cases": number, **spent, **extra, "finding": finding}
 
 
 def child(part: str, seconds: float, seed: int, journal: Path) -> None:

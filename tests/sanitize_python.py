@@ -30,9 +30,7 @@ ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-omit-frame-pointer"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-sanitize-recover=all"]
-POOL = """import pytest
-
-from fiun_fast.kernels import cpu
+POOL = """from fiun_fast.kernels import cpu
 
 cpu.openmp_of_torch = lambda: 0
 cpu.extension().use_openmp(0)

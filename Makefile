@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= 2.13.0
+FUZZ_SECONDS ?= 60
+FUZZ_SEED    ?= 0
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
 
-.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs sanitize memcheck clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs fuzz sanitize sanitize-quick memcheck clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -55,9 +57,16 @@ $(BUILT): $(STAMP) README.md LICENSE MANIFEST.in $(wildcard fiun_fast/*.py fiun_
 wheel-check: wheel  ## that wheel, installed where there is nothing else, no compiler either; TORCH=2.x.y names the torch beside it
 	$(BIN)/python tests/wheel_check.py "$$(cat $(BUILT))" --torch "$(TORCH)"
 
-sanitize: install  ## the C++ and CUDA sources under AddressSanitizer and UndefinedBehaviorSanitizer, on the CPU
+fuzz: install  ## random operations and values against plain torch, for FUZZ_SECONDS (60) from FUZZ_SEED (0)
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+sanitize: install  ## the C++ and CUDA sources under the sanitizers, on the CPU, alone and under the Python tests
 	bash tests/cpp/sanitize.sh
 	$(BIN)/python tests/sanitize_shim.py
+	$(BIN)/python tests/sanitize_python.py
+
+sanitize-quick: install  ## the cpu extension under the sanitizers with a part of the Python tests, two minutes
+	$(BIN)/python tests/sanitize_python.py --quick
 
 memcheck: install  ## the CUDA kernels under compute-sanitizer; needs an NVIDIA GPU
 	sh tests/memcheck.sh $(BIN)/python

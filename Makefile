@@ -35,7 +35,7 @@ lint: install  ## ruff and mypy
 bench: install  ## benchmarks, about a quarter of an hour; prints the table, writes bench/results/
 	$(BIN)/python -m pytest bench -q
 
-bench-quick: install  ## smaller sizes, under three minutes; what bench-check compares with
+bench-quick: install  ## smaller sizes, about seven minutes; what bench-check compares with
 	$(BIN)/python -m pytest bench -q --mode quick
 
 bench-check: install  ## have ratios dropped by more than 30 % since the committed quick results?

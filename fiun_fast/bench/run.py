@@ -1,6 +1,6 @@
 """The list of cases and their sizes, and the command: one case after another, checked, timed and weighed.
 
-A case is a line of `_cases`: its name, its title, what makes it, and of what. Modes: "full", "quick" (under three
+A case is a line of `_cases`: its name, its title, what makes it, and of what. Modes: "full", "quick" (some
 minutes in all), "tiny" (shows that all runs).
 """
 

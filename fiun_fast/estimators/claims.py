@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EstimationError
+from ..guards import signals_deferred
 
 State = TypeVar("State")
 
@@ -98,11 +99,12 @@ def _claimed(claim: _Claim) -> Iterator[None]:
             if not other.waits or not claim.waits or holding:
                 raise EstimationError(_refusal(claim, other))
             _changed.wait()
-        _claims.append(claim)
+        with signals_deferred():
+            _claims.append(claim)
     try:
         yield
     finally:
-        with _changed:
+        with signals_deferred(), _changed:
             _claims.remove(claim)
             _changed.notify_all()
 

@@ -14,6 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..arguments import check_count, check_number
 from ..errors import ArgumentError, EstimationError
+from ..guards import signals_deferred
 from .totals import Totals
 
 
@@ -172,14 +173,16 @@ def in_backward(
     handles: list[Any] = []
     raised = True
     try:
-        for name, p in parameters.items():
-            if p.requires_grad:
-                handles.append(p.register_post_accumulate_grad_hook(stream.hook(name)))
+        with signals_deferred():  # a hook that nobody knows of would take every later gradient
+            for name, p in parameters.items():
+                if p.requires_grad:
+                    handles.append(p.register_post_accumulate_grad_hook(stream.hook(name)))
         yield
         raised = False
     finally:
-        for handle in handles:
-            handle.remove()
+        with signals_deferred():
+            for handle in handles:
+                handle.remove()
         stream.close(raised)
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from .compiling import ReachedNode
 from .dag import Model
 from .errors import LayoutError
-from .layout import every_name
 from .live import LiveMemory
-from .memory import flaw_of, span
+from .overlaps import held_by, name_in, overlaps
 
 _ADVICE = "it would change unnoticed; clone one of them, or take both into the plan"
 
@@ -43,7 +42,7 @@ def check_unshared(memory: LiveMemory, nodes: Sequence[ReachedNode], bystanders:
     others: list[Any] = []  # what is not bound
     whose: list[int] = []  # index among the models
     for k, (name, index, model) in enumerate(models):
-        for held in _mappings(model):
+        for held in held_by(model) if isinstance(model, nn.Module) else [model]:
             for tensor in held.values():
                 owner = owners.get(id(tensor))
                 if owner is None:
@@ -52,58 +51,19 @@ def check_unshared(memory: LiveMemory, nodes: Sequence[ReachedNode], bystanders:
                         whose.append(k)
                 elif owner != index:
                     raise LayoutError(f"{memory.label(tensor)} is also {_label(name, model, tensor)}: {_ADVICE}")
-    others, whose = _addressable(others, whose)
-    bound = memory.parameters
-    if not others or not bound:
+    if not others:
         return
+    bound = memory.parameters
     start = np.array([tensor.data_ptr() for tensor in bound], dtype=np.int64)
-    order = np.argsort(start)
-    start = start[order]
-    end = start + np.array([tensor.nbytes for tensor in bound], dtype=np.int64)[order]
-    spans = np.array([span(tensor) for tensor in others], dtype=np.int64)
-    at = np.searchsorted(end, spans[:, 0], side="right")  # the first parameter that ends after each other one begins
-    clashes = (at < len(start)) & (start[np.minimum(at, len(start) - 1)] < spans[:, 1]) & (spans[:, 0] < spans[:, 1])
-    for k in np.flatnonzero(clashes).tolist():
-        name, index, model = models[whose[k]]
-        parameter = bound[order[at[k]]]
-        same = spans[k, 0] == start[at[k]] and spans[k, 1] == end[at[k]]
-        if same and not isinstance(model, nn.Module) and owners[id(parameter)] == index:
+    size = np.array([tensor.nbytes for tensor in bound], dtype=np.int64)
+    for i, j, same in overlaps(start, start + size, others):
+        name, index, model = models[whose[j]]
+        if same and not isinstance(model, nn.Module) and owners[id(bound[i])] == index:
             continue
-        raise LayoutError(f"{memory.label(parameter)} shares memory with {_label(name, model, others[k])}: {_ADVICE}")
-
-
-def _mappings(model: Model) -> list[Mapping[str, Any]]:
-    """All mappings in which a model keeps parameters and buffers; a plain walk, since its own iterators make names."""
-    if not isinstance(model, nn.Module):
-        return [model]
-    found: list[Mapping[str, Any]] = []
-    modules, seen = [model], {id(model)}
-    for module in modules:  # which grows meanwhile
-        found.append(module._parameters)
-        if module._buffers:
-            found.append(module._buffers)
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                modules.append(child)
-    return found
-
-
-def _addressable(tensors: list[Any], whose: list[int]) -> tuple[list[Tensor], list[int]]:
-    """Those that have elements in memory, each once for each model."""
-    found: dict[tuple[int, int], int] = {}
-    for i, (tensor, k) in enumerate(zip(tensors, whose, strict=True)):
-        if isinstance(tensor, Tensor) and (id(tensor), k) not in found and flaw_of(tensor) is None and tensor.numel():
-            found[id(tensor), k] = i
-    return [tensors[i] for i in found.values()], [whose[i] for i in found.values()]
+        raise LayoutError(f"{memory.label(bound[i])} shares memory with {_label(name, model, others[j])}: {_ADVICE}")
 
 
 def _label(node: str, model: Model, tensor: Tensor) -> str:
-    if not isinstance(model, nn.Module):
-        name = next(key for key, value in model.items() if value is tensor)
-        return f"node {node!r}, tensor {name!r}"
-    for name, parameter in every_name(model):
-        if parameter is tensor:
-            return f"node {node!r}, parameter {name!r}"
-    name = next(name for name, buffer in model.named_buffers(remove_duplicate=False) if buffer is tensor)
-    return f"node {node!r}, buffer {name!r}"
+    if isinstance(model, nn.Module):
+        return f"node {node!r}, {name_in(model, tensor)}"
+    return f"node {node!r}, tensor {next(key for key, value in model.items() if value is tensor)!r}"

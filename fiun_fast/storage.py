@@ -11,6 +11,7 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import alone, signals_deferred
 from .layout import Layout, Params, select_parameters
 from .memory import check_addressable, check_disjoint, span
+from .overlaps import held_by, name_in, overlaps
 
 _LINE = 64  # bytes of a cache line
 
@@ -31,7 +32,7 @@ def flatten_(model: torch.nn.Module, params: Params = None) -> torch.Tensor:
 
     """
     parameters = select_parameters(model, params)
-    like = _alike({f"parameter {name!r}": p for name, p in parameters.items()})
+    like = _alike({f"parameter {name!r}": p for name, p in parameters.items()}, [model])
     layout = Layout({name: p.shape for name, p in parameters.items()})
     buffer = _empty(like, layout.numel)
     _move(layout, buffer, parameters)
@@ -60,8 +61,8 @@ def stack_(models: Iterable[torch.nn.Module] | Mapping[str, torch.nn.Module], pa
             parameters share memory; or as `flatten_`. Nothing was moved then.
 
     """
-    labelled = models.items() if isinstance(models, Mapping) else enumerate(_listed(models))
-    selected = {f"model {label!r}": select_parameters(model, params) for label, model in labelled}
+    labelled = dict(models.items() if isinstance(models, Mapping) else enumerate(_listed(models)))
+    selected = {f"model {label!r}": select_parameters(model, params) for label, model in labelled.items()}
     if not selected:
         raise ArgumentError("no models to stack")
     (first, its), *_ = selected.items()
@@ -70,7 +71,8 @@ def stack_(models: Iterable[torch.nn.Module] | Mapping[str, torch.nn.Module], pa
         own = Layout({name: p.shape for name, p in parameters.items()})
         if (difference := layout.difference(own, first, where)) is not None:
             raise LayoutError(f"models that are stacked are alike: {difference}")
-    like = _alike({f"{w}, parameter {n!r}": p for w, parameters in selected.items() for n, p in parameters.items()})
+    every = {f"{w}, parameter {n!r}": p for w, parameters in selected.items() for n, p in parameters.items()}
+    like = _alike(every, labelled.values())
     per_line = max(1, _LINE // like.element_size())
     width = -(-layout.numel // per_line) * per_line
     stacked = _empty(like, len(selected), width)[:, : layout.numel]
@@ -85,8 +87,14 @@ def _listed(models: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
     return list(models)
 
 
-def _alike(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The first of the parameters, after a check that one buffer can hold all: label for messages -> parameter."""
+def _alike(parameters: Mapping[str, torch.Tensor], models: Iterable[torch.nn.Module]) -> torch.Tensor:
+    """The first of the parameters, after a check that one buffer can hold all and that all can be moved.
+
+    Args:
+        parameters: label for messages -> parameter.
+        models: what holds them; nothing that stays behind may share their memory, as it would no longer afterwards.
+
+    """
     (first, like), *_ = parameters.items()
     for label, p in parameters.items():
         check_addressable(label, p)
@@ -96,6 +104,13 @@ def _alike(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
             raise DeviceError(f"{label} is on {p.device}, expected {like.device} as {first}")
     labels, spans = list(parameters), np.array([span(p) for p in parameters.values()])
     check_disjoint(spans[:, 0], spans[:, 1], lambda i: labels[i])
+    moved = {id(p) for p in parameters.values()}
+    for model in models:
+        others = [t for held in held_by(model) for t in held.values() if t is not None and id(t) not in moved]
+        for i, j, _ in overlaps(spans[:, 0], spans[:, 1], others):
+            raise LayoutError(
+                f"{labels[i]} and {name_in(model, others[j])} share memory, and only the former would move"
+            )
     return like
 
 

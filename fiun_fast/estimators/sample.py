@@ -37,6 +37,12 @@ class SampleEstimate(Estimate):
 
     def __init__(self, job: Job, why: str = "") -> None:
         self._job, self._why = job, why
+        for name, p in job.selected.items():
+            if p._backward_hooks:
+                raise EstimationError(
+                    f"parameter {name!r} has a gradient hook, which does not see the gradients of single samples: remove "
+                    'it meanwhile, or take estimator="batch"'
+                )
         self._totals = Totals(job.selected, job.estimator, backend=job.options.backend)
         self._per_sample = PerSample(job, self._totals)
         self._learned: Learned | None = None

@@ -226,3 +226,14 @@ def test_modules_may_refer_to_each_other():
     shared = nn.Linear(2, 2)
     twice = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared)})
     assert ff.Layout.from_module(twice, "second.*").names == ("first.weight", "first.bias")
+
+
+def test_what_stays_behind_may_not_share_memory():
+    model = nn.Linear(4, 4)
+    model.register_buffer("seen", model.weight.data.view(-1)[2:])
+    address = model.weight.data_ptr()
+    with pytest.raises(ff.LayoutError, match="parameter 'weight' and buffer 'seen' share memory, and only the former"):
+        ff.flatten_(model)
+    with pytest.raises(ff.LayoutError, match="model 1, parameter 'weight' and buffer 'seen' share memory"):
+        ff.stack_([nn.Linear(4, 4), model])
+    assert model.weight.data_ptr() == address

@@ -79,6 +79,10 @@ def test_hooks_of_parameters_count_in_the_head_too():
     batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
     whole, head = (ff.estimate_fisher(model, batches, params=params) for params in (None, "last"))
     assert torch.allclose(whole["2.weight"], head["2.weight"])
+    for estimator in ("sample", "expected"):
+        for params in (None, "last"):
+            with pytest.raises(ff.EstimationError, match="'2.weight' has a gradient hook"):
+                ff.estimate_fisher(model, batches, params=params, estimator=estimator)
 
 
 def test_one_tensor_may_be_the_gradient_of_two_parameters():

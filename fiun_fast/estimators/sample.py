@@ -40,8 +40,8 @@ class SampleEstimate(Estimate):
         for name, p in job.selected.items():
             if p._backward_hooks:
                 raise EstimationError(
-                    f"parameter {name!r} has a gradient hook, which does not see the gradients of single samples: remove "
-                    'it meanwhile, or take estimator="batch"'
+                    f"parameter {name!r} has a gradient hook, which does not see the gradients of single samples: "
+                    'remove it meanwhile, or take estimator="batch"'
                 )
         self._totals = Totals(job.selected, job.estimator, backend=job.options.backend)
         self._per_sample = PerSample(job, self._totals)

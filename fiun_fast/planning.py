@@ -38,7 +38,7 @@ class Choice:
     score: float
 
 
-_under_way: weakref.WeakSet[Trials] = weakref.WeakSet()  # of all plans of the process
+_under_way: set[Trials] = set()  # of all plans of the process
 
 
 class Plan:
@@ -119,7 +119,7 @@ class Plan:
         if dry_run and undo:
             raise ArgumentError("a dry run changes nothing, so there is nothing to undo: leave out dry_run or undo")
         with alone:
-            if not dry_run:
+            if _under_way and not dry_run:
                 self._check_no_trials()
             return self._run(bool(dry_run), undo, audit)
 

@@ -39,7 +39,7 @@ def signals_deferred() -> Iterator[None]:
         return
     caught: list[tuple[Callable[[int, Any], Any], int, Any]] = []
     over: list[bool] = []
-    with ExitStack() as stack:
+    with ExitStack() as then, ExitStack() as stack:
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler):
@@ -56,8 +56,8 @@ def signals_deferred() -> Iterator[None]:
             yield
         finally:
             over.append(True)
-    for handler, number, frame in caught:
-        handler(number, frame)
+            for handler, number, frame in reversed(caught):  # each is called, also where another raises
+                then.callback(handler, number, frame)
 
 
 @contextmanager

@@ -148,7 +148,10 @@ def test_an_undo_is_not_interrupted(monkeypatch):
 
 
 def test_handlers_are_put_back_whatever_they_do():
+    called = []
+
     def first(number, frame):
+        called.append(number)
         raise StopError
 
     def both() -> None:
@@ -158,8 +161,9 @@ def test_handlers_are_put_back_whatever_they_do():
 
     old = signal.signal(signal.SIGUSR1, first)
     try:
-        with pytest.raises(StopError):
+        with pytest.raises(KeyboardInterrupt):  # called too, though the first has raised
             both()
+        assert called == [signal.SIGUSR1]
         assert signal.getsignal(signal.SIGUSR1) is first
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
@@ -295,6 +299,16 @@ def test_denormal_numbers_count_in_every_mode(flushing, backend, numel):
     assert torch.equal(theta, its_theta)
     assert not torch.equal(theta, values)
     assert counts == its_counts
+
+
+def test_an_error_in_the_block_does_not_swallow_a_signal():
+    def fails() -> None:
+        with signals_deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise StopError
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
 
 
 def test_a_handler_that_could_not_be_put_back_still_works():

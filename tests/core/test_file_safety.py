@@ -194,7 +194,7 @@ def test_a_full_disk(tmp_path, both):
     signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize("name", ["__metadata__", "\ud800", 5])
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
 def test_names_of_parameters_that_no_file_can_hold(tmp_path, name):
     with pytest.raises(ff.ArgumentError, match="a file cannot hold a tensor of that name"):
         ff.Fisher(torch.ones(1), ff.Layout({name: (1,)})).save(tmp_path / "file")

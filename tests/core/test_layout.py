@@ -237,3 +237,11 @@ def test_what_stays_behind_may_not_share_memory():
     with pytest.raises(ff.LayoutError, match="model 1, parameter 'weight' and buffer 'seen' share memory"):
         ff.stack_([nn.Linear(4, 4), model])
     assert model.weight.data_ptr() == address
+
+
+def test_names_are_strings():
+    for name in (5, ("a", 1), b"w", None):
+        with pytest.raises(ff.ArgumentError, match="expected a string"):
+            ff.Layout({name: (1,)})
+        with pytest.raises(ff.ArgumentError, match="expected a string"):
+            ff.Fisher.from_dict({name: torch.ones(1)})

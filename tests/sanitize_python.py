@@ -32,8 +32,8 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread",
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-sanitize-recover=all"]
 POOL = """from fiun_fast.kernels import cpu
 
-cpu.openmp_of_torch = lambda: 0
-cpu.extension().use_openmp(0)
+cpu.openmp_of_torch = lambda: (0, 0)
+cpu.extension().use_openmp(0, 0)
 """
 
 

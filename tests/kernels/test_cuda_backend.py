@@ -148,7 +148,7 @@ def tables(draw) -> Table:
 
 
 @on_shim
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(table=tables(), warps=st.sampled_from([1, 16, 500, 10_000]))
 def test_every_element_of_every_node_lies_in_exactly_one_tile(table, warps):
     extension = shim.backend().extension.module()

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--case", action="append", help="only this case, or all with this prefix (a, b, g-hooks, …); may be repeated"
     )
-    bench.add_argument("--quick", action="store_true", help="smaller sizes, under three minutes")
+    bench.add_argument("--quick", action="store_true", help="smaller sizes, some minutes")
     bench.add_argument("--device", action="append", help="cpu, cuda, …; may be repeated; default: what the machine has")
     bench.add_argument("--out", type=Path, help="folder for the results file; default: only print")
     bench.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")

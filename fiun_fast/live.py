@@ -183,11 +183,12 @@ class LiveMemory:
 
     def moved(self) -> bool:
         """Whether any submodule, parameter or Fisher was replaced, or lies otherwise than it did at `settle`."""
-        return any(links.replaced() is not None for links in (self.links, self._layouts)) or self._homes.moved()
+        return self.links.replaced() is not None or self._layouts.replaced() is not None or self._homes.moved()
 
     def check_writable(self) -> None:
         """Raise a LayoutError where a parameter lies in memory that is mapped read-only."""
-        check_writable((label for label, _ in self._foreign), (tensor for _, tensor in self._foreign))
+        if self._foreign:
+            check_writable((label for label, _ in self._foreign), (tensor for _, tensor in self._foreign))
 
     def label(self, parameter: Tensor) -> str:
         """What an error message calls one of the parameters."""

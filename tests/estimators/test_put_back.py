@@ -1,0 +1,198 @@
+"""Models that share parts, or whose forward changes them: estimated as if alone, and put back as they were."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from small import batches, net
+from torch import nn
+
+import fiun_fast as ff
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ESTIMATORS = ("batch", "sample", "expected", "label_free")
+
+
+# ---- models that share a part ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("params", [None, "last", "0.*"])
+def test_models_that_share_a_part_are_estimated_as_if_alone(estimator, params):
+    model, other = net(), net(1)
+    other[0] = model[0]
+    inside = nn.Sequential(model[0], nn.Tanh(), nn.Linear(5, 3))
+    tied = net(3)
+    tied[0].weight = model[0].weight
+    models = {"model": model, "other": other, "inside": inside, "whole": nn.Sequential(model), "tied": tied}
+    chosen = params if params != "0.*" else lambda name, _: name.split(".")[0] == "0"
+    for p in other[2].parameters():
+        p.requires_grad_(False)
+    before = {name: [(p.requires_grad, p.grad) for p in m.parameters()] for name, m in models.items()}
+    alone = {name: ff.estimate_fisher(m, batches(), chosen, estimator=estimator) for name, m in models.items()}
+    together = ff.estimate_fishers(models, batches(), chosen, estimator=estimator)
+    for name, fisher in together.items():
+        assert fisher.layout == alone[name].layout
+        assert torch.allclose(fisher.buffer, alone[name].buffer, rtol=1e-5), name
+        assert fisher.buffer.any()
+        assert fisher.provenance.how == alone[name].provenance.how
+        assert [(p.requires_grad, p.grad) for p in models[name].parameters()] == before[name]
+
+
+def test_a_shared_buffer_that_forwards_change():
+    """Each model sees what it did itself, and not what the other did."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    counting = Counting()
+    models = {"a": nn.Sequential(counting, *net()), "b": nn.Sequential(counting, nn.ReLU(), *net(1))}
+    alone = {name: ff.estimate_fisher(m, batches(4)).buffer for name, m in models.items()}
+    together = ff.estimate_fishers(models, batches(4))
+    for name, buffer in alone.items():
+        assert torch.allclose(together[name].buffer, buffer, rtol=1e-5)
+    assert counting.calls == 0
+
+
+# ---- forwards that change the model ----------------------------------------------------------------------------------
+
+
+class Restless(nn.Module):
+    def __init__(self, change: Callable[[Restless], object]) -> None:
+        super().__init__()
+        self.fc = net()
+        self.register_buffer("kept", torch.tensor([0.0, -0.0, float("nan")]))
+        self.register_buffer("none", None)
+        self.register_buffer("transient", torch.arange(4), persistent=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for layout in ("sparse_coo", "sparse_csr", "sparse_csc", "strided"):
+                self.register_buffer(layout, torch.eye(3).to_sparse(layout=getattr(torch, layout)))
+        self.change = change
+
+    def forward(self, x):
+        self.change(self)
+        return self.fc(x)
+
+
+def once(change: Callable[[Restless], object], key: str = "kept") -> Callable[[Restless], object]:
+    return lambda m: change(m) if hasattr(m, key) else None
+
+
+def shadowed(m: Restless) -> None:
+    if "kept" in m._buffers:
+        del m.kept
+        m.kept = 5
+
+
+def set_sparse(m: Restless) -> None:
+    m.sparse_coo.mul_(3)
+    m.sparse_csr.values().add_(1)
+    m.sparse_csc = torch.zeros(2)
+
+
+CHANGES: dict[str, Callable[[Restless], object]] = {
+    "nothing": lambda m: None,
+    "in place": lambda m: m.transient.add_(1),
+    "sign of zero": lambda m: m.kept.neg_(),
+    "reassigned": lambda m: setattr(m, "kept", torch.ones(3)),
+    "resized": lambda m: m.kept.resize_(70).fill_(3),
+    "shortened": lambda m: m.kept.resize_(2),
+    "other data": lambda m: setattr(m.kept, "data", torch.ones(2, 2, dtype=torch.float64)),
+    "freed": lambda m: m.kept.untyped_storage().resize_(0),
+    "removed": once(lambda m: delattr(m, "kept")),
+    "hidden by an attribute": shadowed,
+    "added": lambda m: None if hasattr(m, "new") else m.register_buffer("new", torch.ones(2)),
+    "filled": lambda m: setattr(m, "none", torch.ones(2)),
+    "emptied": lambda m: setattr(m, "kept", None),
+    "another dtype": lambda m: setattr(m, "kept", m.kept.half()),
+    "persistent": lambda m: m._non_persistent_buffers_set.clear(),
+    "sparse": set_sparse,
+    "submodule added": lambda m: None if hasattr(m, "more") else m.add_module("more", nn.Linear(2, 2)),
+    "train mode": lambda m: m.train(),
+}
+
+
+def pieces(m: nn.Module) -> list:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [
+            (key, None if b is None else (b.layout, b.dtype, b.shape, b.to_dense().clone().view(torch.uint8)))
+            for key, b in m._buffers.items()
+        ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changes_itself_is_put_back(change, fails):
+    model = Restless(CHANGES[change])
+    held = {key: id(b) for key, b in model._buffers.items()}
+    children, transient = list(model.named_children()), set(model._non_persistent_buffers_set)
+    before, place = pieces(model), model.strided.data_ptr()
+
+    def forward(m, batch):
+        out = m(batch[0])
+        if fails:
+            raise KeyError("the user's own")
+        return out, batch[1]
+
+    if fails:
+        with pytest.raises(KeyError, match="the user's own"):
+            ff.estimate_fisher(model, batches(), forward_fn=forward)
+    else:
+        fisher = ff.estimate_fisher(model, batches(), forward_fn=forward)
+        assert torch.allclose(fisher.buffer, ff.estimate_fisher(net(), batches()).buffer, rtol=1e-5)
+    assert {key: id(b) for key, b in model._buffers.items()} == held
+    after = pieces(model)
+    assert [key for key, _ in after] == [key for key, _ in before]
+    for (key, now), (_, then) in zip(after, before):
+        assert (now is None) == (then is None), key
+        assert now is None or (now[:3] == then[:3] and torch.equal(now[3], then[3])), key
+    assert list(model.named_children()) == children
+    assert model._non_persistent_buffers_set == transient
+    assert model.training and model.strided.data_ptr() == place
+    assert "kept" not in vars(model)
+
+
+def test_parameters_that_a_forward_replaces():
+    model = net()
+    bias = model[0].bias
+
+    def forward(m, batch):
+        m[0].register_parameter("bias", nn.Parameter(torch.zeros(5)))
+        return m(batch[0]), batch[1]
+
+    ff.estimate_fisher(model, batches(), "2.*", forward_fn=forward)
+    assert model[0].bias is bias and bias.requires_grad
+
+
+def test_what_cannot_be_put_back_is_said_and_keeps_nothing_else_from_it():
+    for fails, error, text in (
+        (True, KeyError, "the user's own"),
+        (False, ff.EstimationError, "not all of the model could be put back as it was: .*size"),
+    ):
+        model = net()
+        model.register_buffer("calls", torch.zeros(()))
+        model[0].weight.grad = torch.ones(5, 6)
+        bias_grad = model[2].bias.grad = torch.ones(3)
+
+        def forward(m, batch, fails=fails):
+            m.calls += 1
+            m[0].weight.data = torch.ones(1, 6)  # which the gradient of before does not fit any more
+            if fails:
+                raise KeyError("the user's own")
+            return m[2](batch[0][:, :5]), batch[1]
+
+        with pytest.raises(error, match=text):
+            ff.estimate_fisher(model, batches(), "2.*", forward_fn=forward)
+        assert model.calls == 0 and model.training and model[0].weight.requires_grad
+        assert model[2].bias.grad is bias_grad

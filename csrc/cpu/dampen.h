@@ -11,15 +11,10 @@ namespace FIUN_ISA {
 
 constexpr int64_t line_bytes = 64;
 
-// Streams that go side by side, and the lines of each that go by before the next has its turn. As measured: where registers
-// hold the constants of four streams, four and one; else two, and so many lines that fetching the constants costs little.
-#if defined(FIUN_AVX512)
-constexpr int side_by_side = 4;
-constexpr int64_t turn = 1, ahead = 16;  // lines; ahead: that prefetching goes before
-#else
+// Streams that go side by side, the lines of each that go by before the next has its turn, and how far prefetching is
+// ahead. As measured (bench/cpu_kernel.py): more streams, or shorter turns, cost more registers than they fetch memory.
 constexpr int side_by_side = 2;
 constexpr int64_t turn = 8, ahead = 8;
-#endif
 
 template <class F>
 struct Lane {  // integer as wide as a Fisher's element, so that comparisons add up without repacking

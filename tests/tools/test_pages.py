@@ -18,6 +18,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")  # these models were not trained: nothing to forget
 @pytest.mark.parametrize("text", [pytest.param(text, id=f"{page}-{number}") for page, number, text in BLOCKS])
 def test_examples_of_the_pages_run(text, tmp_path, monkeypatch):
     """With the names that a reader has by then: two models, u1 a child of u0, and a request at u0."""

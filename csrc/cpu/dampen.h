@@ -65,10 +65,12 @@ inline int64_t dampen_few(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT origina
     return zeroed;
 }
 
-template <class F>
-inline int64_t count_nonfinite(const F* original, const F* merged, int64_t n) {
+template <class F, class Source>
+inline int64_t count_nonfinite(const F* original, const Source& merged, int64_t at, int64_t n) {
     int64_t count = 0;
-    for (int64_t j = 0; j < n; ++j) count += 1 - (int64_t(is_finite(original[j])) & int64_t(is_finite(merged[j])));
+    for (int64_t j = 0; j < n; ++j) {
+        count += 1 - (int64_t(is_finite(original[j])) & int64_t(is_finite(merged.at(at + j))));
+    }
     return count;
 }
 
@@ -104,8 +106,8 @@ struct Running {
 template <class T, class F>
 constexpr int line_size = int(line_bytes / sizeof(T)) > lanes<F> ? int(line_bytes / sizeof(T)) : lanes<F>;
 
-template <bool with_exponent, class T, class F>
-FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const F* merged, const Node& node,
+template <bool with_exponent, class T, class F, class Source>
+FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const Source& merged, int64_t at, const Node& node,
                                     const Common<T, F>& common, Running<F>& run) {
     constexpr int size = line_size<T, F>, parts = size / lanes<F>;
     Vector<F> i[parts], m[parts];
@@ -113,7 +115,7 @@ FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const F* merged
     FIUN_UNROLL
     for (int p = 0; p < parts; ++p) {
         i[p] = load(original + p * lanes<F>);
-        m[p] = load(merged + p * lanes<F>);
+        m[p] = merged.lanes_at(at + p * lanes<F>);
         chosen[p] = greater(m[p], run.alpha * i[p]);
         touched = either(touched, chosen[p]);
         run.largest = larger_bytes(larger_bytes(run.largest, i[p]), m[p]);
@@ -124,8 +126,9 @@ FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const F* merged
     FIUN_UNROLL
     for (int p = 0; p < parts; ++p) run.selected = counted(run.selected, chosen[p]);
     if constexpr (with_exponent || !has_vectors<T, F>) {
-        run.zeroed_by_rules +=
-            dampen_few<with_exponent>(theta, original, merged, size, common.rule(node), common.how.write);
+        F room[size];
+        run.zeroed_by_rules += dampen_few<with_exponent>(theta, original, merged.some(at, size, room), size,
+                                                         common.rule(node), common.how.write);
     } else {
         FIUN_UNROLL
         for (int p = 0; p < parts; ++p) {
@@ -140,17 +143,19 @@ FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const F* merged
     }
 }
 
-// Whole lines of one node; theta is at the start of a line.
+// Whole lines of one node; theta is at the start of a line, and m begins with element `at`.
 template <class T, class F>
 struct Stream {
     T* theta;
-    const F *original, *merged;
+    const F* original;
+    int64_t at;
     Node* node;
 };
 
 // Several streams in turns, so that more memory is on its way at any time. The lines of more than one are whole turns.
-template <int count, bool with_exponent, class T, class F>
-inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lines, const Dampening& how) {
+template <int count, bool with_exponent, class T, class F, class Source>
+inline void dampen_lines(const Stream<T, F> (&streams)[count], const Source& merged, const int64_t lines,
+                         const Dampening& how) {
     constexpr int64_t size = line_size<T, F>, step = count == 1 ? 1 : turn;
     const Common<T, F> common{how};
     Running<F> runs[count];
@@ -161,8 +166,8 @@ inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lin
             const Stream<T, F> stream = streams[s];
             FIUN_KEEP_LOOP
             for (int64_t at = from; at < from + step * size; at += size) {
-                dampen_line<with_exponent>(stream.theta + at, stream.original + at, stream.merged + at, *stream.node,
-                                           common, runs[s]);
+                dampen_line<with_exponent>(stream.theta + at, stream.original + at, merged, stream.at + at,
+                                           *stream.node, common, runs[s]);
             }
         }
     }
@@ -171,28 +176,31 @@ inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lin
         counts.selected += total(runs[s].selected);
         counts.zeroed += total(runs[s].zeroed) + runs[s].zeroed_by_rules;
         if (beyond_finite<F>(runs[s].largest)) {
-            counts.nonfinite += count_nonfinite(streams[s].original, streams[s].merged, lines * size);
+            counts.nonfinite += count_nonfinite(streams[s].original, merged, streams[s].at, lines * size);
         }
     }
 }
 
 // n elements of `count` nodes whose parameters lie alike within their lines: several nodes side by side, or a node as
 // several stretches; what is left, line by line.
-template <bool with_exponent, class T, class F>
-inline void dampen_alike(Node* nodes, int count, const F* merged, int64_t n, const Dampening& how) {
+template <bool with_exponent, class T, class F, class Source>
+inline void dampen_alike(Node* nodes, int count, const Source& merged, int64_t n, const Dampening& how) {
     constexpr int64_t size = line_size<T, F>, worth_it = 64;  // lines of a stretch
     const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(nodes[0].theta) % line_bytes) / int64_t(sizeof(T));
     const int64_t head = to_line < n ? to_line : n, lines = (n - head) / size;
     const auto stream = [&](int i, int64_t line) {
         const int64_t at = head + line * size;
-        return Stream<T, F>{static_cast<T*>(nodes[i].theta) + at, static_cast<const F*>(nodes[i].original) + at, merged + at,
+        return Stream<T, F>{static_cast<T*>(nodes[i].theta) + at, static_cast<const F*>(nodes[i].original) + at, at,
                             nodes + i};
     };
     const auto edge = [&](Node& node, int64_t from, int64_t to) {
         const Rule<F> rule = Common<T, F>{how}.rule(node);
         T* const theta = static_cast<T*>(node.theta) + from;
-        const F *const original = static_cast<const F*>(node.original) + from, *const m = merged + from;
-        if (from == to || select_few(original, m, int(to - from), rule, node.counts) == 0) return;
+        const F* const original = static_cast<const F*>(node.original) + from;
+        if (from == to) return;
+        F room[size];
+        const F* const m = merged.some(from, int(to - from), room);
+        if (select_few(original, m, int(to - from), rule, node.counts) == 0) return;
         node.counts.zeroed += dampen_few<with_exponent>(theta, original, m, int(to - from), rule, how.write);
     };
     for (int i = 0; i < count; ++i) edge(nodes[i], 0, head);
@@ -204,25 +212,54 @@ inline void dampen_alike(Node* nodes, int count, const F* merged, int64_t n, con
         if (!with_exponent && (together || each >= worth_it)) {  // powers take longer than memory
             Stream<T, F> streams[side_by_side];
             for (int s = 0; s < side_by_side; ++s) streams[s] = together ? stream(i + s, 0) : stream(i, s * each);
-            dampen_lines<side_by_side, with_exponent>(streams, each, how);
+            dampen_lines<side_by_side, with_exponent>(streams, merged, each, how);
             done = together ? each : side_by_side * each;
         }
         for (int s = 0; s < step && done < lines; ++s) {
             const Stream<T, F> one[] = {stream(i + s, done)};
-            dampen_lines<1, with_exponent>(one, lines - done, how);
+            dampen_lines<1, with_exponent>(one, merged, lines - done, how);
         }
     }
     for (int i = 0; i < count; ++i) edge(nodes[i], head + lines * size, n);
 }
 
-template <class T, class F>
-void dampen(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how) {
-    const auto alike = how.exponent == 1 ? dampen_alike<false, T, F> : dampen_alike<true, T, F>;
+// Those nodes side by side whose parameters lie alike.
+template <bool with_exponent, class T, class F, class Source>
+inline void dampen_from(Node* nodes, int count, const Source& merged, int64_t n, const Dampening& how) {
     const auto offset = [&](int i) { return reinterpret_cast<uintptr_t>(nodes[i].theta) % line_bytes; };
     int same = 1;
     while (same < count && offset(same) == offset(0)) ++same;
-    if (same == count) return alike(nodes, count, static_cast<const F*>(merged), n, how);
-    for (int i = 0; i < count; ++i) alike(nodes + i, 1, static_cast<const F*>(merged), n, how);
+    if (same == count) return dampen_alike<with_exponent, T, F>(nodes, count, merged, n, how);
+    for (int i = 0; i < count; ++i) dampen_alike<with_exponent, T, F>(nodes + i, 1, merged, n, how);
+}
+
+template <class T, class F>
+void dampen(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how) {
+    const Merged<F> source{static_cast<const F*>(merged)};
+    const auto from = how.exponent == 1 ? dampen_from<false, T, F, Merged<F>> : dampen_from<true, T, F, Merged<F>>;
+    from(nodes, count, source, n, how);
+}
+
+// The same, merging on the way: m never leaves the registers. False, and nothing done, where that is not to be had: GCC 12
+// cannot compile it for the baseline (an internal error).
+#if defined(FIUN_AVX512) || defined(FIUN_AVX2)
+constexpr bool merges_on_the_way = true;
+#else
+constexpr bool merges_on_the_way = false;
+#endif
+
+template <class T, class F>
+bool dampen_merging(Node* nodes, int count, const Sources& sources, int64_t offset, int64_t n, const Dampening& how) {
+    if constexpr (merges_on_the_way && has_vectors<T, F>) {
+        if (how.exponent != 1 || sources.count > sources_in_registers) return false;
+        if (Merge(sources.how) == Merge::max) {
+            dampen_from<false, T, F>(nodes, count, Merging<Merge::max, F>(sources, offset), n, how);
+        } else {
+            dampen_from<false, T, F>(nodes, count, Merging<Merge::sum, F>(sources, offset), n, how);
+        }
+        return true;
+    }
+    return false;
 }
 
 }  // namespace FIUN_ISA

@@ -16,6 +16,7 @@ from .arguments import FISHER_DTYPES, MERGE_RULES, MergeRule, check_number, chec
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
 from .kernels import select
+from .kernels.cpu import expect_writes
 from .kernels.table import Merging
 from .layout import Layout, Params, select_parameters
 from .memory import all_plain, check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
@@ -99,7 +100,8 @@ class Fisher:
         for name, value in values.items():
             check_addressable(repr(name), value)
         layout = Layout.from_tensors(values)
-        buffer = torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()])
+        buffer = expect_writes(torch.empty(layout.numel, dtype=dtype, device=next(iter(values.values())).device))
+        torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()], out=buffer)
         check_non_negative(buffer, layout)
         return cls(buffer, layout, provenance)
 

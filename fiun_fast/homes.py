@@ -92,7 +92,7 @@ class PlacesInPython:
         """Take down how each lies."""
         self._columns = [list(map(field, tensors)) for field in _FIELDS]
 
-    def unchanged(self, tensors: list[Tensor], threads: int) -> bool:
+    def unchanged(self, tensors: list[Tensor], threads: int = 1) -> bool:
         """Whether each lies as it did; on one thread, whatever `threads` says."""
         for at in range(0, len(tensors), _CHUNK):
             part = slice(at, at + _CHUNK)

@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 from ..errors import FiunError
 from . import rules
 from .capture import Signature, Trace, Use, Watch, step_by_step_attention
-from .job import Job, count, take
-from .per_sample import Round, backward, weighted
+from .job import Job, NotApartError, count, take
+from .per_sample import backward, weighted
+from .predictions import IGNORED
 from .reading import OwnLoss, check_loss
+from .rounds import Round, predicted
 from .rules import Axis
 from .totals import Totals
 
@@ -65,13 +67,14 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
         alone = Watch(job.selected)
         with step_by_step_attention(), alone:
             single, targets = job.forward(take(batch, slice(0, 1), samples))
-        if isinstance(targets, OwnLoss):
-            learned.reasons = dict.fromkeys(job.selected, "the loss is the model's own, one number for a whole batch")
-            return learned
+        if isinstance(targets, OwnLoss) and single is None:
+            raise NotApartError("the model returns its loss alone")
         if count(single) != 1:
             raise ValueError(f"one sample gives {count(single)} outputs")
         if samples > 1:
             _compare(job, learned, alone.trace, single, take(batch, slice(0, 2), samples))
+    except NotApartError:
+        learned.reasons = dict.fromkeys(job.selected, "the loss is the model's own, one number for a whole batch")
     except FiunError:
         raise
     except Exception as error:  # a model may raise anything on a batch of one; its own errors come on the whole batch
@@ -89,8 +92,8 @@ def _compare(job: Job, learned: Learned, alone: Trace, single: Any, two: Any) ->
         outputs, targets = job.forward(two)
         if count(outputs) != 2:
             raise ValueError(f"two samples give {count(outputs)} outputs")
-        losses = weighted(job, outputs, targets, _likeliest(outputs) if job.estimator == "expected" else None, 0)
-        check_loss(losses[1], 0, job.selected)
+        losses = weighted(job, outputs, targets, _likeliest(outputs, targets) if job.estimator == "expected" else None)
+        check_loss(losses[1], job.selected)
         trace = watch.trace
         if not _same(single, take(outputs, slice(0, 1), 2)):
             learned.reasons = dict.fromkeys(job.selected, "the outputs of a sample depend on the others of its batch")
@@ -177,11 +180,11 @@ def _by_parameter(trace: Trace) -> dict[str, Counter[Signature]]:
     return found
 
 
-def _likeliest(outputs: Any) -> Round | None:
+def _likeliest(outputs: Any, targets: Any) -> Round:
     """Labels to try a loss with where targets do not matter."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        return None
-    return Round(outputs.argmax(1), torch.ones_like(outputs[:, 0]))
+    found = predicted(outputs, targets)
+    likeliest = found.scores.detach().argmax(-1)
+    return Round(torch.where(found.counted, likeliest, IGNORED), outputs.detach().new_ones(len(outputs)), found.last)
 
 
 def _agree(squares: Tensor, gradient: Tensor) -> bool:

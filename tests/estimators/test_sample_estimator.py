@@ -283,7 +283,7 @@ def test_a_layer_that_only_some_batches_use():
         (
             {"estimator": "expected", "forward_fn": lambda m, b: (m(b[0])[..., None], b[1])},
             ff.EstimationError,
-            r"outputs of shape \[\d, 5, 1\], expected logits \[B, classes\]",
+            r"targets are int64 \[2\], expected classes, int64 \[2, 5\] or \[2, 1\], as the outputs are",
         ),
     ],
 )

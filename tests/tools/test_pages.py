@@ -53,6 +53,8 @@ def test_examples_of_the_pages_run(text, tmp_path, monkeypatch):
         "plan": ff.plan(dag, requests, alpha=1.0),
         "before": {"u0": accuracy(m0, rest), "u1": accuracy(m1, rest)},
         "score": lambda name, model: -accuracy(model, forgotten),
+        "torch": torch,
+        "language_model": torch.nn.Sequential(torch.nn.Embedding(50, 6), torch.nn.Linear(6, 50)),
     }
     exec(compile(text, "docs", "exec"), names)
 

@@ -24,6 +24,7 @@ from fiun_fast.estimators.reading import Forward, Loss
 from fiun_fast.estimators.totals import check_no_inference
 from fiun_fast.layout import check_module
 from fiun_fast.memory import check_addressable, check_writable
+from fiun_fast.provenance import warn_if_unlike
 
 from .dampening import Numbers, dampen, dampen_in_half_precision
 from .differences import differences
@@ -188,6 +189,12 @@ class ParameterPerturber(Helpers):
         forgets: list[Any] = [forget_importance] if one else list(_several(forget_importance))
         if not forgets:
             raise ff.ArgumentError("forget_importance is an empty list: nothing to forget")
+        if isinstance(original_importance, ff.Fisher):
+            warn_if_unlike(
+                ("original_importance", original_importance.provenance, "forget_importance", one.provenance)
+                for one in forgets
+                if isinstance(one, ff.Fisher)
+            )
         original = self._fitting("original_importance", original_importance)
         chosen = [
             self._fitting(f"forget_importance[{k}]" if len(forgets) > 1 else "forget_importance", one, original)

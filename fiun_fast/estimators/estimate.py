@@ -159,7 +159,8 @@ def _sweep(
                 with on(i), of_batch(number):
                     estimate.step(batch)
                     if not estimate.totals.is_finite():
-                        raise EstimationError(why_not_finite(batch, models[name]))
+                        which = f"model {name!r}: " if len(models) > 1 else ""
+                        raise EstimationError(which + why_not_finite(batch, models[name]))
         batches.check_not_empty()
         return {name: estimate.result() for name, estimate in estimates.items()}
 

@@ -78,9 +78,9 @@ def of_batch(number: int) -> Iterator[None]:
     try:
         yield
     except EstimationError as error:
-        if str(error).startswith("batch "):
-            raise
-        raise type(error)(f"batch {number}: {error}") from error.__cause__
+        if not str(error).startswith("batch "):
+            error.args = (f"batch {number}: {error}",)
+        raise
     except FiunError:
         raise
     except Exception as error:

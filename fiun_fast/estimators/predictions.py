@@ -5,7 +5,7 @@ A sample makes one prediction, or one at each of its positions: every token of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +208,8 @@ def apart(loss: Tensor, outputs: Any, labels: Any) -> Predictions | Elementwise 
         return None
     known, value, close = list(_known(outputs, labels)), float(loss.detach()), 1e-2 if loss.dtype in HALF else CLOSE
     with torch.no_grad():
-        right = [one for one in known if abs(float(one.mean()) - value) <= close * abs(value)]
+        values = _of_tokens(known) or [float(one.mean()) for one in known]
+    right = [one for one, mean in zip(known, values, strict=True) if abs(mean - value) <= close * abs(value)]
     return right[0] if len(right) == 1 else None
 
 
@@ -224,6 +225,19 @@ def _known(outputs: Tensor, labels: Tensor) -> Iterator[Predictions | Elementwis
     elif o.dim() == 3 and labels.shape == o.shape[:2]:
         yield Predictions(o, labels.long(), last=True)
         yield Predictions(o, next_ones(labels.long()), last=True)
+
+
+def _of_tokens(known: Sequence[Predictions | Elementwise]) -> list[float]:
+    """Mean cross entropies of the same logits [B, T, C] by one pass over them, however many labels; [] for others."""
+    found: list[float] = []
+    for one in known:
+        if not isinstance(one, Predictions) or not one.last:
+            return []
+        if not found:
+            total = one.logits.logsumexp(-1)
+        chosen = one.logits.gather(-1, one.labels.clamp(0, one.classes - 1)[..., None])[..., 0]
+        found.append(float((total - chosen)[one.counted].mean()))
+    return found
 
 
 def next_ones(labels: Tensor) -> Tensor:

@@ -133,10 +133,10 @@ class Reading:
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
             raise EstimationError(f"forward_fn returns a {type(returned).__name__}, expected (outputs, targets)")
         outputs, targets = returned
-        if targets is None and self.wanted != "outputs":
-            if isinstance(outputs, Tensor) and outputs.numel() == 1 and self.needs_labels:
-                return None, OwnLoss(outputs.reshape(()))  # it has returned the loss
-            return _found(outputs), Unlabelled(None) if self.wanted == "counted" else None
+        if targets is None and self.wanted == "loss" and isinstance(outputs, Tensor) and outputs.numel() == 1:
+            return None, OwnLoss(outputs.reshape(()))  # it has returned the loss
+        if targets is None and self.wanted == "counted":
+            return _found(outputs), Unlabelled(None)
         if self.wanted != "targets" and (found := _found(outputs)) is not None:  # cross entropy takes a tensor
             return found, targets
         return outputs, targets
@@ -274,7 +274,7 @@ def in_transform() -> bool:
 
 
 def _label_key(batch: Mapping[str, Any]) -> str | None:
-    return next((key for key in LABELS if key in batch), None)
+    return next((key for key in LABELS if batch.get(key) is not None), None)
 
 
 def _keywords(model: nn.Module, batch: Mapping[str, Any], key: str | None) -> tuple[dict[str, Any], bool]:

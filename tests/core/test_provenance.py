@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import fiun_fast as ff
+from fiun_fast.compat.ssd import ParameterPerturber
 
 RECORD = {"estimator": "batch", "steps": 4, "samples": 64, "reduction": "mean", "dtype": "float32"}
 
@@ -30,6 +31,7 @@ def together(original: ff.Fisher, forget: ff.Fisher) -> dict:
         "profile of a model": lambda: ff.selection_profile(original, forget, model),
         "alpha": lambda: ff.adaptive_alpha(original, forget, forget_fraction=0.1),
         "merge": lambda: ff.merge_fishers([original, forget]),
+        "drop-in": lambda: ParameterPerturber(nn.Linear(4, 3, bias=False)).modify_weight(original, forget),
     }
 
 

@@ -5,6 +5,8 @@ TORCH  ?= 2.13.0
 TEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 FUZZ_SEED    ?= 0
+# built, tested and put into the wheel where there is nvcc, GPU or not
+export FIUN_FAST_CUDA ?= auto
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))

@@ -17,6 +17,7 @@ from .errors import (
     FiunError,
     LayoutError,
     ProvenanceWarning,
+    TuningWarning,
     UndoError,
     UndoFileError,
 )
@@ -30,6 +31,7 @@ from .provenance import Provenance
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .storage import flatten_, stack_
+from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
 from .undo import UndoLog
 from .unlearning import dampen_, plan, selection_profile
@@ -65,6 +67,9 @@ __all__ = [
     "SelectionProfile",
     "Shard",
     "Trials",
+    "TriedPoint",
+    "Tuned",
+    "TuningWarning",
     "UndoError",
     "UndoFileError",
     "UndoLog",

@@ -65,6 +65,10 @@ class ProvenanceWarning(UserWarning):
     """
 
 
+class TuningWarning(UserWarning):
+    """A choice to be doubted: at the edge of its grid, no better than leaving alone, or of a search that failed."""
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside this package that called it."""
     frame, level = sys._getframe(1), 2

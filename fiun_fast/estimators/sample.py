@@ -7,7 +7,7 @@ goes the per-sample way, and the provenance says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import EstimationError
 from ..fisher import Fisher
 from . import rules
 from .capture import Use, Watch, step_by_step_attention
+from .gathering import Gathering
 from .job import Estimate, Job, count
 from .learn import Learned, learn
 from .per_sample import PerSample, Round, weighted
@@ -72,7 +73,7 @@ class SampleEstimate(Estimate):
         assert learned is not None
         for p in job.selected.values():
             p.requires_grad_(False)  # no weight gradient is computed: the graph starts at the watch's anchor
-        watch = Watch(job.selected)
+        watch = Watch(job.selected, learned.calls)
         with step_by_step_attention(), watch:
             outputs, targets = job.forward(batch)
             if count(outputs) != samples:
@@ -80,13 +81,20 @@ class SampleEstimate(Estimate):
             rounds = self._rounds(outputs)
             losses = weighted(job, outputs, targets, rounds[0], self._totals.steps)
             fits = learned.fitting(watch.trace)
-            for use in watch.trace.uses:
-                use.roles = {role: rows for role, rows in use.roles.items() if rows.name in fits}
-                if use.roles:
-                    use.meet = partial(self._meet, samples=samples)
+            uses = watch.trace.uses
+            for use in uses:
+                use.roles = {role: made for role, made in use.roles.items() if fits.issuperset(made.names)}
+            uses = [use for use in uses if use.roles]
+            gathering = Gathering(self._totals, job.selected, uses, samples)
+            for use in uses:
+                use.meet = partial(self._meet, gathering)
             if job.estimator == "expected":
-                _exact_at_head(watch.trace.uses, outputs)
-            ways = {rows.name: rules.how(use, role) for use in watch.trace.uses for role, rows in use.roles.items()}
+                _exact_at_head(filter(gathering.alone, uses), outputs)
+            ways: dict[str, dict[str, None]] = {}
+            for use in uses:
+                for role, made in use.roles.items():
+                    for name in made.names:
+                        ways.setdefault(name, {})[rules.how(use, role)] = None
             watch.backward_begins()
             for i, round_ in enumerate(rounds):
                 if i:
@@ -94,13 +102,14 @@ class SampleEstimate(Estimate):
                 if losses.requires_grad:
                     last = i == len(rounds) - 1
                     torch.autograd.backward([losses.sum()], retain_graph=not last)
+                gathering.end()
         for name in fits:
-            self._how[name][ways.get(name, "no gradient reached it")] = None
+            self._how[name] |= ways.get(name, {"no gradient reached it": None})
         return [name for name in job.selected if name not in fits], rounds
 
-    def _meet(self, use: Use, given: Tensor, gradient: Tensor, samples: int) -> None:
+    def _meet(self, gathering: Gathering, use: Use, given: Tensor | None, gradient: Tensor) -> None:
         assert self._learned is not None
-        rules.apply(self._totals, use, given, gradient, self._learned.axes[use.signature], samples)
+        gathering.meet(use, given, gradient, self._learned.axes[use.signature])
 
     def _one_by_one(self, batch: Any, samples: int, names: list[str], rounds: Sequence[Round | None] | None) -> None:
         if not names:
@@ -149,7 +158,7 @@ class SampleEstimate(Estimate):
         return self._totals.fisher(how)
 
 
-def _exact_at_head(uses: Sequence[Use], outputs: Tensor) -> None:
+def _exact_at_head(uses: Iterable[Use], outputs: Tensor) -> None:
     """Where the outputs are a linear layer's own, its expectation over labels needs no draw: E[δ^2] = p (1 - p)."""
     for use in uses:
         if use.rule == "linear" and use.output is outputs and use.meet is not None:
@@ -160,11 +169,11 @@ def _exact_at_head(uses: Sequence[Use], outputs: Tensor) -> None:
 class _Once:
     """Meets once, in the first round, with a gradient of its own; later rounds are ignored."""
 
-    def __init__(self, meet: Callable[[Use, Tensor, Tensor], None], gradient: Tensor) -> None:
-        self._meet: Callable[[Use, Tensor, Tensor], None] | None = meet
+    def __init__(self, meet: Callable[[Use, Tensor | None, Tensor], None], gradient: Tensor) -> None:
+        self._meet: Callable[[Use, Tensor | None, Tensor], None] | None = meet
         self._gradient = gradient
 
-    def __call__(self, use: Use, given: Tensor, gradient: Tensor) -> None:
+    def __call__(self, use: Use, given: Tensor | None, gradient: Tensor) -> None:
         if self._meet is not None:
             self._meet(use, given, self._gradient)
             self._meet = None

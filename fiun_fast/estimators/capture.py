@@ -7,6 +7,7 @@ none is computed for them; the graph starts at an anchor in the first watched la
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -321,18 +322,27 @@ def _meet(use: Use, given: Tensor | None, gradient: Tensor) -> None:
         use.meet(use, given, gradient)
 
 
-def _step_by_step() -> bool:
-    before = torch.backends.mha.get_fastpath_enabled()
+def _show_all() -> tuple[bool, Any]:
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    return before
+    # where nothing has imported the compiler, nothing is compiled
+    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+    return fast, stance
 
 
-_attention = Shared(_step_by_step, torch.backends.mha.set_fastpath_enabled)
+def _as_before(state: tuple[bool, Any]) -> None:
+    fast, stance = state
+    torch.backends.mha.set_fastpath_enabled(fast)
+    if stance is not None:
+        stance.__exit__(None, None, None)
 
 
-def step_by_step_attention() -> AbstractContextManager[None]:
-    """Torch's fused inference path for attention hides the projections; it is a setting of the process."""
-    return _attention
+_steps = Shared(_show_all, _as_before)
+
+
+def step_by_step() -> AbstractContextManager[None]:
+    """Torch's fused attention hides its projections, and compiled code all that it does: settings of the process."""
+    return _steps
 
 
 def _transparent(function: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import FiunError
 from . import rules
-from .capture import Signature, Trace, Use, Watch, step_by_step_attention
+from .capture import Signature, Trace, Use, Watch, step_by_step
 from .gathering import Gathering
 from .job import Job, count, take
 from .made import Calls, tensors
@@ -73,7 +73,7 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
             raise ValueError("it holds no tensor")
         one = take(batch, slice(0, 1), samples)
         learned.calls.begin(1)
-        with step_by_step_attention(), Watch(job.selected, learned.calls, tensors(one)):
+        with step_by_step(), Watch(job.selected, learned.calls, tensors(one)):
             single, targets = job.forward(one)
         if isinstance(targets, OwnLoss):
             learned.reasons = dict.fromkeys(job.selected, "the loss is the model's own, one number for a whole batch")
@@ -97,7 +97,7 @@ def _compare(job: Job, learned: Learned, single: Any, two: Any) -> None:
     """Fill in `learned` from a forward and backward on two samples, of which only the second has a loss."""
     watch = Watch(job.selected, learned.calls)
     totals = Totals(job.selected, job.estimator, backend=job.options.backend)
-    with step_by_step_attention(), watch:
+    with step_by_step(), watch:
         outputs, targets = job.forward(two)
         if count(outputs) != 2:
             raise ValueError(f"two samples give {count(outputs)} outputs")

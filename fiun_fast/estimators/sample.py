@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import EstimationError
+from ..errors import EstimationError, FallbackWarning, warn
 from ..fisher import Fisher
 from . import rules
-from .capture import Use, Watch, step_by_step_attention
+from .capture import Use, Watch, step_by_step
 from .gathering import Gathering
 from .job import Estimate, Job, count
 from .learn import Learned, learn
@@ -48,6 +48,7 @@ class SampleEstimate(Estimate):
         self._per_sample = PerSample(job, self._totals)
         self._learned: Learned | None = None
         self._how: dict[str, dict[str, None]] = {name: {} for name in job.selected}  # each way once, in order
+        self._slow: set[str] = set()  # parameters that were warned of
         self._generator = torch.Generator(self._totals.buffer.device).manual_seed(job.options.seed)
 
     def step(self, batch: Any) -> None:
@@ -74,7 +75,7 @@ class SampleEstimate(Estimate):
         for p in job.selected.values():
             p.requires_grad_(False)  # no weight gradient is computed: the graph starts at the watch's anchor
         watch = Watch(job.selected, learned.calls)
-        with step_by_step_attention(), watch:
+        with step_by_step(), watch:
             outputs, targets = job.forward(batch)
             if count(outputs) != samples:
                 raise EstimationError(f"batch {self._totals.steps}: {samples} samples give {count(outputs)} outputs")
@@ -119,9 +120,30 @@ class SampleEstimate(Estimate):
                 rounds = [None] if self._job.estimator == "sample" else self._rounds(self._job.forward(batch)[0])
         way = self._per_sample.add(batch, samples, names, rounds, self._totals.steps)
         assert self._learned is not None
+        if samples >= FEWEST:
+            self._warn(names)
         for name in names:
             why = self._learned.reasons.get(name)
             self._how[name][f"{way}; {why}" if why and samples >= FEWEST else way] = None
+
+    def _warn(self, names: Sequence[str]) -> None:
+        """Say once which parameters take a backward for every sample, and why."""
+        assert self._learned is not None
+        reasons: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self._slow:
+                reasons.setdefault(self._learned.reasons.get(name, "nothing in the model uses it alike"), []).append(
+                    name
+                )
+        self._slow.update(names)
+        if reasons:
+            which = "; ".join(f"{_some(found)}: {why}" for why, found in reasons.items())
+            number = sum(map(len, reasons.values()))
+            warn(
+                f"{number} of {len(self._how)} parameters have no closed form and take a backward for every sample, "
+                f"which is slow. {which}",
+                FallbackWarning,
+            )
 
     def _through_graph(self, batch: Any) -> int:
         """The last resort, for a batch that cannot be cut into samples: one forward, one backward per sample."""
@@ -135,6 +157,7 @@ class SampleEstimate(Estimate):
             for n in range(len(losses)):
                 self._per_sample.add_gradients(losses[n], list(job.selected), keep_graph=True)
         assert self._learned is not None
+        self._warn(list(job.selected))
         for name in job.selected:
             self._how[name][f"{GRAPH}; {self._learned.reasons[name]}"] = None
         return len(losses)
@@ -156,6 +179,12 @@ class SampleEstimate(Estimate):
         """The mean over the samples."""
         how = {name: " and ".join(ways) + (f" ({self._why})" if self._why else "") for name, ways in self._how.items()}
         return self._totals.fisher(how)
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    """The first few of them."""
+    shown = ", ".join(map(repr, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _exact_at_head(uses: Iterable[Use], outputs: Tensor) -> None:

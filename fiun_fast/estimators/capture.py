@@ -21,17 +21,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .claims import Shared
-from .made import MADE, Calls, Key, Made, made_by, parameter, tensors
+from .made import MADE, VIEWS, Calls, Key, Made, made_by, parameter, tensors
+from .picked import Picked
 
 # Functions with a closed form: name of the rule, arguments in order, and which of them may be selected parameters.
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_GROUPED = {f for f in (getattr(torch, "_grouped_mm", None), getattr(functional, "grouped_mm", None)) if f is not None}
 WATCHED: dict[Any, tuple[str, tuple[str, ...]]] = {
     functional.linear: ("linear", ("input", "weight", "bias")),
     torch.addmm: ("addmm", ("bias", "input", "weight")),
-    **dict.fromkeys(
-        (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), ("matmul", ("input", "weight"))
-    ),
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), ("matmul", ("input", "weight"))),
+    **dict.fromkeys(_GROUPED, ("grouped", ("input", "weight", "offs", "bias", "out_dtype"))),
+    Tensor.__getitem__: ("embedding", ("weight", "input")),  # of rows by number
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), ("conv", _CONV)),
     **dict.fromkeys(
         (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
@@ -94,6 +96,7 @@ class Use:
         roles: weight or bias -> the parameter, or what was made of parameters.
         arguments: all others, without the input.
         axis: where the samples lie in the input.
+        owners: for rows that were picked from several samples, as for an expert: the sample of each, [rows].
         given: the input; dropped when the backward begins, as is the output.
         before: the input of the same call with one sample, while a model is learned.
 
@@ -103,6 +106,7 @@ class Use:
     roles: dict[str, Made]
     arguments: dict[str, Any]
     axis: int
+    owners: Tensor | None = None
     given: Tensor | None = None
     before: Tensor | None = None
     output: Tensor | None = None
@@ -133,13 +137,14 @@ class Watch(TorchFunctionMode):
     Args:
         selected: name -> parameter.
         calls: what earlier passes have found out.
+        samples: how many the batch has.
         data: the tensors of the batch; needed in the first pass.
 
     """
 
-    def __init__(self, selected: Mapping[str, Tensor], calls: Calls, data: Iterable[Tensor] = ()) -> None:
+    def __init__(self, selected: Mapping[str, Tensor], calls: Calls, samples: int, data: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._calls = calls
+        self._calls, self._picked = calls, Picked(samples)
         self._made = {id(p): (parameter(name, p), p) for name, p in selected.items()}  # ids are theirs while they live
         self._tainted = {id(t): t for t in data}
         self._recomputing = False
@@ -162,30 +167,37 @@ class Watch(TorchFunctionMode):
         given = tensors((args, kwargs))
         tainted = self._calls.stage == 1 and any(id(t) in self._tainted for t in given)
         touched = [t for t in given if id(t) in self._made]
-        result = self._touched(func, args, kwargs, touched, tainted) if touched else func(*args, **kwargs)
-        if tainted:  # what was written to, and what came out
-            self._tainted.update((id(t), t) for t in (*given[:1], *tensors(result)) if id(t) not in self._made)
+        name = getattr(func, "__name__", str(func))
+        result = self._touched(func, name, args, kwargs, touched, tainted) if touched else func(*args, **kwargs)
+        self._picked.note(name, args, given, result)
+        if tainted:
+            written = given[:1] if name.endswith("_") or name.startswith("__i") else []
+            self._tainted.update((id(t), t) for t in (*written, *tensors(result)) if id(t) not in self._made)
         return result
 
-    def _touched(self, func: Any, args: tuple, kwargs: dict[str, Any], touched: list[Tensor], tainted: bool) -> Any:
+    def _touched(
+        self, func: Any, name: str, args: tuple, kwargs: dict[str, Any], touched: list[Tensor], tainted: bool
+    ) -> Any:
         """A call with parameters, or with what was made of them, among its arguments."""
-        name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         if name in HARMLESS:
             return func(*args, **kwargs)
-        writes = args and id(args[0]) in self._made and (name.endswith("_") and not name.endswith("__"))
         if not torch.is_grad_enabled():
             return self._strange(touched, "a call without gradients", func, args, kwargs)
-        if writes or name == "__setitem__":
-            return self._strange(touched, name, func, args, kwargs)
-        if func in WATCHED:
-            return self._watched(func, name, args, kwargs, touched, tainted)
         plain = name.strip("_")
+        writes = name.endswith("_") and (not name.endswith("__") or name == "__setitem__")
+        if writes and args[0] is touched[0] and (plain in ELEMENTWISE or name == "__setitem__"):
+            return self._strange(touched, name, func, args, kwargs)
+        by_number = func is not Tensor.__getitem__ or _is_numbers(args[1])
+        if func in WATCHED and by_number:
+            return self._watched(func, name, args, kwargs, touched, tainted)
         if plain in ELEMENTWISE:
             return self._elementwise(func, plain, args, kwargs, touched, tainted)
         result = func(*args, **kwargs)
         results = tensors(result)
+        if name == "__getitem__" and args[0] is touched[0]:
+            tainted = tainted and not (isinstance(args[1], Tensor) and args[1].dim() == 0)  # one of several experts
         key = self._key(name, touched)
         axis, _ = self._calls.axis(key, tuple(t.shape for t in results), tainted)
         if axis == MADE:
@@ -198,16 +210,22 @@ class Watch(TorchFunctionMode):
 
     def _watched(self, func: Any, name: str, args: tuple, kwargs: dict, touched: list[Tensor], tainted: bool) -> Any:
         rule, order = WATCHED[func]
+        if rule == "matmul" and id(args[0]) in self._made:
+            rule, order = "matmul from the left", order[::-1]
         bound = dict(zip(order, args, strict=False)) | kwargs
         roles = {r: bound[r] for r in ROLES if isinstance(bound.get(r), Tensor) and id(bound[r]) in self._made}
         given = bound.get("input")
-        if not isinstance(given, Tensor) or len(roles) + (id(given) in self._made) != len(touched):
+        if not roles or not isinstance(given, Tensor) or len(roles) + (id(given) in self._made) != len(touched):
             return self._strange(touched, name, func, args, kwargs)
-        key = self._key(name, touched)
-        axis, before = self._calls.axis(key, (given.shape,), tainted, given)
+        owners = self._picked.owners(given)
+        if owners is None:
+            key = self._key(name, list(roles.values()))
+            axis, before = self._calls.axis(key, (given.shape,), tainted, given, id(given) in self._made)
+        else:
+            axis, before = 0, given
         if axis == MADE:
             result = func(*args, **kwargs)
-            self._note(func, name, args, kwargs, key, [result])
+            self._note(func, name, args, kwargs, self._key(name, touched), [result])
             return result
         if axis is None or id(given) in self._made:
             return self._strange(touched, name, func, args, kwargs)
@@ -217,7 +235,7 @@ class Watch(TorchFunctionMode):
         if rule == "rms_norm":  # its default
             others["least"] = torch.finfo(given.dtype).eps
         made = {role: self._made[id(t)][0] for role, t in roles.items()}
-        use = Use(rule, made, others, axis, given, before)
+        use = Use(rule, made, others, axis, owners, given, before)
         tapped = _Tap.apply(func(*args, **kwargs), self.anchor, given.detach(), use)
         self._record(use, tapped)
         return tapped
@@ -272,7 +290,8 @@ class Watch(TorchFunctionMode):
         """Remember what was made of parameters alone."""
         known = lambda t: self._made[id(t)][0] if id(t) in self._made else None  # noqa: E731
         for made, t in zip(made_by(func, name, args, kwargs, known, key, results), results, strict=True):
-            self._made.setdefault(id(t), (made, t))  # `.contiguous()` may return the parameter itself
+            if id(t) not in self._made or name not in VIEWS:  # `.contiguous()` may return the parameter itself
+                self._made[id(t)] = made, t
 
     def _strange(self, touched: list[Tensor], name: str, func: Any = None, args: tuple = (), kwargs: Any = None) -> Any:
         """Note that parameters are used in a way that is not understood; call the function, if there is one."""
@@ -314,6 +333,10 @@ class _Lift(torch.autograd.Function):
         if ctx.use.meet is not None:
             _meet(ctx.use, None, gradient)
         return gradient, None, None
+
+
+def _is_numbers(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dim() > 0 and not index.is_floating_point() and index.dtype != torch.bool
 
 
 def _meet(use: Use, given: Tensor | None, gradient: Tensor) -> None:

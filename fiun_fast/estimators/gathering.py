@@ -17,6 +17,7 @@ from torch import Tensor
 from . import rules
 from .capture import Use
 from .convolution import chunks
+from .picked import apart
 from .rules import Axis
 from .totals import Totals
 
@@ -52,8 +53,12 @@ class Gathering:
 
     def meet(self, use: Use, given: Tensor | None, gradient: Tensor, axis: Axis) -> None:
         """Take an input and an output gradient, which carry the samples on this axis."""
-        d = axis.first(gradient, self._samples)
-        a = d if given is None else axis.first(given, self._samples)
+        if use.owners is None:
+            d = axis.first(gradient, self._samples)
+            a = d if given is None else axis.first(given, self._samples)
+        else:
+            assert given is not None
+            a, d = (self._by_owner(use, t) for t in (given, gradient))
         if use in self._together:
             self._met.setdefault(self._together[use], []).append(_Met(use, a, d))
             return
@@ -65,6 +70,16 @@ class Gathering:
             if not rules.add_squares(self._totals, use, role, into, a, d):
                 for part in chunks(self._samples, d[0].numel()):
                     self._totals.square(into, rules.gradients(use, role, a[part], d[part]))
+
+    def _by_owner(self, use: Use, t: Tensor) -> Tensor:
+        """Rows [n, ...] as [B, most, ...], or [B, groups, most, ...]."""
+        assert use.owners is not None
+        if use.rule != "grouped":
+            return apart(t, use.owners, self._samples)
+        ends, rows = use.arguments["offs"], torch.arange(len(t), device=t.device)
+        group = torch.searchsorted(ends, rows.to(ends.dtype), right=True)
+        groups = torch.where(group < len(ends), use.owners * len(ends) + group, -1)
+        return apart(t, groups, self._samples * len(ends)).unflatten(0, (self._samples, len(ends)))
 
     def end(self) -> None:
         """A backward has ended: square what had to be added up first."""

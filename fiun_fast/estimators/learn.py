@@ -36,6 +36,7 @@ class Learned:
     calls: how calls are known again.
     axes: for every use with a closed form, the axis of the samples.
     closed: parameters with a closed form, and how often each use of them occurs.
+    routed: rules that were right for rows picked from several samples.
     reasons: for all others, why not.
     """
 
@@ -44,12 +45,16 @@ class Learned:
     calls: Calls = field(default_factory=Calls)
     axes: dict[Signature, Axis] = field(default_factory=dict)
     closed: dict[str, Counter[Signature]] = field(default_factory=dict)
+    routed: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def fitting(self, trace: Trace) -> set[str]:
         """The closed-form parameters that this pass used as the first one did; records why the others do not fit."""
         seen = _by_parameter(trace)
         fits = {n for n, uses in self.closed.items() if n not in trace.strange and seen.get(n, Counter()) == uses}
+        for name, rule in _routed(trace).items():  # how often depends on the data; an expert may come up later
+            if name in self.closed and name not in trace.strange and rule is not None and rule in self.routed:
+                fits.add(name)
         together = [set(made.names) for use in trace.uses for made in use.roles.values() if len(made.names) > 1]
         while broken := [names for names in together if names & fits and not names <= fits]:
             fits -= set().union(*broken)  # what was made of several parameters has a closed form for all or none
@@ -73,7 +78,7 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
             raise ValueError("it holds no tensor")
         one = take(batch, slice(0, 1), samples)
         learned.calls.begin(1)
-        with step_by_step(), Watch(job.selected, learned.calls, tensors(one)):
+        with step_by_step(), Watch(job.selected, learned.calls, 1, tensors(one)):
             single, targets = job.forward(one)
         if isinstance(targets, OwnLoss):
             learned.reasons = dict.fromkeys(job.selected, "the loss is the model's own, one number for a whole batch")
@@ -95,7 +100,7 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
 
 def _compare(job: Job, learned: Learned, single: Any, two: Any) -> None:
     """Fill in `learned` from a forward and backward on two samples, of which only the second has a loss."""
-    watch = Watch(job.selected, learned.calls)
+    watch = Watch(job.selected, learned.calls, 2)
     totals = Totals(job.selected, job.estimator, backend=job.options.backend)
     with step_by_step(), watch:
         outputs, targets = job.forward(two)
@@ -113,7 +118,10 @@ def _compare(job: Job, learned: Learned, single: Any, two: Any) -> None:
         gathering = Gathering(totals, job.selected, known, 2)
 
         def meet(use: Use, given: Tensor | None, gradient: Tensor) -> None:
-            fitting = [axis for axis in axes[use.signature] if not axis.first(gradient, 2)[0].any()]
+            if use.owners is None:
+                fitting = [axis for axis in axes[use.signature] if not axis.first(gradient, 2)[0].any()]
+            else:
+                fitting = [] if gradient[use.owners == 0].any() else [Axis(0)]
             if len(fitting) == 1:
                 axes[use.signature] = fitting
                 gathering.meet(use, given, gradient, fitting[0])
@@ -144,6 +152,7 @@ def _compare(job: Job, learned: Learned, single: Any, two: Any) -> None:
         else:
             learned.closed[name] = uses.get(name, Counter())
     learned.axes = {s: axes[s][0] for found in learned.closed.values() for s in found}
+    learned.routed = {rule for name, rule in _routed(trace).items() if rule is not None and name in learned.closed}
 
 
 def _axes(trace: Trace, reasons: dict[str, str]) -> dict[Signature, list[Axis]]:
@@ -152,7 +161,9 @@ def _axes(trace: Trace, reasons: dict[str, str]) -> dict[Signature, list[Axis]]:
     for use in trace.uses:
         small, large = use.before, use.given
         found = [Axis(use.axis), Axis(use.axis, True)]
-        if small is not None and large is not None:
+        if use.owners is not None:
+            found = found[:1]
+        elif small is not None and large is not None:
             found = found[:1] if small.shape[use.axis] == 1 else found
             found = [axis for axis in found if _same(axis.first(small, 1)[0], axis.first(large, 2)[0])]
         elif use.output is not None and use.output.shape[use.axis] == 2:
@@ -171,6 +182,16 @@ def _by_parameter(trace: Trace) -> dict[str, Counter[Signature]]:
     for use in trace.uses:
         for name in use.names:
             found.setdefault(name, Counter())[use.signature] += 1
+    return found
+
+
+def _routed(trace: Trace) -> dict[str, str | None]:
+    """Parameters that met rows picked from several samples, by which rule; None where that is not all they met."""
+    found: dict[str, str | None] = {}
+    for use in trace.uses:
+        for name in use.names:
+            rule = use.rule if use.owners is not None else None
+            found[name] = rule if found.get(name, rule) == rule else None
     return found
 
 

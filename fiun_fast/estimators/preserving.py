@@ -123,8 +123,8 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modes = [(module, module.training) for module in model.modules()]
-        self._held: list[tuple[nn.Module, Any, dict[str, Any]]] = [
-            (module, held, dict(held))
+        self._held: list[tuple[Any, dict[str, Any]]] = [
+            (held, dict(held))
             for module in model.modules()
             if not isinstance(module, torch.jit.ScriptModule)  # keeps them elsewhere, and no forward can change them
             for held in (module._parameters, module._buffers, module._modules)
@@ -146,7 +146,7 @@ class Snapshot:
 
         for module, training in self._modes:
             module.training = training
-        for module, held, before in self._held:
+        for held, before in self._held:
             if len(held) != len(before) or any(
                 a != b or x is not y for (a, x), (b, y) in zip(held.items(), before.items(), strict=True)
             ):

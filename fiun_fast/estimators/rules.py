@@ -50,8 +50,12 @@ def unsupported(use: Use) -> str | None:
         return "embedding with max_norm or scale_grad_by_freq"
     if use.rule == "addmm" and (use.arguments.get("beta", 1) != 1 or use.arguments.get("alpha", 1) != 1):
         return "addmm with factors"
-    if use.rule in ("addmm", "matmul") and len(use.arguments["weight_shape"]) != 2:
+    if use.rule.startswith(("addmm", "matmul")) and len(use.arguments["weight_shape"]) != 2:
         return f"{use.rule} with a weight of {len(use.arguments['weight_shape'])} dimensions"
+    if use.rule == "matmul from the left" and use.given is not None and use.axis >= use.given.dim() - 2:
+        return f"{use.rule} with the samples on axis {use.axis}"
+    if use.rule == "grouped" and (use.owners is None or use.arguments.get("offs") is None):
+        return "grouped_mm of rows that were not picked by an index"
     return None
 
 
@@ -68,8 +72,15 @@ def _linear(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
 
 def _sides(use: Use, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """[B, T, M] and [B, T, K] for a weight [M, K]; only linear has its weight transposed."""
+    if use.rule == "matmul from the left":
+        return d.transpose(-2, -1).flatten(1, -2), a.transpose(-2, -1).flatten(1, -2)
     a, d = a.flatten(1, -2), d.flatten(1, -2)
     return (d, a) if use.rule == "linear" else (a, d)
+
+
+def _grouped(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    """a: [B, groups, T, K], d: [B, groups, T, M], weight: [groups, K, M]."""
+    return a.transpose(2, 3) @ d
 
 
 def _conv(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
@@ -133,11 +144,15 @@ def _prelu(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
 
 
 def _elementwise(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
-    return d.sum(1).reshape(len(d), *use.roles[role].shape)
+    shape = use.roles[role].shape
+    if d[0].numel() == shape.numel():  # it was repeated as a whole, with the samples beside its own first axes
+        return d.movedim(1, 1 + use.axis).reshape(len(d), *shape)
+    return d.sum(1).reshape(len(d), *shape)
 
 
 RULES: dict[str, Callable[[Use, str, Tensor, Tensor], Tensor]] = {
-    **dict.fromkeys(("linear", "addmm", "matmul"), _linear),
+    **dict.fromkeys(("linear", "addmm", "matmul", "matmul from the left"), _linear),
+    "grouped": _grouped,
     **dict.fromkeys(("conv", "transposed conv"), _conv),
     "embedding": _embedding,
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
@@ -145,7 +160,7 @@ RULES: dict[str, Callable[[Use, str, Tensor, Tensor], Tensor]] = {
     "prelu": _prelu,
     "elementwise": _elementwise,
 }
-NAMES = {"addmm": "linear", "matmul": "linear"}
+NAMES = {"addmm": "linear", "matmul": "linear", "matmul from the left": "linear"}
 
 
 def gradients(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
@@ -157,9 +172,11 @@ def add_squares(totals: Totals, use: Use, role: str, into: Tensor, a: Tensor, d:
     """Add their squares to `into`, of that tensor's shape, without making them; False: there is no way to."""
     if role == "bias":
         return False
-    if use.rule in ("linear", "addmm", "matmul"):
+    if RULES[use.rule] is _linear:
         left, right = _sides(use, a, d)
         totals.outer(into, left.transpose(1, 2)[:, None], right.transpose(1, 2)[:, None])
+    elif use.rule == "grouped":
+        totals.outer(into, a.transpose(2, 3), d.transpose(2, 3))
     elif use.rule in ("conv", "transposed conv"):
         convolution.add_squares(totals, use.rule, use.arguments, into, a, d)
     elif use.rule == "embedding":

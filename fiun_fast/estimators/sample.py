@@ -74,7 +74,7 @@ class SampleEstimate(Estimate):
         assert learned is not None
         for p in job.selected.values():
             p.requires_grad_(False)  # no weight gradient is computed: the graph starts at the watch's anchor
-        watch = Watch(job.selected, learned.calls)
+        watch = Watch(job.selected, learned.calls, samples)
         with step_by_step(), watch:
             outputs, targets = job.forward(batch)
             if count(outputs) != samples:
@@ -110,7 +110,7 @@ class SampleEstimate(Estimate):
 
     def _meet(self, gathering: Gathering, use: Use, given: Tensor | None, gradient: Tensor) -> None:
         assert self._learned is not None
-        gathering.meet(use, given, gradient, self._learned.axes[use.signature])
+        gathering.meet(use, given, gradient, self._learned.axes.get(use.signature, rules.Axis(0)))
 
     def _one_by_one(self, batch: Any, samples: int, names: list[str], rounds: Sequence[Round | None] | None) -> None:
         if not names:

@@ -136,6 +136,8 @@ class Gathering:
 
 
 def _pull(tensor: Tensor, of: tuple[Tensor, ...], gradients: Tensor) -> tuple[Tensor | None, ...]:
+    if not tensor.requires_grad:  # detached on the way
+        return (None,) * len(of)
     back = gradients.to(tensor.dtype)
     return torch.autograd.grad([tensor], of, [back], retain_graph=True, allow_unused=True, is_grads_batched=True)
 

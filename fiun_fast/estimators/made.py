@@ -101,7 +101,7 @@ class Calls:
         self._numbers: dict[tuple, int] = {}
         self._first: dict[tuple[Key, int], _First] = {}
         self._last: dict[Key, _First] = {}
-        self._axes: dict[tuple[Key, bool], int | None] = {}
+        self._axes: dict[tuple[Key, bool, int], int | None] = {}
         self._seen: Counter[Key] = Counter()
 
     def begin(self, stage: int) -> None:
@@ -120,10 +120,11 @@ class Calls:
         """On which axis the samples lie in tensors of these sizes: `MADE`, an axis, or None where that is not clear.
 
         With it, in the second pass: what this call was given in the first. A layer may be called with data and with
-        what was made of parameters, and these are told apart.
+        a table of its own, or what was made of parameters, and these are told apart.
         """
+        kind = key, made, 0 if given is None else given.dim()
         if self.stage == 3:
-            return self._axes.get((key, made)), None
+            return self._axes.get(kind), None
         at = (key, self._seen[key])
         self._seen[key] += 1
         if self.stage == 1:
@@ -131,8 +132,8 @@ class Calls:
             return (None if tainted else MADE), None
         first = self._first.get(at) or self._last.get(key)  # of calls in a loop there may be more than in the first
         axis = _grown(first.sizes, sizes, first.tainted) if first else None
-        if self._axes.setdefault((key, made), axis) != axis:
-            self._axes[key, made] = axis = None
+        if self._axes.setdefault(kind, axis) != axis:
+            self._axes[kind] = axis = None
         return axis, first.given if first else None
 
 

@@ -6,7 +6,7 @@ A transposed convolution is that of its output gradient: the roles of input and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,8 +37,12 @@ def _by_convolution(arguments: dict[str, Any], image: Tensor, d: Tensor) -> Tens
     n, m, channels = len(kernel), d.shape[2], image.shape[2]
     if m > channels:
         image = image.repeat_interleave(m // channels, 2)
+    image, sizes = image.flatten(0, 1), d.shape[3:]
+    if sizes.numel() == 1:  # a product; torch's convolutions with such kernels are fifty times slower
+        windows = unfold(image, kernel, arguments, False, sizes)
+        return windows.reshape(-1, 1, *kernel) * d.reshape(-1, 1, *[1] * n)
     stride, dilation = (each(arguments.get(key, 1), n) for key in ("stride", "dilation"))
-    image = _padded(image.flatten(0, 1), kernel, arguments)
+    image = _padded(image, kernel, arguments)
     rows = image.shape[0] * image.shape[1]
     found = _CONVOLUTIONS[n](
         image.reshape(1, rows, *image.shape[2:]),
@@ -82,7 +86,9 @@ def add_squares(totals: Totals, rule: str, arguments: dict[str, Any], into: Tens
         into.add_(sums.movedim(-1, 1))
 
 
-def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], channels_last: bool, sizes: list[int]) -> Tensor:
+def unfold(
+    a: Tensor, kernel: Sequence[int], arguments: dict[str, Any], channels_last: bool, sizes: Sequence[int]
+) -> Tensor:
     """The windows that a convolution with an output of these sizes sees, as a view of the padded input [B, C, ...].
 
     Returns: [B, C, *kernel, *T], or [B, *T, *kernel, C] with channels adjacent in memory.
@@ -104,7 +110,7 @@ def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], channels_las
     return a.as_strided(shape, strides, a.storage_offset())
 
 
-def _padded(a: Tensor, kernel: list[int], arguments: dict[str, Any]) -> Tensor:
+def _padded(a: Tensor, kernel: Sequence[int], arguments: dict[str, Any]) -> Tensor:
     """[B, C, ...] with the zeros that the convolution adds."""
     n, padding = len(kernel), arguments.get("padding", 0)
     if padding == "same":

@@ -69,6 +69,13 @@ class TuningWarning(UserWarning):
     """A choice to be doubted: at the edge of its grid, no better than leaving alone, or of a search that failed."""
 
 
+class FallbackWarning(UserWarning):
+    """Something takes a slower way than the one that was expected; the message says what, and why.
+
+    `warnings.simplefilter("ignore", ff.FallbackWarning)` silences it.
+    """
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside this package that called it."""
     frame, level = sys._getframe(1), 2

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import EstimationError
 from ..fisher import Fisher
 from ..layout import every_name
-from .capture import Rows
 from .job import Estimate, Job, per_sample, reduction_of
 from .reading import OwnLoss, check_loss
 from .rounds import predicted
@@ -107,9 +106,9 @@ class HeadEstimate(Estimate):
     def _outer(self, d: Tensor, a: Tensor) -> None:
         """Add (d^2)^T (a^2), and the sum of d^2 for the bias."""
         if weight := self._names.get(id(self._layer.weight)):
-            self._totals.outer(Rows(weight), d[:, None, :, None], a[:, None, :, None])
+            self._totals.outer(self._totals.views[weight], d[:, None, :, None], a[:, None, :, None])
         if bias := self._names.get(id(self._layer.bias)):
-            self._totals.square(Rows(bias), d)
+            self._totals.square(self._totals.views[bias], d)
 
     def _delta(self, logits: Tensor, loss_of: Any) -> Tensor:
         """Gradient of a loss by the logits [B, M]; refuses a loss that uses the layer's parameters in another way."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 from .claims import Shared
@@ -30,16 +31,34 @@ def _silence() -> warnings.catch_warnings:
 _quiet = Shared(_silence, lambda before: before.__exit__(None, None, None))
 
 
-class _Loss(nn.Module):
-    """The job's loss on a batch, as a module: functional_call then replaces parameters wherever they are used."""
+def _loss(job: Job, batch: Any, round_: Round | None) -> Tensor:
+    outputs, targets = job.forward(batch)
+    return weighted(job, outputs, targets, round_).sum()
 
-    def __init__(self, job: Job) -> None:
-        super().__init__()
-        self.model, self._job = job.model, job
 
-    def forward(self, batch: Any, round_: Round | None) -> Tensor:
-        outputs, targets = self._job.forward(batch, self.model)
-        return weighted(self._job, outputs, targets, round_).sum()
+@contextmanager
+def _in_place_of(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Tensors instead of parameters (by id), in every module once.
+
+    `torch.func.functional_call` goes by names: of a module that has two it keeps the tensors instead of the parameters.
+    """
+    before: list[tuple[Any, Any, Any]] = []
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(
+            id(p) in tensors for p in module.parameters(recurse=False)
+        ):
+            raise TypeError("a scripted module keeps its own parameters")
+        lists = [value for value in vars(module).values() if type(value) is list]  # where recurrent layers look
+        for held in (module._parameters, *lists):
+            places = list(held.items() if isinstance(held, dict) else enumerate(held))
+            before += [(held, key, p) for key, p in places if id(p) in tensors]
+    try:
+        for held, key, p in before:
+            held[key] = tensors[id(p)]
+        yield
+    finally:
+        for held, key, p in before:
+            held[key] = p
 
 
 def weighted(job: Job, outputs: Any, targets: Any, round_: Round | None) -> Tensor:
@@ -79,8 +98,8 @@ class PerSample:
         self, batch: Any, samples: int, names: Sequence[str], round_: Round | None, sums: dict[str, Tensor]
     ) -> None:
         """Add sums over the batch to `sums`, not yet to the total: vmap may fail half way."""
-        whole = _Loss(self._job)
-        chosen = {f"model.{name}": self._job.selected[name].detach() for name in names}
+        job = self._job
+        chosen = {name: job.selected[name].detach() for name in names}
         each = sum(p.numel() * p.element_size() for p in chosen.values())
         chunk = min(samples, max(1, CHUNK_BYTES // max(1, each)))
         leaves, tree = pytree.tree_flatten((batch, round_))
@@ -90,21 +109,22 @@ class PerSample:
             filled = list(leaves)
             for i, leaf in zip(mapped, cut, strict=True):
                 filled[i] = leaf.unsqueeze(0)
-            return functional_call(whole, parameters, pytree.tree_unflatten(filled, tree))
+            one, its_round = pytree.tree_unflatten(filled, tree)
+            with _in_place_of(job.model, {id(job.selected[name]): p for name, p in parameters.items()}):
+                return _loss(job, one, its_round)
 
         gradient = vmap(grad(loss), in_dims=(None, *[0] * len(mapped)))
         for at in range(0, samples, chunk):
             found = gradient(chosen, *(leaves[i][at : at + chunk] for i in mapped))
             for name in names:
-                square = self._totals.number(found[f"model.{name}"]).square().sum(0)
+                square = self._totals.number(found[name]).square().sum(0)
                 sums[name] = sums[name] + square if name in sums else square
 
     def _by_loop(self, batch: Any, samples: int, names: Sequence[str], round_: Round | None) -> None:
-        whole = _Loss(self._job)
         for n in range(samples):
             one = slice(n, n + 1)
-            loss = whole(take(batch, one, samples), None if round_ is None else round_.take(one))
-            self.add_gradients(loss, names)
+            alone = None if round_ is None else round_.take(one)
+            self.add_gradients(_loss(self._job, take(batch, one, samples), alone), names)
 
     def add_gradients(self, loss: Tensor, names: Sequence[str], keep_graph: bool = False) -> None:
         """Add the squares of one sample's gradients."""

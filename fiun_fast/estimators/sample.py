@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import EstimationError
+from ..errors import EstimationError, FallbackWarning, warn
 from ..fisher import Fisher
 from . import rules
-from .capture import Use, Watch, step_by_step_attention
+from .capture import Use, Watch, step_by_step
+from .gathering import Gathering
 from .job import Estimate, Job, NotApartError, checked, count, explained_late, take
 from .learn import Learned, learn
 from .per_sample import PerSample, weighted
@@ -49,6 +50,7 @@ class SampleEstimate(Estimate):
         self._per_sample = PerSample(job, self._totals)
         self._learned: Learned | None = None
         self._how: dict[str, dict[str, None]] = {name: {} for name in job.selected}  # each way once, in order
+        self._slow: set[str] = set()  # parameters that were warned of
         self._generator = torch.Generator(self._totals.buffer.device).manual_seed(job.options.seed)
 
     def step(self, batch: Any) -> None:
@@ -83,8 +85,8 @@ class SampleEstimate(Estimate):
         assert learned is not None
         for p in job.selected.values():
             p.requires_grad_(False)  # no weight gradient is computed: the graph starts at the watch's anchor
-        watch = Watch(job.selected)
-        with step_by_step_attention(), watch:
+        watch = Watch(job.selected, learned.calls, samples)
+        with step_by_step(), watch:
             outputs, targets = job.forward(batch)
             if count(outputs) != samples:
                 raise EstimationError(f"{samples} samples give {count(outputs)} outputs")
@@ -94,13 +96,20 @@ class SampleEstimate(Estimate):
             except NotApartError:
                 return None
             fits = learned.fitting(watch.trace)
-            for use in watch.trace.uses:
-                use.roles = {role: rows for role, rows in use.roles.items() if rows.name in fits}
-                if use.roles:
-                    use.meet = partial(self._meet, samples=samples)
+            uses = watch.trace.uses
+            for use in uses:
+                use.roles = {role: made for role, made in use.roles.items() if fits.issuperset(made.names)}
+            uses = [use for use in uses if use.roles]
+            gathering = Gathering(self._totals, job.selected, uses, samples)
+            for use in uses:
+                use.meet = partial(self._meet, gathering)
             if job.estimator == "expected":
-                self._exact_at_head(watch.trace.uses, predicted(outputs, targets))
-            ways = {rows.name: rules.how(use, role) for use in watch.trace.uses for role, rows in use.roles.items()}
+                self._exact_at_head(list(filter(gathering.alone, uses)), predicted(outputs, targets))
+            ways: dict[str, dict[str, None]] = {}
+            for use in uses:
+                for role, made in use.roles.items():
+                    for name in made.names:
+                        ways.setdefault(name, {})[rules.how(use, role)] = None
             watch.backward_begins()
             for i, round_ in enumerate(rounds):
                 if i:
@@ -108,22 +117,44 @@ class SampleEstimate(Estimate):
                 if losses.requires_grad:
                     last = i == len(rounds) - 1
                     torch.autograd.backward([losses.sum()], retain_graph=not last)
+                gathering.end()
         for name in fits:
-            self._how[name][ways.get(name, "no gradient reached it")] = None
+            self._how[name] |= ways.get(name, {"no gradient reached it": None})
         return [name for name in job.selected if name not in fits], rounds, number
 
-    def _meet(self, use: Use, given: Tensor, gradient: Tensor, samples: int) -> None:
+    def _meet(self, gathering: Gathering, use: Use, given: Tensor | None, gradient: Tensor) -> None:
         assert self._learned is not None
-        rules.apply(self._totals, use, given, gradient, self._learned.axes[use.signature], samples)
+        gathering.meet(use, given, gradient, self._learned.axes.get(use.signature, rules.Axis(0)))
 
     def _one_by_one(self, batch: Any, samples: int, names: list[str], rounds: Sequence[Round | None]) -> None:
         if not names:
             return
         way = self._per_sample.add(batch, samples, names, rounds)
         assert self._learned is not None
+        if samples >= FEWEST:
+            self._warn(names)
         for name in names:
             why = self._learned.reasons.get(name)
             self._how[name][f"{way}; {why}" if why and samples >= FEWEST else way] = None
+
+    def _warn(self, names: Sequence[str]) -> None:
+        """Say once which parameters take a backward for every sample, and why."""
+        assert self._learned is not None
+        reasons: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self._slow:
+                reasons.setdefault(self._learned.reasons.get(name, "nothing in the model uses it alike"), []).append(
+                    name
+                )
+        self._slow.update(names)
+        if reasons:
+            which = "; ".join(f"{_some(found)}: {why}" for why, found in reasons.items())
+            number = sum(map(len, reasons.values()))
+            warn(
+                f"{number} of {len(self._how)} parameters have no closed form and take a backward for every sample, "
+                f"which is slow. {which}",
+                FallbackWarning,
+            )
 
     def _through_graph(self, batch: Any) -> int:
         """The last resort, for a batch that cannot be cut into samples: one forward, one backward per sample."""
@@ -143,6 +174,7 @@ class SampleEstimate(Estimate):
                 with explained_late(job, *one):
                     self._per_sample.add_gradients(losses[n], list(job.selected), keep_graph=True)
         assert self._learned is not None
+        self._warn(list(job.selected))
         for name in job.selected:
             self._how[name][f"{GRAPH}; {self._learned.reasons[name]}"] = None
         return number
@@ -184,14 +216,15 @@ class SampleEstimate(Estimate):
         Predictions at several positions are uncorrelated, so each counts as a sample of its own, by its weight.
         """
         for use in uses:
-            if use.rule != "linear" or use.output is not predictions.logits or use.meet is None:
+            if use.rule != "linear" or use.output is not predictions.logits or use.owners is not None:
                 continue
             if not predictions.last and predictions.logits.dim() > 2:  # its features are positions
                 continue
             p, counted = probabilities(predictions), predictions.counted.reshape(len(predictions.logits), -1)
             weight = counted / (1 if self._job.options.per == "token" else counted.sum(1, keepdim=True).clamp(min=1))
             delta = (p * (1 - p)).sqrt() * weight.view(*p.shape[:-1], 1)
-            use.meet = _Once(self._totals, delta.flatten(0, -2))
+            delta = delta.flatten(0, -2)
+            use.meet = _Once(Gathering(self._totals, self._job.selected, [use], len(delta)), delta)
             use.note = ", exact over classes"
 
     def result(self) -> Fisher:
@@ -200,15 +233,21 @@ class SampleEstimate(Estimate):
         return self._totals.fisher(how)
 
 
+def _some(names: Sequence[str], most: int = 4) -> str:
+    """The first few of them."""
+    shown = ", ".join(map(repr, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
 class _Once:
     """Meets once, in the first round, with gradients of its own, [samples, C]; later rounds are ignored."""
 
-    def __init__(self, totals: Totals, gradient: Tensor) -> None:
-        self._totals: Totals | None = totals
+    def __init__(self, gathering: Gathering, gradient: Tensor) -> None:
+        self._gathering: Gathering | None = gathering
         self._gradient = gradient
 
-    def __call__(self, use: Use, given: Tensor, gradient: Tensor) -> None:
-        if self._totals is not None:
-            rows, d = given.reshape(-1, given.shape[-1]), self._gradient
-            rules.apply(self._totals, use, rows, d, rules.Axis(0), len(d))
-            self._totals = None
+    def __call__(self, use: Use, given: Tensor | None, gradient: Tensor) -> None:
+        if self._gathering is not None:
+            assert given is not None
+            self._gathering.meet(use, given.reshape(-1, given.shape[-1]), self._gradient, rules.Axis(0))
+            self._gathering = None

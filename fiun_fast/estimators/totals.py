@@ -21,7 +21,6 @@ from ..kernels.cpu import expect_writes
 from ..layout import Layout
 from ..memory import check_addressable, check_one_device, check_writable, flaw_of, span
 from ..provenance import Provenance
-from .capture import Rows
 
 POWERS = {"batch": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
 BY_SAMPLE = ("sample", "expected")  # means over samples; the others are means over steps
@@ -171,25 +170,16 @@ class Totals:
         """In the sum's dtype; half precision is widened before anything is added or squared."""
         return t.to(self._dtype)
 
-    def rows(self, rows: Rows) -> Tensor:
-        """These rows of a parameter's part of the buffer, in their shape."""
-        return self.views[rows.name][rows.start : rows.stop]
-
-    def square(self, rows: Rows, gradients: Tensor) -> None:
-        """Add per-sample gradients [B, *shape], squared."""
-        into = self.rows(rows)
+    def square(self, into: Tensor, gradients: Tensor) -> None:
+        """Add per-sample gradients [B, *shape], squared, to a part of the sum [*shape]."""
         into += self.number(gradients).square().sum(0).view(into.shape)
 
-    def outer(self, rows: Rows, left: Tensor, right: Tensor) -> None:
-        """Add sum_b (left_b right_b^T)^2: left [B, G, M, T], right [B, G, K, T], for a weight of G * M * K elements."""
-        self.outer_into(self.rows(rows).view(-1), left, right)
-
-    def outer_into(self, into: Tensor, left: Tensor, right: Tensor) -> None:
-        """Like `outer`, but added to a flat buffer of the caller.
+    def outer(self, into: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add sum_b (left_b right_b^T)^2 to a weight's part of the sum: left [B, G, M, T], right [B, G, K, T].
 
         Raises:
             FiunError: an operand has no plain memory of its own.
-            LayoutError: the buffer does not have G * M * K elements.
+            LayoutError: that part does not have G * M * K elements.
 
         """
         left, right = self.number(left), self.number(right)
@@ -201,7 +191,12 @@ class Totals:
                 f"gradients of {groups} x {m} x {right.shape[2]} elements for a weight of {into.numel()}: its shape "
                 "has changed"
             )
-        self.kernels.outer_square_accumulate(left, right, into)
+        if into.is_contiguous():
+            self.kernels.outer_square_accumulate(left, right, into.view(-1))
+        else:  # a transpose of a weight, some of its columns
+            squares = into.new_zeros(into.shape)
+            self.kernels.outer_square_accumulate(left, right, squares.view(-1))
+            into += squares
 
     def _warn_if_useless(self) -> None:
         total, made = float(self.buffer.sum()), f"the Fisher over batches 0 to {self.steps - 1}"

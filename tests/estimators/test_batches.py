@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import fiun_fast as ff
 from fiun_fast.compat.ssd import ParameterPerturber
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* no closed form")]
 
 PAGE = Path(__file__).parents[2] / "docs" / "fishers.md"
 ESTIMATORS = ("batch", "sample", "expected", "label_free")

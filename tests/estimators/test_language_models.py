@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import fiun_fast as ff
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* no closed form")]
 
 WORDS, LENGTH = 7, 5
 

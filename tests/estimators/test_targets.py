@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import fiun_fast as ff
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* no closed form")]
 
 # outputs, targets -> what they are to cross entropy in torch's own form
 LABELS = {

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import fiun_fast as ff
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: models)")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* no closed form")]
 
 WORDS, LENGTH = 23, 6
 SIZES = {

@@ -16,6 +16,7 @@ from .errors import (
     FisherFileError,
     FiunError,
     LayoutError,
+    TuningWarning,
     UndoError,
     UndoFileError,
 )
@@ -28,6 +29,7 @@ from .profile import Profiles, SelectionProfile
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .storage import flatten_, stack_
+from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
 from .undo import UndoLog
 from .unlearning import dampen_, plan, selection_profile
@@ -62,6 +64,9 @@ __all__ = [
     "SelectionProfile",
     "Shard",
     "Trials",
+    "TriedPoint",
+    "Tuned",
+    "TuningWarning",
     "UndoError",
     "UndoFileError",
     "UndoLog",

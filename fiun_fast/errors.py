@@ -54,6 +54,10 @@ class UndoFileError(FiunError, ValueError):
     """A file that is not a (whole) undo log written by this package."""
 
 
+class TuningWarning(UserWarning):
+    """A choice to be doubted: at the edge of its grid, no better than leaving alone, or of a search that failed."""
+
+
 class FallbackWarning(UserWarning):
     """Something takes a slower way than the one that was expected; the message says what, and why.
 

@@ -84,6 +84,9 @@ HARMLESS = {
     *("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "element_size", "__len__"),
     *("data_ptr", "storage_offset", "is_meta", "is_quantized", "is_sparse", "nelement", "is_xpu", "is_mps", "is_cpu"),
 }
+# Functions that look only at the shape, dtype and device of their arguments, or of all but the first.
+OF_SHAPE = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+OF_FIRST = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 Signature = tuple[str, tuple[tuple[str, Key], ...]]
 
 
@@ -165,9 +168,10 @@ class Watch(TorchFunctionMode):
             with self:
                 return _TRANSPARENT[func](*args, **kwargs)
         given = tensors((args, kwargs))
-        tainted = self._calls.stage == 1 and any(id(t) in self._tainted for t in given)
         touched = [t for t in given if id(t) in self._made]
         name = getattr(func, "__name__", str(func))
+        content = [] if name in OF_SHAPE else given[:1] if name in OF_FIRST else given
+        tainted = self._calls.stage == 1 and any(id(t) in self._tainted for t in content)
         result = self._touched(func, name, args, kwargs, touched, tainted) if touched else func(*args, **kwargs)
         self._picked.note(name, args, given, result)
         if tainted:
@@ -244,14 +248,15 @@ class Watch(TorchFunctionMode):
         self, func: Any, plain: str, args: tuple, kwargs: dict, touched: list[Tensor], tainted: bool
     ) -> Any:
         """Parameters are spread over the samples first, so that each sample has a gradient of its own."""
-        given = tensors((args, kwargs))
-        if plain == "scaled_dot_product_attention":
-            query, others = args[0], (args[1], args[2])
-            target = torch.Size((*query.shape[:-1], args[1].shape[-2]))
-            if id(query) in self._made or any(id(t) in self._made for t in others):
+        if plain == "scaled_dot_product_attention":  # only the mask is broadcast
+            target = torch.Size((*args[0].shape[:-1], args[1].shape[-2]))
+            if self._calls.stage > 1 and any(id(t) in self._made for t in args[:3]):
                 return self._strange(touched, plain, func, args, kwargs)
         else:
-            target = torch.broadcast_shapes(*(t.shape for t in given))
+            target = _broadcast([t.shape for t in tensors((args, kwargs))])
+        if self._calls.stage == 1 and len(touched) > 1:  # with two samples some may be spread over these already
+            for one in touched:
+                self._calls.axis(self._key(plain, [one]), (target,), tainted)
         key = self._key(plain, touched)
         axis, _ = self._calls.axis(key, (target,), tainted)
         if axis == MADE:
@@ -333,6 +338,13 @@ class _Lift(torch.autograd.Function):
         if ctx.use.meet is not None:
             _meet(ctx.use, None, gradient)
         return gradient, None, None
+
+
+def _broadcast(shapes: list[torch.Size]) -> torch.Size:
+    """The shape that they are broadcast to; torch's own function takes most of a millisecond."""
+    most = max(map(len, shapes))
+    sizes = zip(*((1,) * (most - len(shape)) + tuple(shape) for shape in shapes), strict=True)
+    return torch.Size([next((n for n in of if n != 1), 1) for of in sizes])
 
 
 def _is_numbers(index: Any) -> bool:

@@ -11,20 +11,24 @@ from .errors import (
     DeviceError,
     DTypeError,
     EstimationError,
+    EstimationWarning,
+    FallbackWarning,
     FileWriteError,
     FisherFileError,
     FiunError,
     LayoutError,
+    ProvenanceWarning,
     TuningWarning,
     UndoError,
     UndoFileError,
 )
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
-from .fisher import Fisher, Provenance, merge_fishers
+from .fisher import Fisher, merge_fishers
 from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, Shard, last_layer
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
+from .provenance import Provenance
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .storage import flatten_, stack_
@@ -42,6 +46,8 @@ __all__ = [
     "DagError",
     "DeviceError",
     "EstimationError",
+    "EstimationWarning",
+    "FallbackWarning",
     "FileWriteError",
     "Fisher",
     "FisherAccumulator",
@@ -57,6 +63,7 @@ __all__ = [
     "Plan",
     "Profiles",
     "Provenance",
+    "ProvenanceWarning",
     "Report",
     "Segment",
     "SelectionProfile",

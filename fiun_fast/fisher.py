@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,28 +19,7 @@ from .kernels.cpu import expect_writes
 from .kernels.table import Merging
 from .layout import Layout, Params, select_parameters
 from .memory import all_plain, check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How a Fisher was obtained; saved with it."""
-
-    estimator: str = "unknown"
-    steps: int = 0  # mini-batches that were averaged
-    samples: int = 0  # examples seen
-    how: Mapping[str, str] = field(default_factory=dict, compare=False)  # parameter -> the way it was computed
-
-    def __str__(self) -> str:
-        """The ways parameters were computed, one line each, with the parameters."""
-        ways: dict[str, list[str]] = {}
-        for name, way in self.how.items():
-            ways.setdefault(way, []).append(name)
-        lines = [f"estimator {self.estimator}, {self.steps} steps, {self.samples} samples"]
-        for way, names in ways.items():
-            more = f", … {len(names) - 6} more" if len(names) > 6 else ""
-            lines.append(f"  {way}: {', '.join(names[:6])}{more}")
-        return "\n".join(lines)
-
+from .provenance import Provenance, merged, warn_if_unlike
 
 UNKNOWN = Provenance()
 
@@ -280,9 +258,9 @@ def merge_fishers(
     merging = Merging(how, check_number("scale", scale, first.dtype))
     out = torch.empty_like(first.buffer)
     select(backend, out.device.type).merge([f.buffer for f in fishers], factors, merging, out)
-    estimators = ", ".join(dict.fromkeys(f.provenance.estimator for f in fishers))
-    steps, samples = (sum(getattr(f.provenance, key) for f in fishers) for key in ("steps", "samples"))
-    return Fisher(out, first.layout, Provenance(f"{how} of {len(fishers)}: {estimators}", steps, samples))
+    records = [fisher.provenance for fisher in fishers]
+    warn_if_unlike(("fishers[0]", records[0], f"fishers[{k}]", one) for k, one in enumerate(records))
+    return Fisher(out, first.layout, merged(how, records))
 
 
 def listed_fishers(what: str, fishers: Any) -> list[Fisher]:

@@ -26,6 +26,7 @@ from .kernels import select
 from .kernels.interface import Histogram
 from .kernels.table import BINS, Group, Merging, Table
 from .memory import check_no_mode
+from .provenance import warn_if_unlike
 
 FRACTION = "samples to forget over samples trained on, in (0, 1]"
 
@@ -167,6 +168,7 @@ def ratios_of(
     """
     check_no_mode()
     forgets = check_fishers(original, forget)
+    warn_if_unlike(("the original Fisher", original.provenance, "the forget Fisher", one.provenance) for one in forgets)
     check_one_of("merge", merge, MERGE_RULES)
     merging = Merging(merge, check_number("scale", scale, original.dtype))
     segments = [s for s in original.layout if s.numel]

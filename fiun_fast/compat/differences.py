@@ -52,6 +52,8 @@ DIFFERENCES = (
         "ff.adaptive_alpha: no copy, interpolated in float64",
     ),
     Difference("loader without a length", "an error", "batches are counted", "batches are counted"),
+    Difference("batches without a sample, or without a label that counts", "count", "left out", "left out"),
+    Difference("a batch whose loss is not finite", "every importance NaN", "an error", "an error"),
     Difference("dicts given to merge (MFIM)", "the first is overwritten", "none is changed", "none is changed"),
     Difference("output", "prints its parameters", "silent", "silent"),
 )

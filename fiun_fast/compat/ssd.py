@@ -19,10 +19,12 @@ from torch import Tensor, nn
 import fiun_fast as ff
 from fiun_fast.arguments import FISHER_DTYPES, check_one_of
 from fiun_fast.estimators.claims import estimating
+from fiun_fast.estimators.loaders import of_batch
 from fiun_fast.estimators.reading import Forward, Loss
 from fiun_fast.estimators.totals import check_no_inference
 from fiun_fast.layout import check_module
 from fiun_fast.memory import check_addressable, check_writable
+from fiun_fast.provenance import warn_if_unlike
 
 from .dampening import Kept, Numbers, dampen, dampen_in_half_precision
 from .differences import differences
@@ -122,9 +124,9 @@ class ParameterPerturber(Helpers):
     ) -> dict[str, Tensor]:
         """Importance of every parameter: mean over the batches of the squared gradient of the batch's mean loss.
 
-        Batches: (x, y); (x, _, y); (x, y, idx) with target_index=1; a dict with labels, which the model gets as keyword
-        arguments and whose `.loss` is used; anything else through `batch_fn` or `forward_fn`. A model may return a
-        tensor, a tuple that begins with one, or an object with `.logits`.
+        Batches: (x, y); (x, …, y); (x, y, idx) with target_index=1; a dict with labels, which the model gets as keyword
+        arguments and whose `.loss` is used; anything else through `batch_fn` or `forward_fn`. docs/fishers.md has
+        tables of all forms of batches and targets. A batch without a sample is left out.
 
         Args:
             dataloader: yields batches; its length is not needed.
@@ -138,8 +140,9 @@ class ParameterPerturber(Helpers):
             `train_layer`, in float32.
 
         Raises:
-            EstimationError: an empty loader, a batch or output of an unknown form, a loss that is not a scalar or
-                depends on no parameter.
+            EstimationError: an empty loader, a batch, targets or output of an unknown form, a loss that is not a
+                scalar, not finite, or depends on no parameter.
+            ArgumentError: one batch, or a dataset of samples, in the place of a loader.
 
         """
         self._options()
@@ -191,6 +194,12 @@ class ParameterPerturber(Helpers):
         given = [original_importance, *forgets]
         if (report := self._again(given, divisor, options)) is not None:
             return report
+        if isinstance(original_importance, ff.Fisher):
+            warn_if_unlike(
+                ("original_importance", original_importance.provenance, "forget_importance", one.provenance)
+                for one in forgets
+                if isinstance(one, ff.Fisher)
+            )
         parameters = dict(self.model.named_parameters())
         original = self._fitting("original_importance", original_importance, parameters)
         chosen = [
@@ -252,17 +261,19 @@ class ParameterPerturber(Helpers):
                 allow_frozen=True,
             )
         with estimating({"model": self.model}), self._only_scope():
-            for batch in pass_over.over(dataloader):
+            batches = pass_over.over(dataloader, self.model)
+            for number, batch in batches:
                 self.opt.zero_grad() if self.opt is not None else self.model.zero_grad()
-                outputs, targets = pass_over.forward(self.model, batch)
-                pass_over.strict_loss(outputs, targets, parameters).backward()
+                with of_batch(number):
+                    outputs, targets = pass_over.forward(self.model, batch)
+                    pass_over.strict_loss(outputs, targets, parameters).backward()
                 if flat:
                     accumulator.update()
                     continue
                 for name, total in sums.items():
                     if (gradient := parameters[name].grad) is not None:
                         total += gradient.abs() if power == 1 else gradient.pow(2)
-        pass_over.check_not_empty()
+        batches.check_not_empty()
         if not flat:
             for total in sums.values():
                 total /= float(pass_over.divisor())
@@ -276,7 +287,7 @@ class ParameterPerturber(Helpers):
         """`ff.estimate_fisher`, which leaves the model as it was."""
         fisher = ff.estimate_fisher(
             self.model,
-            pass_over.over(dataloader),
+            pass_over.over(dataloader, self.model),
             params=self.train_layer,
             estimator="label_free" if self.label_free else "batch",
             loss_fn=None if self.label_free else pass_over.loss,

@@ -17,7 +17,7 @@ from ..errors import ArgumentError, DTypeError, EstimationError
 from ..fisher import Fisher
 from ..layout import Layout, Params, check_module, select_parameters
 from . import claims
-from .job import Estimate, Job, count
+from .job import Estimate, Job, count, explained_late, reduction_of
 from .reading import check_loss
 from .streaming import at_steps, in_backward
 from .totals import Totals, check_parameters
@@ -213,16 +213,24 @@ class BatchEstimate(Estimate):
 
     def step(self, batch: Any) -> None:
         """Run a backward and add what it left in `.grad`."""
-        job, steps = self._job, self._totals.steps
+        job, free = self._job, self._job.estimator == "label_free"
         outputs, targets = job.forward(batch)
-        loss = squared_length(outputs) if job.estimator == "label_free" else job.loss(outputs, targets)
-        check_loss(loss, steps, job.selected).backward()
+        loss = squared_length(outputs) if free else job.loss(outputs, targets)
+        if self._totals.steps == 0:
+            self._totals.note(outputs, "mean" if free else reduction_of(job, outputs, targets))
+        with explained_late(job, outputs, targets):
+            check_loss(loss, job.selected).backward()
         found = {name: p.grad for name, p in job.selected.items() if p.grad is not None}
         if not found:
-            raise EstimationError(f"batch {steps}: the loss does not depend on {', '.join(list(job.selected)[:4])}")
+            raise EstimationError(f"the loss does not depend on {', '.join(list(job.selected)[:4])}")
         self._totals.add(found, samples=count(outputs) or count(batch))
         for p in job.selected.values():
             p.grad = None
+
+    @property
+    def totals(self) -> Totals:
+        """The sum so far."""
+        return self._totals
 
     def result(self) -> Fisher:
         """The mean over the batches."""

@@ -15,17 +15,19 @@ from .errors import (
     FisherFileError,
     FiunError,
     LayoutError,
+    ScopeWarning,
     UndoError,
     UndoFileError,
 )
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, Provenance, merge_fishers
 from .kernels import available_backends, use_backend
-from .layout import Layout, Segment, Shard, last_layer
+from .layout import Layout, Segment, Shard
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
+from .scope import last_layer
 from .storage import flatten_, stack_
 from .tuning import search_alpha, tune
 from .undo import UndoLog
@@ -56,6 +58,7 @@ __all__ = [
     "Profiles",
     "Provenance",
     "Report",
+    "ScopeWarning",
     "Segment",
     "SelectionProfile",
     "Shard",

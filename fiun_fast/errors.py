@@ -1,4 +1,4 @@
-"""Every error raised on purpose: one base class, and beside it the built-in type that Python people expect."""
+"""Every error raised on purpose, with one base class and the built-in type that Python people expect; warnings."""
 
 from __future__ import annotations
 
@@ -49,3 +49,10 @@ class UndoError(FiunError, RuntimeError):
 
 class UndoFileError(FiunError, ValueError):
     """A file that is not a (whole) undo log written by this package."""
+
+
+class ScopeWarning(UserWarning):
+    """The last layer is not what one may expect: it is frozen, or tied to another.
+
+    `warnings.simplefilter("ignore", ff.ScopeWarning)` silences it, and so does naming the parameters.
+    """

@@ -17,8 +17,9 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
 from .kernels import select
 from .kernels.table import Merging
-from .layout import Layout, Params, select_parameters
+from .layout import Layout
 from .memory import all_plain, check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
+from .scope import Params, select_parameters
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ class Fisher:
             raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
         buffer, found, record = files.read_fisher(path)
         if layout is not None and layout != found:
+            found = found.named_as(layout)
+        if layout is not None and layout != found:
             difference = found.difference(layout, "the file", "the expected layout") or "the order of the parameters"
             raise LayoutError(f"{os.fspath(path)}: another layout than expected: {difference}")
         check_non_negative(buffer, found)
@@ -272,7 +275,7 @@ def merge_fishers(
         raise ArgumentError(f"fishers[0] is a {type(first).__name__}, expected a fiun_fast.Fisher")
     for k, fisher in enumerate(fishers):
         check_alike(first, "fishers[0]", fisher, f"fishers[{k}]")
-        if fisher.layout != first.layout:
+        if fisher.layout.named_as(first.layout) != first.layout:
             raise LayoutError(f"fishers[{k}] has the parameters of fishers[0] in another order")
     factors = [check_number(f"weights[{k}]", weight, first.dtype) for k, weight in enumerate(factors)]
     merging = Merging(how, check_number("scale", scale, first.dtype))

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..arguments import FISHER_DTYPES, Estimator, check_count, check_one_of, listed
 from ..errors import ArgumentError, DTypeError, EstimationError
 from ..fisher import Fisher
-from ..layout import Layout, Params, check_module, select_parameters
+from ..layout import Layout
+from ..scope import Params, check_module, select_parameters
 from . import claims
 from .job import Estimate, Job, count
 from .reading import check_loss

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fiun_fast as ff
 from fiun_fast.arguments import FISHER_DTYPES, check_number
 from fiun_fast.memory import check_addressable
+from fiun_fast.naming import Names, matched, near
 
 LOWEST = 100 - math.log(101)  # ASSD's q for a fraction of 1: a smaller q belongs to no fraction
 
+Value = TypeVar("Value")
 Importances = Mapping[str, Tensor] | ff.Fisher
 
 
@@ -39,6 +42,28 @@ def values_of(what: str, importances: object) -> Mapping[str, Tensor]:
             raise ff.DTypeError(f"{what}: {name!r} is {found}, expected a floating-point tensor")
         check_addressable(f"{what}: {name!r}", value)
     return importances
+
+
+def named_as(model: nn.Module, what: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    """The same values, called as in `model.named_parameters()`: what wraps a model now, or did then, does not matter.
+
+    Raises:
+        LayoutError: a name that no parameter has, or two of one parameter; the message begins with `what`.
+
+    """
+    names = Names(model)
+    own = {names.find(name): name for name, _ in model.named_parameters()}
+    renamed: dict[str, Value] = {}
+    given: dict[str, str] = {}
+    for name, value in values.items():
+        if (first := names.find(name)) is None:
+            raise ff.LayoutError(
+                f"{what} has {name!r}, which is not a parameter of the model{near(name, own.values())}"
+            )
+        if own[first] in renamed:
+            raise ff.LayoutError(f"{what} has {name!r} and {given[own[first]]!r}, which are one parameter of the model")
+        renamed[own[first]], given[own[first]] = value, name
+    return renamed
 
 
 def as_fisher(values: Mapping[str, Tensor]) -> ff.Fisher:
@@ -83,7 +108,8 @@ def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, 
         difference = layout.difference(ff.Layout.from_tensors(one), "importances[0]", f"importances[{k}]")
         if difference is not None:
             raise ff.LayoutError(f"importances differ: {difference}")
-        listed[k] = {name: one[name] for name in layout.names}
+        called = {own: name for name, own in matched(list(one), layout.names).items()}
+        listed[k] = {name: one[called.get(name, name)] for name in layout.names}
     if next(iter(listed[0].values())).dtype in FISHER_DTYPES:
         buffer = ff.merge_fishers([as_fisher(one) for one in listed]).buffer
     else:  # half precision stays half precision, bit by bit

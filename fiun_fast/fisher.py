@@ -113,7 +113,7 @@ class Fisher:
         schedule), gradients were not clipped, and weight decay is decoupled (AdamW); docs/fishers.md says more.
 
         Args:
-            optimizer: one that keeps `exp_avg_sq` and `step`; any of foreach, fused and capturable.
+            optimizer: one that keeps `exp_avg_sq` and `step`, any of foreach, fused and capturable; or a wrapper of one.
             model: its parameters are looked up in the optimiser, by identity.
             params: which, as in `Layout.from_module`.
 
@@ -207,7 +207,7 @@ class Fisher:
         check_buffer(f"{where}: its buffer", vars(self).get("buffer"), self.layout)
 
     def as_dict(self) -> dict[str, torch.Tensor]:
-        """Name -> view into the buffer, in the parameter's shape."""
+        """Name -> view into the buffer, in the parameter's shape; `torch.save` of one view writes the whole buffer."""
         self.check_memory("Fisher")
         return self.layout.views(self.buffer)
 

@@ -103,7 +103,7 @@ class LiveMemory:
         self._place[nodes, 1] = np.arange(len(nodes))
         self._described.append(described)
         columns = described.columns()
-        if self._wrapped or any(tensor is None for column in columns for tensor in column):
+        if self._wrapped or any(type(None) in set(map(type, column)) for column in columns):
             self._place_by_meaning(described, columns)
             columns = described.columns()
         flat = list(chain.from_iterable(columns))

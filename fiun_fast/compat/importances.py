@@ -14,6 +14,7 @@ import fiun_fast as ff
 from fiun_fast.arguments import FISHER_DTYPES, check_number
 from fiun_fast.memory import check_addressable
 from fiun_fast.naming import Names, matched, near
+from fiun_fast.wrappers import check_gathered
 
 LOWEST = 100 - math.log(101)  # ASSD's q for a fraction of 1: a smaller q belongs to no fraction
 
@@ -51,8 +52,12 @@ def named_as(model: nn.Module, what: str, values: Mapping[str, Value]) -> dict[s
         LayoutError: a name that no parameter has, or two of one parameter; the message begins with `what`.
 
     """
+    there = [name for name, _ in model.named_parameters()]
+    if values.keys() <= set(there):
+        return dict(values)
+    check_gathered("model", model)
     names = Names(model)
-    own = {names.find(name): name for name, _ in model.named_parameters()}
+    own = {names.find(name): name for name in there}
     renamed: dict[str, Value] = {}
     given: dict[str, str] = {}
     for name, value in values.items():

@@ -306,12 +306,12 @@ class ParameterPerturber(Helpers):
         self, what: str, importances: Importances, like: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """The entries in scope, checked against the model, and against the other importances' names."""
-        check_gathered("model", self.model)
         parameters = dict(self.model.named_parameters())
         values = named_as(self.model, what, values_of(what, importances))
         for name, value in values.items():
             check_addressable(f"parameter {name!r}", parameters[name])
             if value.shape != parameters[name].shape:
+                check_gathered("model", self.model)
                 shapes = f"{list(value.shape)}, {list(parameters[name].shape)} in the model"
                 raise ff.LayoutError(f"{what}: {name!r} is {shapes}")
         if self.train_layer is not None:

@@ -44,8 +44,9 @@ def blocks() -> list[str]:
 
 
 @pytest.mark.parametrize("number", range(len(blocks())))
-def test_examples_of_the_page_run(number):
+def test_examples_of_the_page_run(number, tmp_path, monkeypatch):
     """Each block on its own, with the things a script has at that point."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
     x, y = torch.randn(40, 8), torch.randint(4, (40,))

@@ -1,4 +1,4 @@
-"""The examples of fishers.md, choosing.md and audit.md run, each by itself; test_migrate.py has those of migrate.md."""
+"""The examples of the pages run, each by itself; test_migrate.py has those of migrate.md."""
 
 import copy
 import re
@@ -13,7 +13,7 @@ import fiun_fast as ff
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = [
     (page, number, part.split("```")[0])
-    for page in ("fishers.md", "choosing.md", "audit.md")
+    for page in ("fishers.md", "models.md", "choosing.md", "audit.md")
     for number, part in enumerate((DOCS / page).read_text(encoding="utf-8").split("```python\n")[1:])
 ]
 

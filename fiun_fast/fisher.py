@@ -113,7 +113,7 @@ class Fisher:
         schedule), gradients were not clipped, and weight decay is decoupled (AdamW); docs/fishers.md says more.
 
         Args:
-            optimizer: one that keeps `exp_avg_sq` and `step`, any of foreach, fused and capturable; or a wrapper of one.
+            optimizer: one that keeps `exp_avg_sq` and `step`, of any kind (foreach, fused, …), or a wrapper of one.
             model: its parameters are looked up in the optimiser, by identity.
             params: which, as in `Layout.from_module`.
 

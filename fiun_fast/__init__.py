@@ -16,6 +16,7 @@ from .errors import (
     FiunError,
     LayoutError,
     ScopeWarning,
+    TuningWarning,
     UndoError,
     UndoFileError,
 )
@@ -29,6 +30,7 @@ from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .scope import last_layer
 from .storage import flatten_, stack_
+from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
 from .undo import UndoLog
 from .unlearning import dampen_, plan, selection_profile
@@ -63,6 +65,9 @@ __all__ = [
     "SelectionProfile",
     "Shard",
     "Trials",
+    "TriedPoint",
+    "Tuned",
+    "TuningWarning",
     "UndoError",
     "UndoFileError",
     "UndoLog",

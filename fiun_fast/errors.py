@@ -56,3 +56,7 @@ class ScopeWarning(UserWarning):
 
     `warnings.simplefilter("ignore", ff.ScopeWarning)` silences it, and so does naming the parameters.
     """
+
+
+class TuningWarning(UserWarning):
+    """A choice to be doubted: at the edge of its grid, no better than leaving alone, or of a search that failed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from fiun_fast.wrappers import check_gathered
 
 LOWEST = 100 - math.log(101)  # ASSD's q for a fraction of 1: a smaller q belongs to no fraction
 
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 Value = TypeVar("Value")
 Importances = Mapping[str, Tensor] | ff.Fisher
 
@@ -45,16 +46,18 @@ def values_of(what: str, importances: object) -> Mapping[str, Tensor]:
     return importances
 
 
-def named_as(model: nn.Module, what: str, values: Mapping[str, Value]) -> dict[str, Value]:
-    """The same values, called as in `model.named_parameters()`: what wraps a model now, or did then, does not matter.
+def named_as(
+    model: nn.Module, parameters: Iterable[str], what: str, values: Mapping[str, Value]
+) -> Mapping[str, Value]:
+    """The same values, by the names of `model.named_parameters()`: what wraps a model now, or did then, is no matter.
 
     Raises:
         LayoutError: a name that no parameter has, or two of one parameter; the message begins with `what`.
 
     """
-    there = [name for name, _ in model.named_parameters()]
-    if values.keys() <= set(there):
-        return dict(values)
+    there = set(parameters)
+    if values.keys() <= there:
+        return values
     check_gathered("model", model)
     names = Names(model)
     own = {names.find(name): name for name in there}
@@ -71,8 +74,12 @@ def named_as(model: nn.Module, what: str, values: Mapping[str, Value]) -> dict[s
     return renamed
 
 
-def as_fisher(values: Mapping[str, Tensor]) -> ff.Fisher:
+def as_fisher(values: Mapping[str, Tensor], layout: ff.Layout | None = None) -> ff.Fisher:
     """A Fisher over these tensors: without a copy if they are adjacent in memory, in order; else in a copy.
+
+    Args:
+        values: name -> importance.
+        layout: theirs, where there is one already.
 
     Raises:
         ArgumentError: a negative entry.
@@ -82,10 +89,14 @@ def as_fisher(values: Mapping[str, Tensor]) -> ff.Fisher:
     buffer = _run(list(values.values()))
     if buffer is None:
         return ff.Fisher.from_dict(values)
-    lowest = buffer.amin() if buffer.numel() else buffer.new_zeros(())
-    if not bool(lowest >= 0):  # NaN hides what is negative; from_dict looks closely, and names the parameter
-        ff.Fisher.from_dict(values)
-    return ff.Fisher(buffer, ff.Layout.from_tensors(values))
+    if not not_negative(buffer):
+        ff.Fisher.from_dict(values)  # looks closely, and names the parameter
+    return ff.Fisher(buffer, layout or ff.Layout.from_tensors(values))
+
+
+def not_negative(buffer: Tensor) -> bool:
+    """Whether no entry [n] has the sign of a negative number, which -0 and some NaN have too; as integers: fastest."""
+    return buffer.numel() == 0 or bool(buffer.view(_INTEGERS[buffer.dtype]).amin() >= 0)
 
 
 def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, Tensor]:

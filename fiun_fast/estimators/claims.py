@@ -174,7 +174,7 @@ def random_state(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 _eager: Shared[Any] = Shared(
-    lambda: torch.compiler.set_stance("force_eager"), lambda stance: stance.__exit__(*[None] * 3)
+    lambda: torch.compiler.set_stance("force_eager"), lambda stance: stance.__exit__(None, None, None)
 )
 
 

@@ -131,7 +131,7 @@ def _nothing(model: nn.Module, names: Names, none_trained: bool) -> str:
 def last_layer(model: nn.Module) -> list[str]:
     """Names of the final parametrised layer: FIUn's default scope. `params="last"` means the same.
 
-    That is the classifier or output embedding that a model of timm or transformers names itself; else the last
+    That is the classifier (both of two) or output embedding that a model of timm or transformers names; else the last
     submodule that owns parameters, as `model.named_modules()` lists them, which is the order in which they were
     registered. Of a PEFT model it is the last one that requires grad: the head that is trained along, or an adapter,
     and never a part of the frozen base, which other adapters may share. A tied parameter appears under its first name.
@@ -173,11 +173,13 @@ def last_layer(model: nn.Module) -> list[str]:
 def _layers(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """The parameters of each layer, the last layer first; layers may come twice."""
     for get in _HEADS:
-        head: Any = getattr(unwrap(model).module, get, None)
-        head = head() if callable(head) else None
-        for module in reversed(head) if isinstance(head, tuple) else [head]:
-            if isinstance(module, nn.Module) and (own := list(module.parameters())):
-                yield own
+        try:
+            heads: Any = getattr(unwrap(model).module, get)()
+        except (AttributeError, NotImplementedError, TypeError):  # the model has none, or means something else by it
+            continue
+        heads = heads if isinstance(heads, tuple) else (heads,)  # timm's distilled models have two
+        if own := [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]:
+            yield own
     modules = dict(model.named_modules())
     for path, module in reversed(modules.items()):
         if own := list(module.parameters(recurse=False)):

@@ -80,9 +80,13 @@ def test_a_submodule_as_scope_everywhere():
 def test_the_head_that_a_model_names(getter):
     assert ff.last_layer(Named(getter, "one")) == ["head.weight", "head.bias"]
     assert ff.last_layer(nn.DataParallel(Named(getter, "one"))) == ["head.weight", "head.bias"]
-    assert ff.last_layer(Named(getter, "two")) == ["second.weight", "second.bias"]  # as timm's distilled models
+    both = ["head.weight", "head.bias", "second.weight", "second.bias"]  # as timm's distilled models
+    assert ff.last_layer(Named(getter, "two")) == both
     for nothing in (None, nn.Identity(), 5, nn.Linear(3, 2)):  # timm without classes; a head that is not the model's
         assert ff.last_layer(Named(getter, nothing)) == ["extra.weight", "extra.bias"]
+    other = Named(getter, "one")
+    setattr(other, getter, lambda which: other.head)
+    assert ff.last_layer(other) == ["extra.weight", "extra.bias"]
 
 
 def test_a_layer_whose_weight_is_computed_is_one_layer():

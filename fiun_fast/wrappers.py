@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .errors import ArgumentError, LayoutError
+from .errors import ArgumentError, EstimationError, LayoutError
 
 
 class Wrapper(NamedTuple):
@@ -114,16 +114,39 @@ def silenced(model: nn.Module) -> Iterator[None]:
     Args:
         model: as the user has it: some wrappers leave hooks in the modules below.
 
+    Raises:
+        EstimationError: on exit, if DistributedDataParallel has reduced gradients all the same, because it awaited the
+            backward of an earlier forward.
+
     """
     with ExitStack() as stack:
         for module in model.modules():
             names = _known_as(type(module))
             if _DDP in names:
                 stack.enter_context(module.no_sync())  # type: ignore[operator]
+                stack.enter_context(_unreduced(module))
             elif _OPACUS in names and getattr(module, "hooks_enabled", False):
                 module.disable_hooks()  # type: ignore[operator]
                 stack.callback(module.enable_hooks)  # type: ignore[arg-type]
         yield
+
+
+@contextmanager
+def _unreduced(module: Any) -> Iterator[None]:
+    """Notice whether the reducer of a DistributedDataParallel took gradients: it times each that it gets."""
+    before = module.reducer.get_backward_stats()
+    error: Exception | None = None
+    try:
+        yield
+    except RuntimeError as found:  # its own: a gradient came twice
+        error = found
+    if module.reducer.get_backward_stats() != before:
+        raise EstimationError(
+            "DistributedDataParallel has taken gradients for those of an earlier forward: after a forward call its "
+            "backward, or run it under torch.no_grad(), before a Fisher is estimated"
+        ) from error
+    if error is not None:
+        raise error
 
 
 def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> None:

@@ -62,6 +62,13 @@ def distributed_data_parallel(rank: int) -> None:
         inside = ff.estimate_fisher(part, batches, estimator=estimator)
         assert inside.layout == alone.layout
         assert torch.allclose(inside.buffer, alone.buffer, rtol=1e-5), estimator
+    model(batches[0][0])  # and no backward: the reducer would take the estimate's for it
+    refused(lambda: ff.estimate_fisher(model, batches[:2]), ff.EstimationError, "of an earlier forward")
+    with torch.no_grad():
+        model.eval()(batches[0][0])
+    model.train()
+    own = ff.estimate_fisher(copy.deepcopy(model.module), batches)
+    assert torch.equal(ff.estimate_fisher(model, batches).buffer, own.buffer)
     mine, theirs = reduced_gradients(model, batches[0])
     assert torch.equal(mine, theirs)
     accumulator = ff.FisherAccumulator(model)  # in a loop of one's own gradients are those that DDP has reduced

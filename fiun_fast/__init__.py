@@ -18,6 +18,7 @@ from .errors import (
     FiunError,
     LayoutError,
     ProvenanceWarning,
+    ScopeWarning,
     TuningWarning,
     UndoError,
     UndoFileError,
@@ -25,12 +26,13 @@ from .errors import (
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, merge_fishers
 from .kernels import available_backends, use_backend
-from .layout import Layout, Segment, Shard, last_layer
+from .layout import Layout, Segment, Shard
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
 from .provenance import Provenance
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
+from .scope import last_layer
 from .storage import flatten_, stack_
 from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
@@ -65,6 +67,7 @@ __all__ = [
     "Provenance",
     "ProvenanceWarning",
     "Report",
+    "ScopeWarning",
     "Segment",
     "SelectionProfile",
     "Shard",

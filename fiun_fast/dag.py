@@ -13,7 +13,7 @@ import torch
 from .arguments import check_number
 from .errors import ArgumentError, DagError
 from .fisher import Fisher
-from .layout import check_module
+from .scope import check_module
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 

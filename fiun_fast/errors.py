@@ -65,6 +65,13 @@ class ProvenanceWarning(UserWarning):
     """
 
 
+class ScopeWarning(UserWarning):
+    """The last layer is not what one may expect: it is frozen, or tied to another.
+
+    `warnings.simplefilter("ignore", ff.ScopeWarning)` silences it, and so does naming the parameters.
+    """
+
+
 class TuningWarning(UserWarning):
     """A choice to be doubted: at the edge of its grid, no better than leaving alone, or of a search that failed."""
 

@@ -17,9 +17,10 @@ from .guards import denormals_kept
 from .kernels import select
 from .kernels.cpu import expect_writes
 from .kernels.table import Merging
-from .layout import Layout, Params, select_parameters
+from .layout import Layout
 from .memory import all_plain, check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
 from .provenance import Provenance, merged, warn_if_unlike
+from .scope import Params, select_parameters
 
 UNKNOWN = Provenance()
 
@@ -92,7 +93,7 @@ class Fisher:
         schedule), gradients were not clipped, and weight decay is decoupled (AdamW); docs/fishers.md says more.
 
         Args:
-            optimizer: one that keeps `exp_avg_sq` and `step`; any of foreach, fused and capturable.
+            optimizer: one that keeps `exp_avg_sq` and `step`, of any kind (foreach, fused, …), or a wrapper of one.
             model: its parameters are looked up in the optimiser, by identity.
             params: which, as in `Layout.from_module`.
 
@@ -134,6 +135,8 @@ class Fisher:
         if layout is not None and not isinstance(layout, Layout):
             raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
         buffer, found, record = files.read_fisher(path)
+        if layout is not None and layout != found:
+            found = found.named_as(layout)
         if layout is not None and layout != found:
             difference = found.difference(layout, "the file", "the expected layout") or "the order of the parameters"
             raise LayoutError(f"{os.fspath(path)}: another layout than expected: {difference}")
@@ -184,7 +187,7 @@ class Fisher:
         check_buffer(f"{where}: its buffer", vars(self).get("buffer"), self.layout)
 
     def as_dict(self) -> dict[str, torch.Tensor]:
-        """Name -> view into the buffer, in the parameter's shape."""
+        """Name -> view into the buffer, in the parameter's shape; `torch.save` of one view writes the whole buffer."""
         self.check_memory("Fisher")
         return self.layout.views(self.buffer)
 
@@ -252,7 +255,7 @@ def merge_fishers(
         raise ArgumentError(f"fishers[0] is a {type(first).__name__}, expected a fiun_fast.Fisher")
     for k, fisher in enumerate(fishers):
         check_alike(first, "fishers[0]", fisher, f"fishers[{k}]")
-        if fisher.layout != first.layout:
+        if fisher.layout.named_as(first.layout) != first.layout:
             raise LayoutError(f"fishers[{k}] has the parameters of fishers[0] in another order")
     factors = [check_number(f"weights[{k}]", weight, first.dtype) for k, weight in enumerate(factors)]
     merging = Merging(how, check_number("scale", scale, first.dtype))

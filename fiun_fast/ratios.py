@@ -174,11 +174,12 @@ def ratios_of(
     segments = [s for s in original.layout if s.numel]
     if not segments:
         raise ArgumentError("the Fishers have no elements")
+    layouts = [f.layout.named_as(original.layout) for f in forgets]
     group = Group(
         names=tuple(s.name for s in segments),
         numels=np.array([s.numel for s in segments], dtype=np.int64),
         forgets=[f.buffer for f in forgets],
-        forget_offsets=np.array([[f.layout[s.name].offset for s in segments] for f in forgets], dtype=np.int64),
+        forget_offsets=np.array([[layout[s.name].offset for s in segments] for layout in layouts], dtype=np.int64),
         weights=(1.0,) * len(forgets),
         originals=[original.buffer],
         original_offsets=np.array([s.offset for s in segments], dtype=np.int64),

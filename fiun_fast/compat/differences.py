@@ -33,6 +33,7 @@ DIFFERENCES = (
         "importances in float32; the product is rounded once",
     ),
     Difference("frozen parameters", "zeros in the dict", SAME, "not in the dict, unless named in train_layer"),
+    Difference("frozen integer parameters (quantised)", "an error", "not in the dict", "not in the dict"),
     Difference("train_layer (FIUn)", "freezes the others for good", "freezes them meanwhile", "freezes them meanwhile"),
     Difference("importances and parameters", "matched by position", "matched by name", "matched by name"),
     Difference("importances on another device", "an error", "moved", "moved"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from ..arguments import Estimator, Per
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
-from ..layout import Params, check_module, select_parameters
+from ..scope import Params, check_module, select_parameters
+from ..wrappers import check_gathered, silenced, unwrap
 from . import claims
 from .accumulator import BatchEstimate
 from .head import HeadEstimate, NotAHead
@@ -56,7 +58,8 @@ def estimate_fisher(
     says which estimator to choose.
 
     Args:
-        model: any module.
+        model: any module. Wrappers are looked through (DistributedDataParallel, DataParallel, torch.compile, Opacus and
+            others): the data of this process alone count, nothing is reduced over ranks, and the model runs eagerly.
         loader: yields batches: (inputs [B, ...], targets [B]), (inputs, …, targets), or a dict (any Mapping) with
             "labels", "label" or "label_ids", with whose keys as keywords the model is called; for `label_free` and
             `expected`, which need no labels, also inputs alone and dicts without labels. The model may return a tensor,
@@ -68,7 +71,8 @@ def estimate_fisher(
         loss_fn: (outputs, targets) -> scalar mean loss; default: for dicts the model's own `.loss`, else cross entropy.
             For `sample` its value for each sample alone is what counts: it is called on slices [1, ...] of outputs and
             targets, or may return [B]. Not for `expected` and `label_free`, which have losses of their own.
-        forward_fn: (model, batch) -> (outputs, targets), for batches of any other form. For `sample` and `expected` a
+        forward_fn: (model, batch) -> (outputs, targets), for batches of any other form; it gets the model without
+            wrappers. For `sample` and `expected` a
             batch is split into samples along the first dimension of its tensors.
         progress: show a progress bar.
         backend: as in `plan`.
@@ -133,8 +137,6 @@ def estimate_fishers(
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
-    if len({id(model) for model in models.values()}) < len(models):
-        raise ArgumentError("one model is given under several names; estimate its Fisher once")
     return _sweep(models, loader, params, options, progress)
 
 
@@ -142,10 +144,19 @@ def _sweep(
     models: Mapping[str, torch.nn.Module], loader: Iterable[Any], params: Params, options: Options, progress: bool
 ) -> dict[str, Fisher]:
     for name, model in models.items():
-        check_module("model" if len(models) == 1 else f"model {name!r}", model)
+        what = "model" if len(models) == 1 else f"model {name!r}"
+        check_module(what, model)
+        check_gathered(what, model, for_good=True)
+    inner = {name: unwrap(model) for name, model in models.items()}
+    bare = {name: found.module for name, found in inner.items()}
+    if len({id(model) for model in bare.values()}) < len(bare):
+        raise ArgumentError("one model is given under several names; estimate its Fisher once")
     with ExitStack() as stack:
-        stack.enter_context(claims.estimating(models))  # first: another estimate has frozen what it does not select
-        jobs = {name: Job(model, select_parameters(model, params), options) for name, model in models.items()}
+        stack.enter_context(claims.estimating(bare))  # first: another estimate has frozen what it does not select
+        stack.enter_context(claims.uncompiled())
+        for model in models.values():
+            stack.enter_context(silenced(model))
+        jobs = {name: Job(model, select_parameters(model, params), options) for name, model in bare.items()}
         for job in jobs.values():
             check_parameters(job.selected)
         check_no_transform()
@@ -153,16 +164,24 @@ def _sweep(
         estimates = {name: _Chosen(job) for name, job in jobs.items()}
         batches = loader
         if not isinstance(batches, NumberedBatches):
-            batches = NumberedBatches(loader, options.reading, next(iter(models.values())))
+            batches = NumberedBatches(loader, options.reading, next(iter(bare.values())))
         for number, batch in _progress(batches, loader) if progress else batches:
             for i, (name, estimate) in enumerate(estimates.items()):
                 with on(i), of_batch(number):
                     estimate.step(batch)
                     if not estimate.totals.is_finite():
                         which = f"model {name!r}: " if len(models) > 1 else ""
-                        raise EstimationError(which + why_not_finite(batch, models[name]))
+                        raise EstimationError(which + why_not_finite(batch, bare[name]))
         batches.check_not_empty()
-        return {name: estimate.result() for name, estimate in estimates.items()}
+        return {name: _said(estimate.result(), inner[name].wrappers) for name, estimate in estimates.items()}
+
+
+def _said(fisher: Fisher, wrappers: tuple[str, ...]) -> Fisher:
+    """The Fisher, whose provenance says which wrappers of the model were looked through."""
+    if not wrappers:
+        return fisher
+    how = {name: f"{way}; looked through {', '.join(wrappers)}" for name, way in fisher.provenance.how.items()}
+    return Fisher(fisher.buffer, fisher.layout, replace(fisher.provenance, how=how))
 
 
 class _Chosen(Estimate):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import EstimationError
 from ..fisher import Fisher
-from ..layout import every_name
+from ..naming import Names
 from .job import Estimate, Job, per_sample, reduction_of
 from .reading import OwnLoss, check_loss
 from .rounds import predicted
@@ -131,7 +131,7 @@ class HeadEstimate(Estimate):
 def _owner(job: Job) -> nn.Linear:
     """The linear layer that owns all the selected parameters and shares them with no other."""
     chosen = {id(p) for p in job.selected.values()}
-    aliases = [id(p) for _, p in every_name(job.model) if id(p) in chosen]
+    aliases = [name for name, p in Names(job.model).every.items() if id(p) in chosen]
     if len(aliases) > len(chosen):
         raise NotAHead("its parameters are shared")
     for module in job.model.modules():

@@ -63,7 +63,10 @@ def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
 
 def _prepare(model: nn.Module, scope: Iterable[nn.Parameter]) -> None:
     chosen = {id(p) for p in scope}
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError as error:  # what torch.export gives
+        raise EstimationError(f"the model has no eval mode ({error}); pass the one that it was made from") from error
     for p in model.parameters():
         p.grad = None
         p.requires_grad_(id(p) in chosen)

@@ -22,6 +22,7 @@ ESTIMATORS = ("batch", "sample", "expected", "label_free")
 # ---- models that share a part ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::fiun_fast.ScopeWarning")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("params", [None, "last", "0.*"])
 def test_models_that_share_a_part_are_estimated_as_if_alone(estimator, params):

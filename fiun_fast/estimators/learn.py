@@ -24,7 +24,7 @@ from .totals import Totals
 AGREE = {torch.float16: 0.1, torch.bfloat16: 0.1}  # relative to a parameter's largest entry
 AGREE_FLOAT = 1e-2  # a GPU may compute autograd's convolutions in tf32
 NOISE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}  # of the largest gradient of any parameter
-NOISE_FLOAT = 1e-5
+NOISE_FLOAT = 2e-6
 
 
 @dataclass

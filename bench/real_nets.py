@@ -30,7 +30,7 @@ PATCHES = {"image_size": IMAGE, "num_labels": CLASSES}
 
 
 def networks() -> dict[str, tuple[Callable[[], torch.nn.Module], str]]:
-    """Name -> what makes it, and what it reads: "text", "next token" or "image"."""
+    """Name -> what makes it, and what it reads: "text", "next token", "image" or "large image"."""
     import transformers as hf
 
     vit = {**TEXT, **PATCHES, "patch_size": 4, "intermediate_size": 512}
@@ -50,17 +50,18 @@ def networks() -> dict[str, tuple[Callable[[], torch.nn.Module], str]]:
         ),
         "ViT": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**vit)), "image"),
         "Swin": (lambda: hf.SwinForImageClassification(hf.SwinConfig(**swin)), "image"),
-        "ConvNeXt": (lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(**convnext)), "image"),
+        "ConvNeXt": (lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(**convnext)), "large image"),
     }
 
 
 def batches(reads: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Random inputs and labels."""
+    """Random inputs and labels; a large image is twice as wide."""
     g = torch.Generator().manual_seed(1)
     made = []
     for _ in range(BATCHES):
-        if reads == "image":
-            x = torch.randn(SAMPLES, 3, IMAGE, IMAGE, generator=g)
+        if reads.endswith("image"):
+            size = 2 * IMAGE if reads == "large image" else IMAGE
+            x = torch.randn(SAMPLES, 3, size, size, generator=g)
         else:
             x = torch.randint(WORDS, (SAMPLES, TOKENS), generator=g)
         y = x if reads == "next token" else torch.randint(CLASSES, (SAMPLES,), generator=g)

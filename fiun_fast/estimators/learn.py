@@ -26,7 +26,7 @@ from .totals import Totals
 AGREE = {torch.float16: 0.1, torch.bfloat16: 0.1}  # relative to a parameter's largest entry
 AGREE_FLOAT = 1e-2  # a GPU may compute autograd's convolutions in tf32
 NOISE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}  # of the largest gradient of any parameter
-NOISE_FLOAT = 1e-5
+NOISE_FLOAT = 2e-6
 
 
 @dataclass
@@ -144,13 +144,13 @@ def _compare(job: Job, learned: Learned, single: Any, two: Any) -> None:
     for name, what in trace.strange.items():
         learned.reasons[name] = f"used by {what}"
     uses = _by_parameter(trace)
-    least = _noise(gradients)
+    agrees = _agreement(totals, gradients)
     for name, gradient in gradients.items():
         if name in learned.reasons:
             continue
         if name not in uses and gradient is not None:
             learned.reasons[name] = "used in a way that cannot be watched"
-        elif gradient is not None and not _agree(totals.views[name], gradient, least):
+        elif gradient is not None and not agrees[name]:
             learned.reasons[name] = "its closed form disagrees with autograd"
         else:
             learned.closed[name] = uses.get(name, Counter())
@@ -205,17 +205,20 @@ def _likeliest(outputs: Any, targets: Any) -> Round:
     return Round(torch.where(found.counted, likeliest, IGNORED), outputs.detach().new_ones(len(outputs)), found.last)
 
 
-def _noise(gradients: dict[str, Tensor | None]) -> float:
-    """The largest gradient that may be nothing but rounding, as that of a key's bias before a softmax is."""
-    dense = [g.to_dense() for g in gradients.values() if g is not None and g.numel()]
-    largest = [(float(g.abs().max()), g.dtype) for g in dense]
-    return max((size * NOISE.get(dtype, NOISE_FLOAT) for size, dtype in largest), default=0.0)
+def _agreement(totals: Totals, gradients: dict[str, Tensor | None]) -> dict[str, bool]:
+    """Whether each sum of squares is that of the gradient, up to rounding.
 
-
-def _agree(squares: Tensor, gradient: Tensor, noise: float) -> bool:
-    expected = gradient.to_dense().to(squares.dtype).square()
-    bound = AGREE.get(gradient.dtype, AGREE_FLOAT) * expected.max() + noise**2 if expected.numel() else 0
-    return bool(((squares - expected).abs() <= bound).all())
+    A gradient far below the largest one of all may be nothing but rounding: that of a key's bias before a softmax is.
+    """
+    known = {name: g for name, g in gradients.items() if g is not None and g.numel()}
+    squares = {name: g.to_dense().to(totals.buffer.dtype).square() for name, g in known.items()}
+    largest = {name: float(square.max()) for name, square in squares.items()}
+    noise = max((largest[name] * NOISE.get(g.dtype, NOISE_FLOAT) ** 2 for name, g in known.items()), default=0.0)
+    agrees = dict.fromkeys(gradients, True)
+    for name, square in squares.items():
+        bound = AGREE.get(known[name].dtype, AGREE_FLOAT) * largest[name] + noise
+        agrees[name] = torch.allclose(totals.views[name], square, rtol=0.0, atol=bound)
+    return agrees
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -226,7 +229,7 @@ def _same(a: Any, b: Any) -> bool:
                 return False
         elif isinstance(x, Tensor):
             x, y = x.detach(), y.detach()
-            bound = AGREE.get(x.dtype, AGREE_FLOAT) * max(float(x.abs().max()), 1e-30) if x.numel() else 0
-            if x.shape != y.shape or not bool(((x - y).abs() <= bound).all()):
+            bound = AGREE.get(x.dtype, AGREE_FLOAT) * max(float(x.abs().max()), 1e-30) if x.numel() else 0.0
+            if x.shape != y.shape or not torch.allclose(x, y, rtol=0.0, atol=bound):
                 return False
     return True

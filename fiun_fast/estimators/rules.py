@@ -176,7 +176,9 @@ def add_squares(totals: Totals, use: Use, role: str, into: Tensor, a: Tensor, d:
         left, right = _sides(use, a, d)
         totals.outer(into, left.transpose(1, 2)[:, None], right.transpose(1, 2)[:, None])
     elif use.rule == "grouped":
-        totals.outer(into, a.transpose(2, 3), d.transpose(2, 3))
+        for expert in range(len(into)):  # kernels take one large product better than groups
+            left, right = (t[:, expert : expert + 1].transpose(2, 3) for t in (a, d))
+            totals.outer(into[expert], left, right)
     elif use.rule in ("conv", "transposed conv"):
         convolution.add_squares(totals, use.rule, use.arguments, into, a, d)
     elif use.rule == "embedding":

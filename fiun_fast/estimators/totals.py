@@ -191,9 +191,11 @@ class Totals:
                 f"gradients of {groups} x {m} x {right.shape[2]} elements for a weight of {into.numel()}: its shape "
                 "has changed"
             )
+        if not into.is_contiguous() and into.mT.is_contiguous():  # a weight that is used transposed
+            into, left, right = into.mT, right, left
         if into.is_contiguous():
             self.kernels.outer_square_accumulate(left, right, into.view(-1))
-        else:  # a transpose of a weight, some of its columns
+        else:  # some of its columns
             squares = into.new_zeros(into.shape)
             self.kernels.outer_square_accumulate(left, right, squares.view(-1))
             into += squares

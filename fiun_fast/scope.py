@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import THETA_DTYPES, short
-from .errors import ArgumentError, DTypeError, LayoutError, ScopeWarning
+from .errors import ArgumentError, DTypeError, LayoutError, ScopeWarning, warn
 from .naming import Names, near
 from .wrappers import check_gathered, is_adapted, is_adapted_layer, plain_name, unwrap
 
@@ -162,10 +161,8 @@ def last_layer(model: nn.Module) -> list[str]:
         said.append(f"is frozen ({', '.join(found)}), and other layers are not")
     said += [f"is tied: its {name!r} is also {other!r}" for name in found if (other := _tied_to(names, name))]
     for what in said:
-        warnings.warn(
-            f"the last layer {what}; name parameters with params=, these or others, to say what is meant",
-            ScopeWarning,
-            stacklevel=2,
+        warn(
+            f"the last layer {what}; name parameters with params=, these or others, to say what is meant", ScopeWarning
         )
     return found
 

@@ -34,7 +34,6 @@ from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, given, is_dev
 from .passes import NORMALIZE, Batches, Pass
 
 __all__ = ["ParameterPerturber", "differences", "mfim"]
-
 MODES = ("strict", "corrected")
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median_high
+from typing import Any
 
 import matplotlib as mpl
 
@@ -24,6 +25,7 @@ from fiun_fast.bench.results import Record, short, size
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "bench" / "results", ROOT / "docs" / "img"
+LOOPS = RESULTS / "cpu-kernel.json"
 TABLES = {ROOT / "README.md": True, ROOT / "docs" / "performance.md": False}  # file -> only the cases of README
 IN_README = ("a", "b-clustered", "c", "d", "f-fp32", "g", "h-8", "j-demo")
 BARS = ("a", "b-none", "b-clustered", "b-scattered", "c", "d", "e", "e-stack", "f-fp32", "f-bf16")
@@ -195,6 +197,30 @@ def reach(records: Iterable[Record]) -> str:
     return text
 
 
+def loops(found: dict[str, Any]) -> str:
+    """Markdown of what `bench/cpu_kernel.py` measured: ns a line, and that over a copy's in the same place."""
+    rows = []
+    for name, places in found["ns_per_line"].items():
+        cells = [name]
+        for taken in places.values():
+            cells += [f"{ns:.1f} ({ns / taken['copy']:.1f}×)" for isa, ns in taken.items() if isa != "copy"]
+        rows.append(cells)
+    heads = ["loop"]
+    for place, taken in next(iter(found["ns_per_line"].values())).items():
+        heads += [f"{isa}, {place}" for isa in taken if isa != "copy"]
+    text = f"{describe(found['environment'])}; a copy takes {_copies(found)}:\n\n{markdown(heads, rows, left=1)}\n"
+    two = [[name, *(f"{ms:g} ms" for ms in taken.values())] for name, taken in found["milliseconds_by_threads"].items()]
+    threads = [f"{count} thread{'s' * (count != '1')}" for count in next(iter(found["milliseconds_by_threads"].values()))]
+    return text + markdown(["least of 22 runs", *threads], two, left=1)
+
+
+def _copies(found: dict[str, Any]) -> str:
+    """What a line of a copy takes in each place, the median over the loops."""
+    places = next(iter(found["ns_per_line"].values()))
+    took = {p: median_high(loop[p]["copy"] for loop in found["ns_per_line"].values()) for p in places}
+    return " and ".join(f"{ns:.1f} ns in {place}" for place, ns in took.items())
+
+
 def _bold(yes: bool, text: str) -> str:
     return f"**{text}**" if yes else text
 
@@ -202,7 +228,9 @@ def _bold(yes: bool, text: str) -> str:
 def fill_pages(records: dict[str, Record]) -> Iterator[Path]:
     """Write the tables into the pages that have a place for them; these."""
     for path, few in TABLES.items():
-        if fill(path, "bench", table(records.values(), few)) | fill(path, "reach", reach(records.values())):
+        filled = [fill(path, "bench", table(records.values(), few)), fill(path, "reach", reach(records.values()))]
+        filled.append(fill(path, "loops", loops(json.loads(LOOPS.read_text()))))
+        if any(filled):
             yield path
 
 

@@ -19,7 +19,8 @@ from .errors import (
     UndoFileError,
 )
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
-from .fisher import Fisher, Provenance, merge_fishers
+from .fisher import Fisher, Provenance, merge_fishers, top_overlap
+from .gradient import Gradient
 from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, Shard, last_layer
 from .planning import Choice, Plan, Trials
@@ -46,6 +47,7 @@ __all__ = [
     "FisherFileError",
     "FiunError",
     "ForgetRequest",
+    "Gradient",
     "InheritanceDAG",
     "Layout",
     "LayoutError",
@@ -76,6 +78,7 @@ __all__ = [
     "search_alpha",
     "selection_profile",
     "stack_",
+    "top_overlap",
     "tune",
     "use_backend",
 ]

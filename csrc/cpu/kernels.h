@@ -25,8 +25,9 @@ struct Node {
 };
 constexpr int nodes_at_once = 4;
 
-// merged [n]; `count` nodes, up to nodes_at_once
-using DampenLoop = void (*)(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how);
+// merged [n]; gradient [n], or null: unsigned; `count` nodes, up to nodes_at_once
+using DampenLoop = void (*)(Node* nodes, int count, const void* merged, const void* gradient, int64_t n,
+                            const Dampening& how);
 // out [n] = scale * reduce over k of weights[k] * (sources[k] + offset elements) [n]; how: 0 max, 1 mean, 2 sum
 using MergeLoop = void (*)(void* out, const int64_t* sources, const double* weights, int64_t count, int64_t offset,
                            int64_t n, int how, double scale);
@@ -35,6 +36,8 @@ using AccumulateLoop = void (*)(void* into, void* gradient, int64_t n, bool squa
 // bins [n]: of merged [n] / original [n], element.h has the rule
 using HistogramLoop = void (*)(const void* original, const void* merged, int64_t n, int low, int64_t base, bool nearest,
                                int32_t* bins);
+// bins [n]: histogram_bins where theta [n] and gradient [n] do not have opposite signs
+using AdmitLoop = void (*)(const void* theta, const void* gradient, int64_t n, int32_t* bins);
 
 // into [n] += sum of squares of `rows` rows [n] of products, `stride` elements apart
 using AddSquaresLoop = void (*)(void* into, const void* products, int64_t rows, int64_t stride, int64_t n);
@@ -56,6 +59,7 @@ struct Kernels {
     MergeLoop merge[fisher_kinds];
     AccumulateLoop accumulate[theta_kinds][fisher_kinds];
     HistogramLoop histogram[fisher_kinds];
+    AdmitLoop admit[theta_kinds][fisher_kinds];
     AddSquaresLoop add_squares[fisher_kinds];
     OuterSquareLoop outer_square;
     int outer_rows, outer_columns;  // of a tile that fits into registers

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "../element.h"
 #include "pool.h"
 
 #ifdef __linux__
@@ -32,8 +33,11 @@ struct Item {  // elements [from, to) of a row, for targets [first, last) of the
     int64_t row, from, to, first, last;
 };
 
+// Whether the sources of a row are more than one, or weighted: then their gradients have to be added up.
+bool adds(const Table& table, const int64_t* row) { return row[2] > 1 || table.weights[row[1]] != 1; }
+
 bool needs_merge(const Table& table, const Merging& merging, const int64_t* row) {
-    return row[2] > 1 || table.weights[row[1]] != 1 || merging.scale != 1;
+    return adds(table, row) || merging.scale != 1;
 }
 
 // Adds up the counts of one node and passes them on when another node's turn comes.
@@ -90,18 +94,19 @@ struct DampenLaunch::Schedule {
 
     Schedule(const Table& table, const Merging& merging, int theta_kind, int threads) {
         const int64_t fisher = kind_bytes[table.fisher_kind];
-        const int64_t node = 2 * kind_bytes[theta_kind] + fisher;  // bytes per element, and K * fisher once per tile
+        const int64_t node = 2 * kind_bytes[theta_kind] + fisher;  // bytes per element, and those of the sources once per tile
+        const int64_t source = table.gradients == nullptr ? fisher : 2 * fisher;
         int64_t total = 0;
         for (int64_t r = 0; r < table.row_count; ++r) {
             const int64_t* row = table.rows + 5 * r;
-            total += row[0] * (row[4] * node + row[2] * fisher);
+            total += row[0] * (row[4] * node + row[2] * source);
         }
         const int64_t unit = unit_bytes(total, threads);
 
         int64_t in_unit = unit;  // so that the first item opens a unit
         for (int64_t r = 0; r < table.row_count; ++r) {
             const int64_t* row = table.rows + 5 * r;
-            const int64_t numel = row[0], nodes = row[4], bytes = nodes * node + row[2] * fisher;
+            const int64_t numel = row[0], nodes = row[4], bytes = nodes * node + row[2] * source;
             merges |= needs_merge(table, merging, row);
             const int64_t step = tile * std::max<int64_t>(1, unit / (bytes * tile));
             for (int64_t from = 0; from < numel; from += step) {
@@ -115,7 +120,7 @@ struct DampenLaunch::Schedule {
                     }
                     const int64_t last = std::min(first + share, nodes);
                     items.push_back({r, from, to, first, last});
-                    in_unit += (to - from) * ((last - first) * node + row[2] * fisher);
+                    in_unit += (to - from) * ((last - first) * node + row[2] * source);
                 }
             }
         }
@@ -140,7 +145,8 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
     const int64_t theta_bytes = kind_bytes[limits_.theta_kind], fisher_bytes = kind_bytes[table_.fisher_kind];
     const DampenLoop dampen = kernels.dampen[limits_.theta_kind][table_.fisher_kind];
     const MergeLoop merge = kernels.merge[table_.fisher_kind];
-    const int64_t scratch_bytes = schedule.merges ? tile * fisher_bytes : 0;
+    const bool with_sign = table_.gradients != nullptr;
+    const int64_t scratch_bytes = schedule.merges ? (with_sign ? 2 : 1) * tile * fisher_bytes : 0;
     // of this run alone; nothing is allocated on the threads, where nothing may throw
     const std::unique_ptr<double[]> scratch(new double[size_t(threads * scratch_bytes / int64_t(sizeof(double)))]);
 
@@ -148,6 +154,7 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
 
     auto do_unit = [&](int64_t u, int thread) {
         char* const mine = reinterpret_cast<char*>(scratch.get()) + thread * scratch_bytes;
+        char* const gradient_of_mine = mine + tile * fisher_bytes;  // where there are gradients
         Tally tally(counts);
         for (int64_t i = schedule.units[u]; i < schedule.units[u + 1]; ++i) {
             const Item& item = schedule.items[i];
@@ -161,6 +168,16 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
                     merge(mine, sources, table_.weights + row[1], row[2], at, n, merging_.how, merging_.scale);
                     merged = mine;
                 }
+                const void* gradient = nullptr;
+                if (with_sign) {
+                    const int64_t* const gradients = table_.gradients + row[1];
+                    gradient = reinterpret_cast<const char*>(gradients[0]) + at * fisher_bytes;
+                    if (adds(table_, row)) {
+                        const int sum = int(common::Merge::sum);
+                        merge(gradient_of_mine, gradients, table_.weights + row[1], row[2], at, n, sum, 1);
+                        gradient = gradient_of_mine;
+                    }
+                }
                 const int64_t* const targets = table_.targets + 3 * row[3];
                 for (int64_t t = item.first; t < item.last; t += nodes_at_once) {
                     Node nodes[nodes_at_once];
@@ -171,7 +188,7 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
                                     reinterpret_cast<const char*>(target[1]) + at * fisher_bytes,
                                     limits_.alpha[target[2]], limits_.lam[target[2]]};
                     }
-                    dampen(nodes, count, merged, n, how);
+                    dampen(nodes, count, merged, gradient, n, how);
                     for (int i = 0; i < count; ++i) tally.add(targets[3 * (t + i) + 2], nodes[i].counts);
                 }
                 at += n;

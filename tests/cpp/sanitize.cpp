@@ -142,7 +142,7 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
             }
         }
     }
-    const Table table{rows.data(), row_count, sources.data(), weights.data(), targets.data(), kind_of<F>()};
+    const Table table{rows.data(), row_count, sources.data(), nullptr, weights.data(), targets.data(), kind_of<F>()};
     const Limits limits{kind_of<T>(), alpha.data(), lam.data(), exponent, cap};
     DampenLaunch(table, Merging{int(how), scale}, limits, threads).run(kernels, counts.data(), write);
     expect(counts == expected, "counts", kernels);
@@ -253,8 +253,8 @@ void check_histogram(const Kernels& kernels, int threads) {
             if (bin >= 0 && bin < common::histogram_bins) ++expected[size_t(n * common::histogram_bins + bin)];
         }
     }
-    const Table table{rows.data(), 1, sources.data(), weights.data(), targets.data(), kind_of<F>()};
-    run_histogram(kernels, table, Merging{int(common::Merge::max), scale}, bases.data(), low, nearest, counts.data(), threads);
+    const Table table{rows.data(), 1, sources.data(), nullptr, weights.data(), targets.data(), kind_of<F>()};
+    run_histogram(kernels, table, Merging{int(common::Merge::max), scale}, f32, bases.data(), low, nearest, counts.data(), threads);
     expect(counts == expected, "histogram", kernels);
 }
 

@@ -27,6 +27,7 @@ from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
+from .rounds import Round, Rounds, unlearn_rounds_
 from .storage import flatten_, stack_
 from .tuning import search_alpha, tune
 from .undo import UndoLog
@@ -58,6 +59,8 @@ __all__ = [
     "Profiles",
     "Provenance",
     "Report",
+    "Round",
+    "Rounds",
     "Segment",
     "SelectionProfile",
     "Shard",
@@ -80,5 +83,6 @@ __all__ = [
     "stack_",
     "top_overlap",
     "tune",
+    "unlearn_rounds_",
     "use_backend",
 ]

@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= 2.13.0
+TEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 FUZZ_SEED    ?= 0
+# built, tested and put into the wheel where there is nvcc, GPU or not
+export FIUN_FAST_CUDA ?= auto
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
@@ -24,8 +27,8 @@ $(STAMP): Makefile pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 demo: install  ## train four inheritance networks on real data, unlearn a class in all their models, show the result
 	$(BIN)/fiun-fast demo --out demo-out
 
-test: install  ## all tests; no GPU needed, what did not run is named in the summary
-	$(BIN)/python -m pytest
+test: install  ## all tests; no GPU needed, what did not run is named in the summary; TEST_WORKERS=0 for one process
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

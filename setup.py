@@ -1,9 +1,11 @@
 """Builds the optional C++ extensions fiun_fast._cpu and _cuda; all else about the package is in pyproject.toml.
 
 FIUN_FAST_CPU=0 or FIUN_FAST_CUDA=0 leaves one out, 1 makes a failure to build it an error (for wheels). Without either,
-what cannot be built is left out, and `fiun-fast doctor` says what is missing. nvcc is that of CUDA_HOME, else the one
-on PATH or in /usr/local/cuda. FIUN_FAST_CUDA_ARCHS, as "80,90,90+PTX", names the GPU architectures; else a wheel gets
-all of ARCHS that the toolkit knows and PTX for the newest, an editable install code and PTX for the first.
+what cannot be built is left out, and so is _cuda on a machine without an NVIDIA GPU, because it takes minutes;
+FIUN_FAST_CUDA=auto builds it wherever there is nvcc. What is built is printed (`pip install -v` shows it), and
+`fiun-fast doctor` says what is missing. nvcc is that of CUDA_HOME, else the one on PATH or in /usr/local/cuda.
+FIUN_FAST_CUDA_ARCHS, as "80,90,90+PTX", names the GPU architectures; else a wheel gets all of ARCHS that the toolkit
+knows and PTX for the newest, an editable install code and PTX for the first.
 """
 
 import os
@@ -19,7 +21,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CHOICE = {kind: os.environ.get(f"FIUN_FAST_{kind.upper()}", "") for kind in ("cpu", "cuda")}
+CHOICE = {kind: os.environ.get(f"FIUN_FAST_{kind.upper()}", "").strip() for kind in ("cpu", "cuda")}
+LEFT_OUT: dict[str, str] = {}  # extension -> why it is not built
 NEEDS = {"cpu": "a C++17 compiler (g++ or clang++)", "cuda": "the CUDA toolkit 12.8 or newer (docs/clusters.md)"}
 
 # The bits of each step are part of the contract: no contraction to fused multiply-adds, nothing of fast-math even if
@@ -40,7 +43,9 @@ class Build(build_ext):
     """Says plainly what is missing when an extension cannot be built; nvcc builds the one for CUDA."""
 
     def run(self) -> None:
-        """Build all."""
+        """Build all; says first what that is."""
+        building = ", ".join(ext.name for ext in self.extensions) or "no extension"
+        print(f"fiun_fast: building {building}", *(f"no _{kind}: {why}" for kind, why in LEFT_OUT.items()), sep="; ")
         self.local = self.inplace or self.editable_mode  # inplace is reset on the way to build_extension
         super().run()
 
@@ -92,6 +97,13 @@ class Build(build_ext):
         subprocess.run([*link, *objects], check=True)
 
 
+def has_gpu() -> bool:
+    """Whether the driver knows an NVIDIA GPU here; torch, which would know, is not there while building."""
+    smi = shutil.which("nvidia-smi")
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True).stdout if smi else ""
+    return "GPU 0" in listed or Path("/dev/nvidia0").exists()
+
+
 def extension(kind: str, **options: list[str]) -> list[Extension]:
     """The extension fiun_fast._<kind>, unless it is not wanted or cannot be built."""
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*"))]
@@ -101,9 +113,18 @@ def extension(kind: str, **options: list[str]) -> list[Extension]:
         from pybind11 import get_include
     except ImportError:
         missing = "pybind11"
+    variable = f"FIUN_FAST_{kind.upper()}"
+    if CHOICE[kind] not in ("", "0", "1", "auto"):
+        raise SystemExit(f"{variable} is {CHOICE[kind]!r}, expected 0, 1 or auto")
     if missing and CHOICE[kind] == "1":
-        raise SystemExit(f"FIUN_FAST_{kind.upper()}=1, but {missing} was not found: install {NEEDS[kind]} and pybind11")
-    if missing or CHOICE[kind] == "0":
+        raise SystemExit(f"{variable}=1, but {missing} was not found: install {NEEDS[kind]} and pybind11")
+    if CHOICE[kind] == "0":
+        LEFT_OUT[kind] = f"{variable}=0"
+    elif missing:
+        LEFT_OUT[kind] = f"{missing} was not found"
+    elif kind == "cuda" and not CHOICE[kind] and not has_gpu():
+        LEFT_OUT[kind] = f"this machine has no NVIDIA GPU; {variable}=1 builds it all the same"
+    if kind in LEFT_OUT:
         return []
     options |= {"sources": sources, "depends": files, "include_dirs": [get_include()]}
     return [Extension(f"fiun_fast._{kind}", language="c++", optional=CHOICE[kind] != "1", **options)]

@@ -15,6 +15,7 @@ from .errors import (
     FisherFileError,
     FiunError,
     LayoutError,
+    TuningWarning,
     UndoError,
     UndoFileError,
 )
@@ -29,6 +30,7 @@ from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .rounds import Round, Rounds, unlearn_rounds_
 from .storage import flatten_, stack_
+from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
 from .undo import UndoLog
 from .unlearning import dampen_, plan, selection_profile
@@ -65,6 +67,9 @@ __all__ = [
     "SelectionProfile",
     "Shard",
     "Trials",
+    "TriedPoint",
+    "Tuned",
+    "TuningWarning",
     "UndoError",
     "UndoFileError",
     "UndoLog",

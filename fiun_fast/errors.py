@@ -49,3 +49,7 @@ class UndoError(FiunError, RuntimeError):
 
 class UndoFileError(FiunError, ValueError):
     """A file that is not a (whole) undo log written by this package."""
+
+
+class TuningWarning(UserWarning):
+    """A choice to be doubted: at the edge of its grid, no better than leaving alone, or of a search that failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,15 @@ from .undo import Recorder, UndoLog
 
 @dataclass(frozen=True)
 class Choice:
-    """What a node is to be dampened with, and what `evaluate` said of it."""
+    """What a node is to be dampened with, and what `evaluate` said of it.
+
+    Attributes:
+        alpha: selection threshold; infinite where a node is to be left alone and no finite one does that, because I is
+            0 where m is not.
+        lam: dampening constant.
+        score: of the node dampened with these.
+
+    """
 
     alpha: float
     lam: float
@@ -186,15 +195,20 @@ class Plan:
             ArgumentError: a value that is negative or not finite, or of a node that the DAG does not have.
 
         """
+        left: list[str] = []
         if chosen is not None:
             if not isinstance(chosen, Mapping) or not all(isinstance(one, Choice) for one in chosen.values()):
                 raise ArgumentError(
                     f"chosen is {chosen!r:.80}, expected {{node: Choice}}; numbers go into alpha= and lam="
                 )
-            alpha = {name: one.alpha for name, one in chosen.items()} if alpha is None else alpha
+            if alpha is None:
+                left = [name for name, one in chosen.items() if one.alpha == math.inf]
+                alpha = {name: one.alpha for name, one in chosen.items() if name not in left}
             lam = {name: one.lam for name, one in chosen.items()} if lam is None else lam
         with alone:
-            self._take_values(*self._values(alpha, lam))
+            alphas, lams = self._values(alpha, lam)
+            alphas[[name in left for name in self.nodes]] = math.inf  # selects nothing: where I is 0, inf I is NaN
+            self._take_values(alphas, lams)
 
     def _values(self, alpha: PerNode | None, lam: PerNode | None) -> tuple[np.ndarray, np.ndarray]:
         """Alpha and lambda of each node as they would be, [nodes] each; all is checked."""

@@ -105,7 +105,7 @@ class NodeReport:
         name: the node.
         sources: origins of the requests that reach it; empty: not touched.
         skipped: parameters left out by on_mismatch="skip".
-        alpha, lam: the values used; None where the node is not touched.
+        alpha, lam: the values used; None where the node is not touched. Alpha is infinite where `tune` left it alone.
         numel: elements compared.
         selected: elements with m > alpha I, and in a signed run g * theta < 0.
         zeroed: selected elements that are exactly 0 afterwards.
@@ -143,7 +143,7 @@ class NodeReport:
         rows = [(p.name, "×".join(map(str, p.shape)) or "scalar", p.dtype, *_figures(p)) for p in self.parameters]
         if len(rows) > 1:
             rows.append((self.name, "", "", *_figures(self)))
-        return _table(head, rows, left=3)
+        return table(head, rows, left=3)
 
 
 class Report:
@@ -295,7 +295,7 @@ class Report:
         if any(n.parameters for n in nodes):
             head = [*_HEAD, "‖Δθ‖"]
             rows = [(*row, *[""] * (len(head) - len(row))) for row in rows]  # nothing fitted: nothing was measured
-        lines = [_table(head, rows, left=2)] if rows else []
+        lines = [table(head, rows, left=2)] if rows else []
         lines += [f"left out of {n.name}: {', '.join(n.skipped)}" for n in nodes[:_SHOWN] if n.skipped]
         if self._facts.signed:
             lines.append("signed: only elements whose gradient and value differ in sign")
@@ -318,7 +318,7 @@ def _figures(n: NodeReport | ParameterReport) -> tuple[str, ...]:
     return counts if n.change is None else (*counts, f"{n.change:.4g}")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """Columns side by side under a rule; the first `left` are flush left, the others right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
@@ -330,8 +330,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str
 
 
 def _plain(n: NodeReport) -> dict[str, Any]:
-    """A node's report as plain data; a change that is no number becomes None, which JSON can hold."""
+    """A node's report as plain data; an alpha or a change that is not finite becomes None, which JSON can hold."""
     plain = {**asdict(n), "share": n.share}
+    if plain["alpha"] == math.inf:  # left alone
+        plain["alpha"] = None
     if n.change is None:
         del plain["parameters"]
         return plain

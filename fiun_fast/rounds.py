@@ -96,7 +96,7 @@ def unlearn_rounds_(
     batch: int = 64,
     backend: str | None = None,
     undo: bool = False,
-    progress: Callable[[Round], object] | None = None,
+    on_round: Callable[[Round], object] | None = None,
 ) -> Rounds:
     """Suppress single items in place, by many small signed dampenings that stop item by item.
 
@@ -122,7 +122,7 @@ def unlearn_rounds_(
         batch: items that go through `losses` and `remembered` at once.
         backend: as in `plan`.
         undo: keep a copy of the model, for `Rounds.undo_`; it is put back as well where a callback raises.
-        progress: called with each `Round` when it is done.
+        on_round: called with each `Round` when it is done; `print` will do.
 
     Raises:
         ArgumentError: no items, or an argument out of range.
@@ -137,7 +137,7 @@ def unlearn_rounds_(
     check_module("model", model)
     if not isinstance(original, Fisher):
         raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
-    for what, function in (("losses", losses), ("remembered", remembered), ("repair", repair), ("progress", progress)):
+    for what, function in (("losses", losses), ("remembered", remembered), ("repair", repair), ("on_round", on_round)):
         if not callable(function) and (function is not None or what in ("losses", "remembered")):
             raise ArgumentError(f"{what} is a {type(function).__name__}, expected a function")
     share = check_fraction("share", share, "a share of the elements, in (0, 1]")
@@ -153,8 +153,8 @@ def unlearn_rounds_(
                 if not active:
                     break
                 done.append(state.dampened(turn, active, share))
-                if progress is not None:
-                    progress(done[-1])
+                if on_round is not None:
+                    on_round(done[-1])
                 if done[-1].selected == 0:
                     break
             if repair is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -10,14 +11,17 @@ import torch
 
 from .arguments import MergeRule, OnMismatch, check_count, check_number
 from .dag import ForgetRequest, InheritanceDAG, Model
-from .errors import ArgumentError
+from .errors import ArgumentError, TuningWarning
 from .planning import Choice, Plan, Trials
+from .profile import Profiles, SelectionProfile
+from .tuned import TriedPoint, Tuned
 from .unlearning import plan
 
 Evaluate = Callable[[str, Model], float]
 LAMBDAS = (1.0, 0.1, 0.01)
 POINTS = 32
 MOST = 0.7  # the largest share that the default grid selects
+SPENT = 0.01  # what is selected keeps less than lambda / alpha of itself; below this a smaller lambda hardly matters
 
 
 def tune(
@@ -32,13 +36,15 @@ def tune(
     scale: float = 1.0,
     on_mismatch: OnMismatch = "error",
     backend: str | None = None,
-) -> dict[str, Choice]:
+    progress: bool = False,
+) -> Tuned:
     """Choose alpha and lambda of every node that the requests reach: the pair with the highest score.
 
     Each grid point dampens all nodes in one launch, every node with its own alpha; each node is scored, and the
     elements that were selected get their old bits back. One log, taken at the lowest alpha of the grid, serves all
-    points. Points of a node that select the same elements are scored once; so are all lambdas where nothing is
-    selected. Of equal scores the one tried first wins: lambdas in the order given, in each the highest alpha first.
+    points. Points of a node that select the same elements are scored once. Leaving the node alone is always one of
+    them, and the first. Of equal scores the one tried first wins: lambdas in the order given, in each the highest alpha
+    first.
 
     Args:
         dag, requests: as in `plan`.
@@ -49,9 +55,16 @@ def tune(
         lams: default 1, 0.1, 0.01.
         points: of the default grid.
         merge, scale, on_mismatch, backend: as in `plan`.
+        progress: show a progress bar.
 
     Returns:
-        {node: Choice}; `Plan.set_values_` takes it. All models are as before, also when `evaluate` raises.
+        {node: Choice} with every point tried; `Plan.set_values_` takes it. A node that is best left alone has an alpha
+        that selects nothing. All models are as before, also when `evaluate` raises.
+
+    Warns:
+        TuningWarning: at some node no point beats leaving it alone; or the best is at the edge of the grid, so that
+            something beyond may be better: the lowest alpha, the highest of a grid that was given, the smallest lambda
+            unless less than 1 % stays of what is selected, the largest below 1.
 
     Raises:
         ArgumentError: an empty grid, a number out of range, or a score that is no number or NaN.
@@ -59,7 +72,7 @@ def tune(
 
     """
     compiled = plan(dag, requests, alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
-    return tune_plan(compiled, evaluate, alphas=alphas, lams=lams, points=points)
+    return _said("tune", tune_plan(compiled, evaluate, alphas=alphas, lams=lams, points=points, progress=progress))
 
 
 def tune_plan(
@@ -69,24 +82,33 @@ def tune_plan(
     alphas: Iterable[float] | Mapping[str, Iterable[float]] | None = None,
     lams: Iterable[float] | None = None,
     points: int = POINTS,
-) -> dict[str, Choice]:
-    """`tune` on a plan that there is already; its values are afterwards as before."""
+    progress: bool = False,
+) -> Tuned:
+    """`tune` on a plan that there is already, without its warning; the plan's values are afterwards as before."""
     lambdas = _numbers("lams", LAMBDAS if lams is None else lams)
     grids = {name: sorted(set(grid), reverse=True) for name, grid in _grids(compiled, alphas, points).items()}
-    models, best = compiled.models, dict[str, Choice]()
+    profiles = compiled.profile()
+    tried = _left_alone(compiled, profiles, evaluate)
     with compiled.trials(alpha={name: grid[-1] for name, grid in grids.items()}) as trials:
         candidates = _distinct(trials, grids, lambdas)
-        for k in range(max(map(len, candidates.values()))):
-            # a node that has no more to try repeats its first point, and is not scored again
-            both = {name: found[k if k < len(found) else 0] for name, found in candidates.items()}
-            trials.run(alpha={n: alpha for n, (alpha, _) in both.items()}, lam={n: lam for n, (_, lam) in both.items()})
+        for k in _shown(range(max(map(len, candidates.values()))), progress):
+            # a node that has no more to try waits at the top of its grid, and is not scored again
+            both = {name: found[k] if k < len(found) else (grids[name][0], 1.0) for name, found in candidates.items()}
+            report = trials.run(
+                alpha={n: one[0] for n, one in both.items()}, lam={n: one[1] for n, one in both.items()}
+            )
             for name, found in candidates.items():
-                if k >= len(found):
-                    continue
-                score = _score(name, evaluate(name, models[name]))
-                if name not in best or score > best[name].score:
-                    best[name] = Choice(*found[k], score)
-    return best
+                if k < len(found):
+                    score = _score(name, evaluate(name, compiled.models[name]))
+                    tried[name].append(TriedPoint(*found[k], report[name].selected, report[name].share, score))
+    best = {name: max(found, key=lambda point: point.score) for name, found in tried.items()}  # the first of equals
+    given = alphas is not None
+    doubts = {name: _doubt(best[name], found, lambdas, profiles[name], given) for name, found in tried.items()}
+    return Tuned(
+        {name: Choice(point.alpha, point.lam, point.score) for name, point in best.items()},
+        tried,
+        {name: doubt for name, doubt in doubts.items() if doubt},
+    )
 
 
 def search_alpha(
@@ -102,7 +124,8 @@ def search_alpha(
     scale: float = 1.0,
     on_mismatch: OnMismatch = "error",
     backend: str | None = None,
-) -> dict[str, Choice]:
+    progress: bool = False,
+) -> Tuned:
     """Choose alpha with no other data than what is to be forgotten, as PTN searches (Potion, arXiv 2406.09173).
 
     Alpha is a percentile of the node's finite ratios m / I. From `start` the percentile goes down by `step` until the
@@ -116,10 +139,14 @@ def search_alpha(
         start, step: percentile to begin with, and what it falls by each time.
         lam: dampening constant.
         merge, scale, on_mismatch, backend: as in `plan`.
+        progress: show a progress bar.
 
     Returns:
-        {node: Choice}, score being the accuracy reached; where no percentile was low enough, that of the lowest.
-        All models are as before.
+        {node: Choice} with every point tried, score being the accuracy reached; where no percentile was low enough,
+        that of the lowest. All models are as before.
+
+    Warns:
+        TuningWarning: at some node no percentile was low enough: the search failed there.
 
     Raises:
         ArgumentError: a number out of range, no finite ratio at a node, or an accuracy that is no number or NaN.
@@ -134,24 +161,32 @@ def search_alpha(
         dag, requests, alpha=0.0, lam=lam, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend
     )
     names, models = compiled.nodes, compiled.models
-    goal = {name: rho * _score(name, evaluate(name, models[name])) for name in names}
-    ratios, found = compiled.ratios(), dict[str, Choice]()
+    tried = _left_alone(compiled, compiled.profile(), evaluate)
+    goal = {name: rho * tried[name][0].score for name in names}
+    ratios = compiled.ratios()
 
     def there(name: str) -> bool:
-        return name in found and (found[name].score < goal[name] or goal[name] == 0)
+        return len(tried[name]) > 1 and (tried[name][-1].score < goal[name] or goal[name] == 0)
 
-    for k in range(math.floor(start / step) + 1):
+    for k in _shown(range(math.floor(start / step) + 1), progress):
         q = np.full(len(names), start - k * step)
         alphas = dict(zip(names, ratios.percentiles(q).tolist(), strict=True))
-        alphas |= {name: choice.alpha for name, choice in found.items() if there(name)}
+        alphas |= {name: tried[name][-1].alpha for name in names if there(name)}
         with compiled.trials(alpha=alphas) as trials:  # a log for each level: it holds what that level selects
-            trials.run()
-            for name in names:
-                if not there(name):
-                    found[name] = Choice(alphas[name], float(lam), _score(name, evaluate(name, models[name])))
+            report = trials.run()
+            for node in report:
+                if not there(node.name):
+                    score = _score(node.name, evaluate(node.name, models[node.name]))
+                    tried[node.name].append(TriedPoint(alphas[node.name], lam, node.selected, node.share, score))
         if all(there(name) for name in names):
             break
-    return found
+    found = {name: Choice(points[-1].alpha, lam, points[-1].score) for name, points in tried.items()}
+    failed = {
+        name: f"the search failed: {choice.score:g} is left at the lowest percentile, wanted less than {goal[name]:g}"
+        for name, choice in found.items()
+        if not there(name)
+    }
+    return _said("search_alpha", Tuned(found, tried, failed))
 
 
 def default_grids(compiled: Plan, points: int = POINTS) -> dict[str, list[float]]:
@@ -199,9 +234,62 @@ def _distinct(
         for node in trials.run(alpha=alphas, dry_run=True):
             counts[node.name].setdefault(node.selected, float(node.alpha or 0.0))
     return {
-        name: [(alpha, lam) for lam in lambdas for selected, alpha in found.items() if selected or lam == lambdas[0]]
+        name: [(alpha, lam) for lam in dict.fromkeys(lambdas) for selected, alpha in found.items() if selected]
         for name, found in counts.items()
     }
+
+
+def _left_alone(compiled: Plan, profiles: Profiles, evaluate: Evaluate) -> dict[str, list[TriedPoint]]:
+    """The first point of each node: as it is, with an alpha that selects nothing."""
+    return {
+        name: [TriedPoint(_above(profile), 1.0, 0, 0.0, _score(name, evaluate(name, compiled.models[name])))]
+        for name, profile in profiles.items()
+    }
+
+
+def _above(profile: SelectionProfile) -> float:
+    """An alpha that selects nothing: from the bin above all ratios, at least 1; infinite where no finite one does."""
+    filled = np.flatnonzero(profile.counts)
+    edge = int(filled[-1]) + 2 if len(filled) else 0
+    return math.inf if profile.always or edge >= len(profile.counts) else max(1.0, float(profile.alphas[edge]))
+
+
+def _doubt(
+    best: TriedPoint, tried: Sequence[TriedPoint], lambdas: Sequence[float], profile: SelectionProfile, given: bool
+) -> str:
+    """What there is to say against the best point of a node; nothing, mostly. `given`: the grid is the caller's."""
+    if not best.selected:
+        return "no point beats leaving it alone" if len(tried) > 1 else "no alpha selects anything"
+    alphas = [point.alpha for point in tried if point.selected]
+    doubts = []
+    if len(set(alphas)) > 1:
+        if best.alpha == min(alphas) and best.selected < profile.always + profile.counts[1:].sum():
+            doubts.append(f"the lowest alpha tried, {best.alpha:g}")
+        elif given and best.alpha == max(alphas):
+            doubts.append(f"the highest alpha tried, {best.alpha:g}")
+    if len(set(lambdas)) > 1:
+        if best.lam == min(lambdas) and best.lam > best.alpha * SPENT:
+            doubts.append(f"the smallest lambda tried, {best.lam:g}")
+        elif best.lam == max(lambdas) and best.lam < 1:
+            doubts.append(f"the largest lambda tried, {best.lam:g}")
+    return f"best at the edge of the grid: {' and '.join(doubts)}" if doubts else ""
+
+
+def _said(who: str, found: Tuned) -> Tuned:
+    """Warn of what there is to say, in one warning."""
+    if found.doubts:
+        lines = [f"node {name!r}: {doubt}" for name, doubt in list(found.doubts.items())[:8]]
+        more = [f"and {len(found.doubts) - 8} nodes more"] if len(found.doubts) > 8 else []
+        warnings.warn(f"{who}: " + "; ".join(lines + more), TuningWarning, stacklevel=3)
+    return found
+
+
+def _shown(steps: Sequence[int], progress: bool) -> Iterable[int]:
+    if not progress:
+        return steps
+    from rich.progress import track
+
+    return track(steps, description="Tuning")
 
 
 def _numbers(what: str, values: Iterable[float]) -> list[float]:

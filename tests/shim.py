@@ -69,7 +69,9 @@ def library() -> Path:
         state.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_shim" / state.hexdigest()[:16]
     finished = folder / f"{NAME}.so"
-    if not finished.exists():
+    with one_at_a_time(folder):
+        if finished.exists():
+            return finished
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"-DFIUN_CUDA_MODULE={NAME}"]
         objects = compile_shim(folder, SOURCES, "-O1", "-fPIC", *python)
         part = folder / f"{NAME}.{os.getpid()}"
@@ -78,6 +80,17 @@ def library() -> Path:
         subprocess.run([compiler, "-shared", *sanitizers, *map(str, objects), "-o", str(part)], check=True)
         part.replace(finished)
     return finished
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Inside, no other process is: the workers of `make test` want the same file at the same time."""
+    import fcntl  # not on Windows, where everything else in this file is imported too
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a crash
+        yield
 
 
 @functools.cache

@@ -1,9 +1,15 @@
-"""Dampening a model from dicts: one plan, whatever devices, dtypes and strides its parameters have."""
+"""Dampening a model from dicts: one plan, whatever devices, dtypes and strides its parameters have.
+
+Making it takes longer than running it where the model is small, so the plan of the last call is kept for a next one
+with the same tensors.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +17,11 @@ from torch import Tensor, nn
 
 import fiun_fast as ff
 from fiun_fast.guards import alone, denormals_kept, signals_deferred
-from fiun_fast.memory import check_disjoint, span
+from fiun_fast.kernels import select
+from fiun_fast.memory import PlacesInPython, check_disjoint, flaw_of, places, span, torch_functions
+from fiun_fast.overlaps import held_by
 
-from .importances import as_fisher
+from .importances import as_fisher, not_negative
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,72 @@ class Numbers:
     cap: float
 
 
+class Kept:
+    """The plan of the last call, for a next one with the same tensors; gone as soon as one of them is.
+
+    The same are all tensors in the importances, and all parameters and buffers that the model holds, each where it was:
+    whatever was checked of them holds still. Values may have changed, because only importances that the plan reads in
+    place are kept; their signs are looked at each time, as for a new plan.
+    """
+
+    def __init__(self) -> None:
+        self._plan: ff.Plan | None = None
+        self._fishers: list[ff.Fisher] = []
+
+    def keep(self, made: Made, given: Sequence[Mapping[str, Tensor]], options: tuple[Any, ...]) -> None:
+        """Keep a plan that was made from these dicts with these options, the first of them the backend's name."""
+        self._forget()
+        if not made.in_place or not all(type(one) is dict for one in given):
+            return
+        names, tensors = _held(made.plan.models["model"], given)
+        others = tensors[sum(map(len, given)) :]
+        if any(flaw_of(tensor) is not None for tensor in others):  # some buffer has no memory that could be looked at
+            return
+        self._places = places() if torch_functions() else PlacesInPython()
+        self._places.take(tensors)
+        self._given = names, list(map(id, tensors)), options
+        self._alive = [weakref.ref(tensor, self._forget) for tensor in tensors]  # ids are given out again afterwards
+        self._plan, self._fishers = made.plan, made.fishers
+        self._values: tuple[float, float] | None = None
+
+    def _forget(self, _: object = None) -> None:
+        self._plan, self._fishers = None, []
+
+    def fitting(self, model: Any, given: Sequence[Mapping[str, Tensor]], options: tuple[Any, ...]) -> ff.Plan | None:
+        """The plan, if it is one of that model and these dicts, options and backend, and no entry has a sign."""
+        plan = self._plan
+        if plan is None or plan.models["model"] is not model or not all(type(one) is dict for one in given):
+            return None
+        names, tensors = _held(model, given)
+        if self._given != (names, list(map(id, tensors)), options) or not self._places.unchanged(tensors):
+            return None
+        part = plan.parts[0]
+        if select(options[0], part.table.device.type) is not part.backend:
+            return None
+        return plan if all(map(not_negative, {id(f): f.buffer for f in self._fishers}.values())) else None
+
+    def set_values_(self, alpha: float, lam: float) -> None:
+        """Change the plan's, where they are others than in the last call."""
+        if self._plan is not None and (alpha, lam) != self._values:
+            self._plan.set_values_(alpha=alpha, lam=lam)
+            self._values = alpha, lam
+
+
+def _held(model: Any, given: Sequence[Mapping[str, Tensor]]) -> tuple[list[list[str]], list[Tensor]]:
+    """Names in the dicts and in the model's mappings, and the tensors there, in the same order."""
+    mappings = [*given, *held_by(model)]
+    return list(map(list, mappings)), [t for one in mappings for t in one.values() if t is not None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan, the Fishers in it, and whether it reads and writes what it was made from, without copies between."""
+
+    plan: ff.Plan
+    fishers: list[ff.Fisher]
+    in_place: bool
+
+
 def dampen(
     model: nn.Module,
     original: Mapping[str, Tensor],
@@ -33,7 +107,7 @@ def dampen(
     numbers: Numbers,
     backend: str | None,
     options: Mapping[str, bool],
-) -> ff.Report:
+) -> tuple[ff.Report, Made]:
     """Dampen the named parameters by the maximum of `forgets`; all is checked before anything is written.
 
     Args:
@@ -44,7 +118,7 @@ def dampen(
 
     Returns:
         The report, with one node "model"; with one node per part if devices, dtypes or contiguity (channels_last)
-        differ among the parameters, named as in "model, torch.float32 on cpu, strided".
+        differ among the parameters, named as in "model, torch.float32 on cpu, strided". And the plan that it is of.
 
     Raises:
         ArgumentError: undo, where a parameter is not contiguous; or as `ff.plan`.
@@ -60,10 +134,16 @@ def dampen(
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         parts.setdefault((parameters[name].device, wide, name in strided), []).append(name)
     dag, requests = ff.InheritanceDAG(), []
+    fishers, in_place = [], len(parts) == 1 and not strided
     for (device, dtype, copied), names in parts.items():
         node = "model" if len(parts) == 1 else f"model, {dtype} on {device}{', strided' if copied else ''}"
-        dag.add_model(node, dense if copied else model, fisher=_part(original, names, device))
-        requests += [ff.ForgetRequest(node, _part(forget, names, device)) for forget in forgets]
+        made = [_part(original, names, device)]
+        made += [_part(forget, names, device, made[0].layout) for forget in forgets]
+        pairs = zip(made, (original, *forgets), strict=True)
+        in_place &= all(fisher.buffer.data_ptr() == values[names[0]].data_ptr() for fisher, values in pairs)
+        dag.add_model(node, dense if copied else model, fisher=made[0])
+        requests += [ff.ForgetRequest(node, fisher) for fisher in made[1:]]
+        fishers += made
     plan = ff.plan(
         dag, requests, alpha=numbers.alpha, lam=numbers.lam, exponent=numbers.exponent, cap=numbers.cap, backend=backend
     )
@@ -72,7 +152,7 @@ def dampen(
         if not options["dry_run"]:
             for name, copy in dense.items():
                 _write(parameters[name], copy)
-    return report
+    return report, Made(plan, fishers, in_place)
 
 
 def _write(parameter: Tensor, values: Tensor) -> None:
@@ -80,8 +160,10 @@ def _write(parameter: Tensor, values: Tensor) -> None:
         parameter.copy_(values)
 
 
-def _part(values: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> ff.Fisher:
-    return as_fisher({name: values[name] for name in names}).to(device)
+def _part(
+    values: Mapping[str, Tensor], names: Sequence[str], device: torch.device, layout: ff.Layout | None = None
+) -> ff.Fisher:
+    return as_fisher({name: values[name] for name in names}, layout).to(device)
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from fiun_fast.memory import check_addressable
 
 LOWEST = 100 - math.log(101)  # ASSD's q for a fraction of 1: a smaller q belongs to no fraction
 
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
 Importances = Mapping[str, Tensor] | ff.Fisher
 
 
@@ -41,8 +43,12 @@ def values_of(what: str, importances: object) -> Mapping[str, Tensor]:
     return importances
 
 
-def as_fisher(values: Mapping[str, Tensor]) -> ff.Fisher:
+def as_fisher(values: Mapping[str, Tensor], layout: ff.Layout | None = None) -> ff.Fisher:
     """A Fisher over these tensors: without a copy if they are adjacent in memory, in order; else in a copy.
+
+    Args:
+        values: name -> importance.
+        layout: theirs, where there is one already.
 
     Raises:
         ArgumentError: a negative entry.
@@ -52,10 +58,14 @@ def as_fisher(values: Mapping[str, Tensor]) -> ff.Fisher:
     buffer = _run(list(values.values()))
     if buffer is None:
         return ff.Fisher.from_dict(values)
-    lowest = buffer.amin() if buffer.numel() else buffer.new_zeros(())
-    if not bool(lowest >= 0):  # NaN hides what is negative; from_dict looks closely, and names the parameter
-        ff.Fisher.from_dict(values)
-    return ff.Fisher(buffer, ff.Layout.from_tensors(values))
+    if not not_negative(buffer):
+        ff.Fisher.from_dict(values)  # looks closely, and names the parameter
+    return ff.Fisher(buffer, layout or ff.Layout.from_tensors(values))
+
+
+def not_negative(buffer: Tensor) -> bool:
+    """Whether no entry [n] has the sign of a negative number, which -0 and some NaN have too; as integers: fastest."""
+    return buffer.numel() == 0 or bool(buffer.view(_INTEGERS[buffer.dtype]).amin() >= 0)
 
 
 def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from fiun_fast.estimators.totals import check_no_inference
 from fiun_fast.layout import check_module
 from fiun_fast.memory import check_addressable, check_writable
 
-from .dampening import Numbers, dampen, dampen_in_half_precision
+from .dampening import Kept, Numbers, dampen, dampen_in_half_precision
 from .differences import differences
 from .helpers import Helpers
 from .importances import Importances, flat_zeros, mfim, published, streamed, values_of
@@ -102,6 +102,7 @@ class ParameterPerturber(Helpers):
         self.mode, self.normalize, self.truncate = mode, normalize, truncate
         self.label_free, self.backend = label_free, backend
         self._form = Batches(target_index, None, batch_fn, forward_fn, loss_fn)
+        self._kept = Kept()
         self._options()
 
     lower_bound: float
@@ -186,15 +187,21 @@ class ParameterPerturber(Helpers):
         forgets: list[Any] = [forget_importance] if one else list(_several(forget_importance))
         if not forgets:
             raise ff.ArgumentError("forget_importance is an empty list: nothing to forget")
-        original = self._fitting("original_importance", original_importance)
+        options = {"dry_run": dry_run, "undo": undo, "audit": audit}
+        given = [original_importance, *forgets]
+        if (report := self._again(given, divisor, options)) is not None:
+            return report
+        parameters = dict(self.model.named_parameters())
+        original = self._fitting("original_importance", original_importance, parameters)
         chosen = [
-            self._fitting(f"forget_importance[{k}]" if len(forgets) > 1 else "forget_importance", one, original)
+            self._fitting(
+                f"forget_importance[{k}]" if len(forgets) > 1 else "forget_importance", one, parameters, original
+            )
             for k, one in enumerate(forgets)
         ]
         if len(chosen) > 1 and (divisor != 1 or self._in_half(chosen[0])):
             chosen = [mfim(chosen, divisor)]
-        options = {"dry_run": dry_run, "undo": undo, "audit": audit}
-        return self._dampen(original, chosen, self._alpha(original, chosen), options)
+        return self._dampen(original, chosen, self._alpha(original, chosen), options, given)
 
     def reverse_modify_weight(
         self,
@@ -211,8 +218,9 @@ class ParameterPerturber(Helpers):
         """
         self._options()
         self._numbers()
-        original = self._fitting("original_importance", original_importance)
-        forget = self._fitting("forget_importance", forget_importance, original)
+        parameters = dict(self.model.named_parameters())
+        original = self._fitting("original_importance", original_importance, parameters)
+        forget = self._fitting("forget_importance", forget_importance, parameters, original)
         alpha = self._alpha(original, [forget])
         # With the roles exchanged, an element is selected iff alpha I > F: keep I there and 0 elsewhere, and ask for
         # more than 0.
@@ -297,18 +305,22 @@ class ParameterPerturber(Helpers):
     # ---- dampening ---------------------------------------------------------------------------------------------------
 
     def _fitting(
-        self, what: str, importances: Importances, like: Mapping[str, Tensor] | None = None
+        self,
+        what: str,
+        importances: Importances,
+        parameters: Mapping[str, nn.Parameter],
+        like: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The entries in scope, checked against the model, and against the other importances' names."""
+        """The entries in scope, checked against the model's parameters, and against the other importances' names."""
         values = values_of(what, importances)
-        parameters = dict(self.model.named_parameters())
         for name, value in values.items():
             if name not in parameters:
                 near = difflib.get_close_matches(name, parameters, n=4, cutoff=0.4) or list(parameters)[:4]
                 raise ff.LayoutError(
                     f"{what} has {name!r}, which is not a parameter of the model; near names: {', '.join(near)}"
                 )
-            check_addressable(f"parameter {name!r}", parameters[name])
+            if like is None or name not in like:
+                check_addressable(f"parameter {name!r}", parameters[name])
             if value.shape != parameters[name].shape:
                 shapes = f"{list(value.shape)}, {list(parameters[name].shape)} in the model"
                 raise ff.LayoutError(f"{what}: {name!r} is {shapes}")
@@ -346,14 +358,18 @@ class ParameterPerturber(Helpers):
         forgets: Sequence[Mapping[str, Tensor]],
         alpha: float,
         options: Mapping[str, bool],
+        given: Sequence[Importances] = (),
     ) -> ff.Report | None:
+        """Dampen, and keep the plan for the next call with the importances given, if it is of them as they are."""
         if not options["dry_run"]:
             parameters = dict(self.model.named_parameters())
             check_writable((f"parameter {name!r}" for name in original), (parameters[name] for name in original))
         numbers = Numbers(alpha, float(self.dampening_constant), float(self.exponent), float(self.lower_bound))
         if not self._in_half(original):
-            backend = "reference" if self.mode == "strict" and numbers.exponent != 1 else self.backend
-            return dampen(self.model, original, forgets, numbers, backend, options)
+            report, made = dampen(self.model, original, forgets, numbers, self._backend(), options)
+            if len(given) == 1 + len(forgets):
+                self._kept.keep(made, given, self._plans_options())  # type: ignore[arg-type]  # a Fisher is not kept
+            return report
         if any(options.values()):
             asked = ", ".join(key for key, on in options.items() if on)
             raise ff.ArgumentError(
@@ -361,6 +377,29 @@ class ParameterPerturber(Helpers):
             )
         dampen_in_half_precision(self.model, original, forgets[0], numbers)
         return None
+
+    def _again(self, given: Sequence[Any], divisor: float, options: Mapping[str, bool]) -> ff.Report | None:
+        """The run of the kept plan, if these are its importances; None where the long way is to be gone."""
+        if isinstance(self.selection_weighting, str) or self.adaptive_percentile is not None:
+            return None
+        if len(given) > 2 and divisor != 1:
+            return None
+        plan = self._kept.fitting(self.model, given, self._plans_options())
+        if plan is None:
+            return None
+        try:
+            self._kept.set_values_(float(self.selection_weighting), float(self.dampening_constant))
+            return plan.run_(**options)
+        except ff.FiunError:  # nothing was changed; the long way copes with it, or says it in this class's words
+            return None
+
+    def _backend(self) -> str | None:
+        return "reference" if self.mode == "strict" and float(self.exponent) != 1 else self.backend
+
+    def _plans_options(self) -> tuple[Any, ...]:
+        """What a plan is made with, beside model and importances: the backend's name first."""
+        scope = None if self.train_layer is None else tuple(self.train_layer)
+        return self._backend(), float(self.exponent), float(self.lower_bound), self.mode, scope
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 

@@ -35,9 +35,9 @@ def load() -> ModuleType | str:
     return extensions.load(
         "_cuda",
         "its extension",
-        "its extension was not built, because nvcc was not there; install the CUDA toolkit (docs/clusters.md), "
-        "then run `FIUN_FAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir` on fiun_fast's "
-        "source again",
+        "its extension was not built: there was no nvcc, or no GPU on the machine that built the package; install the "
+        "CUDA toolkit (docs/clusters.md), then run `FIUN_FAST_CUDA=1 pip install --force-reinstall --no-deps "
+        "--no-cache-dir` on fiun_fast's source again",
     )
 
 

@@ -72,7 +72,7 @@ def test_rounds_are_those_of_an_obvious_loop(batch):
         expected.append((len(active), loss.item(), len(chosen)))
         nn.utils.vector_to_parameters(theta, named)
     seen = []
-    options = {"share": share, "factor": factor, "batch": batch, "progress": seen.append}
+    options = {"share": share, "factor": factor, "batch": batch, "on_round": seen.append}
     found = ff.unlearn_rounds_(model, iter(forget), original, losses, remembered, rounds=7, turns=1, **options)
     assert model.training and model[2].training
     assert [(r.active, r.selected) for r in found.rounds] == [(active, count) for active, _, count in expected]

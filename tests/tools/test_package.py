@@ -1,6 +1,5 @@
 """The package as a whole: a lean import, names that exist, the command line, errors that explain themselves."""
 
-import json
 import subprocess
 import sys
 
@@ -115,16 +114,3 @@ def test_demo_without_its_extras_says_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "fiun_fast.demo.run", None)
     assert cli.main(["demo"]) == 1
     assert "pip install 'fiun_fast[demo]'" in capsys.readouterr().err
-
-
-def test_readme_example_runs():
-    """The python blocks of README.md, one after another, as a reader would paste them."""
-    from pathlib import Path
-
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) >= 2
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    json.dumps(names["report"].to_dict())

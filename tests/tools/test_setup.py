@@ -1,0 +1,120 @@
+"""What setup.py builds where: with programs in the place of nvcc and nvidia-smi that only note how they are called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("pybind11", reason="setup.py builds with it")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these tests were copied out of the source tree"),
+    pytest.mark.skipif(sys.platform == "win32", reason="its programs are shell scripts"),
+]
+
+NVCC = """#!/bin/sh
+echo "$@" >> {folder}/calls
+case "$1" in --list-gpu-code) echo "sm_75 sm_80 sm_90"; exit;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+exit {status}
+"""
+
+
+class Machine:
+    """A machine with or without nvcc and a GPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places = folder / "bin"
+        self.places.mkdir()
+        self.calls = folder / "calls"
+
+    def program(self, name: str, text: str) -> None:
+        path = self.places / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def nvcc(self, status: int = 0) -> None:
+        self.program("nvcc", NVCC.format(folder=self.folder, status=status))
+
+    def build(self, cuda: str | None) -> subprocess.CompletedProcess:
+        """`setup.py build_ext` without the CPU extension, into the folder."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("FIUN_FAST", "CUDA"))}
+        environment |= {"FIUN_FAST_CPU": "0", "PATH": f"{self.places}:/usr/bin:/bin", "CUDA_HOME": str(self.folder)}
+        if cuda is not None:
+            environment["FIUN_FAST_CUDA"] = cuda
+        command = [sys.executable, str(ROOT / "setup.py"), "-q", "build_ext"]
+        command += ["--build-lib", str(self.folder / "lib"), "--build-temp", str(self.folder / "temp")]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    def built(self) -> bool:
+        return any((self.folder / "lib").rglob("_cuda*.so"))
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def without_gpu() -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+
+
+def test_without_a_gpu_nothing_is_compiled_for_one_unless_asked(machine):
+    without_gpu()
+    machine.nvcc()
+    machine.program("nvidia-smi", "#!/bin/sh\necho 'NVIDIA-SMI has failed: no driver' >&2\nexit 9\n")
+    done = machine.build(None)
+    assert done.returncode == 0, done.stderr
+    assert not machine.calls.exists()
+    assert not machine.built()
+    assert "building no extension; no _cpu: FIUN_FAST_CPU=0; no _cuda: this machine has no NVIDIA GPU" in done.stdout
+    assert "FIUN_FAST_CUDA=1 builds it all the same" in done.stdout
+
+
+@pytest.mark.parametrize(("cuda", "gpu"), [("1", False), ("auto", False), (None, True)])
+def test_it_is_compiled_where_it_is_asked_for_or_a_gpu_is_there(machine, cuda, gpu):
+    machine.nvcc()
+    if gpu:
+        machine.program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
+    done = machine.build(cuda)
+    assert done.returncode == 0, done.stderr
+    assert "building fiun_fast._cuda; no _cpu" in done.stdout
+    assert machine.built()
+    compiled = [line for line in machine.calls.read_text().splitlines() if " -c " in line]
+    assert len(compiled) == len(list((ROOT / "csrc" / "cuda").glob("*.c[up]*")))
+    for line in compiled:  # all that this nvcc knows, and PTX for the newest: a wheel is for GPUs elsewhere
+        for code in ("code=sm_80", "code=sm_90", "code=compute_90"):
+            assert code in line
+        assert "sm_75" not in line
+
+
+def test_nothing_is_compiled_where_it_is_not_wanted(machine):
+    machine.nvcc()
+    done = machine.build("0")
+    assert (done.returncode, machine.calls.exists(), machine.built()) == (0, False, False)
+    assert "no _cuda: FIUN_FAST_CUDA=0" in done.stdout
+
+
+def test_a_failure_is_an_error_only_where_it_was_asked_for(machine):
+    machine.nvcc(status=2)
+    done = machine.build("auto")
+    assert done.returncode == 0, done.stderr
+    assert "fiun_fast works without the cuda backend" in done.stderr + done.stdout
+    assert machine.build("1").returncode != 0
+
+
+def test_what_is_missing_is_named(machine):
+    done = machine.build(None)
+    assert (done.returncode, machine.built()) == (0, False)
+    assert "no _cuda: nvcc was not found" in done.stdout
+    done = machine.build("1")
+    assert done.returncode != 0
+    assert "FIUN_FAST_CUDA=1, but nvcc was not found" in done.stderr
+    done = machine.build("yes")
+    assert "FIUN_FAST_CUDA is 'yes', expected 0, 1 or auto" in done.stderr

@@ -132,7 +132,8 @@ def _dampen_tile(
         finite = (tl.abs(merged) < float("inf")) & (tl.abs(original) < float("inf"))
         if SIGNED:
             # theta is asked for its sign where a 16-byte access holds something above the threshold
-            asked = tl.broadcast_to(tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0, offsets.shape)
+            asked = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
+            asked = tl.broadcast_to(asked, [BLOCK // VECTOR, VECTOR])
             value = tl.load(pointer_to(theta_address, start, THETA, VECTOR) + offsets, mask=asked, other=0.0)
             selected = selected & opposed(slope, widen(value, COMPUTE, SOFT))
             finite = finite & (tl.abs(slope) < float("inf"))
@@ -145,7 +146,10 @@ def _dampen_tile(
             touched = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
             touched = tl.broadcast_to(touched, [BLOCK // VECTOR, VECTOR])
             theta = pointer_to(theta_address, start, THETA, VECTOR) + offsets
-            before = tl.load(theta, mask=touched)
+            if SIGNED:
+                before = value
+            else:
+                before = tl.load(theta, mask=touched)
             factor = divide(original * lam, merged, FISHER, FLUSHES)
             if POWER:
                 # in float64 the logarithm's error, times a large exponent, stays far below a float32 ulp

@@ -111,6 +111,7 @@ def test_alpha_is_chosen_among_what_the_sign_admits(backend):
     assert profile.selected(profile.alphas[1000]) == (ratio > profile.alphas[1000]).sum()
 
 
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")  # the score wants as many changes as it can get
 def test_tuning_and_trials_know_signs():
     case = Case("tune", CHAIN, ("a",), shapes={"w": (300,)}, signed=True)
     problem = build(case)

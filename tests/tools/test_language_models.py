@@ -28,7 +28,7 @@ def test_the_page_shows_the_committed_results(study):
     methods = {row["method"] for row in result["rows"]}
     assert methods == set(study.METHODS)
     assert {row["model"] for row in result["rows"]} == {"GPT-2-shaped", "Llama-shaped", "LoRA", "BERT-shaped"}
-    assert result["seconds"] < 600
+    assert 0 < result["seconds"] < 600  # of one core
 
 
 def test_what_comes_later_changes_nothing_before(study):

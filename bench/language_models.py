@@ -35,6 +35,7 @@ RESULTS, PAGE = ROOT / "bench" / "results" / "language-models.json", ROOT / "doc
 WORDS, NAMES, RELATIONS, ANSWERS, OWN = 100, 40, 4, 60, 60  # tokens of text; of facts; of a domain that has its own
 VOCABULARY = WORDS + NAMES + RELATIONS + ANSWERS + OWN
 CLASSES, LENGTH = 8, 16
+SHARES = (0.01, 0.03, 0.1)  # of all elements, a round
 UNKNOWN = math.log(64)  # an answer with a larger loss a token is no longer known
 
 Item = tuple[Tensor, Tensor]  # prompt and answer, or text and label
@@ -216,15 +217,26 @@ def one_shot_and_repair(task: Task, model: nn.Module) -> None:
     repair(task, model, 40)
 
 
+def rounds_with(task: Task, model: nn.Module, **options: Any) -> None:
+    """The smallest of three shares a round that leaves nothing remembered; the largest where none does."""
+    original = retained_fisher(task, model)
+    for share in SHARES:
+        outcome = ff.unlearn_rounds_(
+            model, task.forget, original, task.losses, task.still, share=share, undo=True, **options
+        )
+        if not outcome.remembered or share == SHARES[-1]:
+            return
+        outcome.undo_()
+
+
 def signed_rounds(task: Task, model: nn.Module) -> None:
     """Without repair."""
-    ff.unlearn_rounds_(model, task.forget, retained_fisher(task, model), task.losses, task.still, turns=1, rounds=40)
+    rounds_with(task, model, turns=1, rounds=40)
 
 
 def signed_rounds_and_repair(task: Task, model: nn.Module) -> None:
     """Six turns of up to twelve rounds and ten steps."""
-    original = retained_fisher(task, model)
-    ff.unlearn_rounds_(model, task.forget, original, task.losses, task.still, repair=lambda m: repair(task, m))
+    rounds_with(task, model, repair=lambda trained: repair(task, trained))
 
 
 def ascent(task: Task, model: nn.Module) -> None:

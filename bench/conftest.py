@@ -44,16 +44,20 @@ def bench(device: str, request: pytest.FixtureRequest) -> run.Bench:
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
-    """Print the tables; write files only where every case of the mode was measured."""
+    """Print the tables and write a file for each device; with -k, case by case, a partial one until it is complete."""
     console = Console(width=max(120, shutil.get_terminal_size().columns))
     mode = config.getoption("--mode")
-    for device, measured in config.stash[RUNS].items():
+    for measured in config.stash[RUNS].values():
         record = measured.record
         run.show(record, console)
-        missing = set(run.select(None, mode)) - {row.case for row in record.rows}
-        if missing:
-            console.print(f"{device}: no file written, not measured: {', '.join(sorted(missing))}")
-            continue
         path = run.path_for(record, config.getoption("--out"))
-        record.save(path)
-        console.print(f"written: {path.name}")
+        partial = path.with_name(f"{path.stem}.partial.json")
+        kept = record.keep(partial if partial.exists() else path, run.select(None, mode))
+        missing = set(run.select(None, mode)) - set(record.cases)
+        record.save(partial if missing else path)
+        if not missing:
+            partial.unlink(missing_ok=True)
+        console.print(f"written: {(partial if missing else path).name}")
+        for what, cases in (("kept of it", kept), ("not measured yet", missing)):
+            if cases:
+                console.print(f"{what}: {', '.join(sorted(cases))}")

@@ -16,6 +16,7 @@ import torch
 
 from .arguments import FISHER_DTYPES, short
 from .errors import ArgumentError, FileWriteError, FisherFileError, FiunError
+from .kernels.cpu import expect_writes
 from .layout import Layout
 from .version import __version__
 
@@ -267,7 +268,7 @@ def read_fisher(path: str | os.PathLike[str]) -> tuple[torch.Tensor, Layout, dic
         first = file.mapped(file.layout.names[0])
         if first.dtype not in FISHER_DTYPES:
             raise FisherFileError(f"{os.fspath(path)}: its numbers are {first.dtype}, expected float32 or float64")
-        buffer = torch.empty(file.layout.numel, dtype=first.dtype, device="cpu")
+        buffer = expect_writes(torch.empty(file.layout.numel, dtype=first.dtype, device="cpu"))
         for segment in file.layout:
             values = file.mapped(segment.name)
             if values.dtype != buffer.dtype:

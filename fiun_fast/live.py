@@ -17,7 +17,8 @@ from .dag import ForgetRequest, Model
 from .errors import ArgumentError, LayoutError
 from .fisher import Fisher
 from .gradient import Gradient
-from .memory import Container, Home, Homes, all_held, all_plain, check_addressable, check_writable, has_no_shape
+from .homes import Container, Counters, Home, Homes, all_held
+from .memory import all_plain, check_addressable, check_writable, has_no_shape
 from .vectors import Vector, all_fit
 
 _IS_NESTED = attrgetter("is_nested")
@@ -189,12 +190,17 @@ class LiveMemory:
         return Home.of(container, described.keys[s][i])
 
     def settle(self) -> None:
-        """Take down how all that was asked for lies now."""
+        """Take down how all that was asked for lies now. Nothing more is asked for afterwards."""
         self._homes.settle()
+        self._counters = Counters(self.parameters)
 
     def moved(self) -> bool:
         """Whether any submodule, parameter or Fisher was replaced, or lies otherwise than it did at `settle`."""
         return self.links.replaced() is not None or self._layouts.replaced() is not None or self._homes.moved()
+
+    def count_up(self) -> None:
+        """Tell autograd that all parameters that were bound are about to be written to."""
+        self._counters.count_up()
 
     def check_writable(self) -> None:
         """Raise a LayoutError where a parameter lies in memory that is mapped read-only."""

@@ -1,4 +1,4 @@
-"""The memory of tensors: whether a kernel may have it, where it lies, whether it moved, and that nothing overlaps.
+"""The memory of tensors: whether a kernel may have it, where it lies, and that nothing overlaps.
 
 Kernels take addresses. A DTensor's address is 0, a fake tensor's leads nowhere, a freed storage's to whatever lies
 there now: each of these must be an error before its address is taken. `check_addressable` says what such a tensor is
@@ -10,8 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,15 +24,6 @@ from .errors import ArgumentError, DeviceError, DTypeError, FiunError, LayoutErr
 
 Container = Mapping[str, Any]
 Place = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype, torch.device]
-_CHUNK = 512  # tensors whose fields stay in the cache from one comparison to the next
-_FIELDS: tuple[Callable[[Tensor], Any], ...] = (
-    Tensor.data_ptr,
-    lambda tensor: tensor.untyped_storage().nbytes(),
-    attrgetter("shape"),
-    Tensor.stride,
-    attrgetter("dtype"),
-    attrgetter("device"),
-)
 _FUNCTIONS = (
     "data_ptr",
     "storage_size",
@@ -45,16 +35,13 @@ _FUNCTIONS = (
     "strides",
     "storage_offset",
 )
+_COUNT_UP = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"  # torch::autograd::impl::bump_version
 _LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
 
 _TYPES = (Tensor, torch.nn.Parameter)
 _dispatch_keys = torch._C._dispatch_keys
 _DTENSOR = "torch.distributed.tensor"
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-
-
-def _get(container: Container, key: str) -> object:
-    return container.get(key)
 
 
 # ---- may a kernel have it? ------------------------------------------------------------------------------------------
@@ -261,27 +248,7 @@ def _kind_of(tensor: Tensor) -> Flaw | None:
     return None
 
 
-# ---- where does it lie, and has it moved? ---------------------------------------------------------------------------
-
-
-class Home(NamedTuple):
-    """Where one tensor lives: the mapping that holds it, its key there, and how it lies in memory.
-
-    For a parameter the mapping is its module's `_parameters`, or a dict of tensors; for a Fisher its attributes.
-    """
-
-    container: Container
-    key: str
-    place: Place
-
-    @classmethod
-    def of(cls, container: Container, key: str) -> Home:
-        """The home of what lives there now."""
-        return cls(container, key, place_of(container[key]))
-
-    def now(self) -> object:
-        """What lives there now; None where nothing does."""
-        return self.container.get(self.key)
+# ---- where does it lie? ---------------------------------------------------------------------------------------------
 
 
 def place_of(tensor: Tensor) -> Place:
@@ -292,67 +259,6 @@ def place_of(tensor: Tensor) -> Place:
     """
     held = tensor.untyped_storage().nbytes()
     return tensor.data_ptr(), held, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-class Homes:
-    """The homes of many contiguous tensors: a plan of 100,000 nodes has some hundred thousand.
-
-    What is asked before every launch, whether any has moved, is asked in C++ where torch's own C functions can be
-    reached (csrc/cpu/homes.h), else in Python. Columns, not rows: that many objects would keep the garbage collector
-    busy for longer than compiling takes.
-    """
-
-    def __init__(self) -> None:
-        self._containers: list[Container | None] = []
-        self._keys: list[str] = []
-        self._tensors: list[Tensor] = []
-        self._places: Any = None  # how they lay when it was first asked; None until then
-
-    def add(self, containers: Sequence[Container | None], keys: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        """Take down that these tensors live there. How they lie is taken down at `settle`."""
-        self._containers += containers
-        self._keys += keys
-        self._tensors += tensors
-
-    def settle(self) -> None:
-        """Take down how all of them lie."""
-        self._places = places() if torch_functions() else PlacesInPython()
-        self._places.take(self._tensors)
-
-    def moved(self) -> bool:
-        """Whether any tensor was replaced or taken away, or lies otherwise than when all were settled."""
-        held = all_held(self._containers, self._keys, self._tensors)
-        return not held or not self._places.unchanged(self._tensors)
-
-
-def all_held(containers: list[Any], keys: list[str], objects: list[Any]) -> bool:
-    """Whether each object is still what its mapping holds under its key."""
-    extension = cpu_extension()
-    if extension is not None:
-        return extension.all_held(containers, keys, objects)
-    return all(map(is_, map(_get, containers, keys), objects))
-
-
-class PlacesInPython:
-    """How tensors lay: what csrc/cpu/homes.h does, by torch's Python functions."""
-
-    def __init__(self) -> None:
-        self._columns: list[list[Any]] = []
-
-    def take(self, tensors: list[Tensor]) -> None:
-        """Take down how each lies."""
-        self._columns = [list(map(field, tensors)) for field in _FIELDS]
-
-    def unchanged(self, tensors: list[Tensor]) -> bool:
-        """Whether each lies as it did."""
-        for at in range(0, len(tensors), _CHUNK):
-            part = slice(at, at + _CHUNK)
-            now = tensors[part]
-            if not all(
-                list(map(field, now)) == column[part] for field, column in zip(_FIELDS, self._columns, strict=True)
-            ):
-                return False
-        return True
 
 
 def places() -> Any:
@@ -403,6 +309,30 @@ def torch_functions() -> tuple[int, ...]:
             kinds.add((dtype, tuple(said[2:5])))
     told_apart = len(kinds) == len({code for _, code in kinds}) == len(THETA_DTYPES) + 1
     return addresses if told_apart else ()
+
+
+@functools.cache
+def version_function() -> int:
+    """Address of torch's C++ function that counts up a tensor's version; 0 where it cannot be relied on."""
+    if not torch_functions():
+        return 0
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY))
+        function = ctypes.cast(getattr(library, _COUNT_UP), ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+    with torch.inference_mode(False):
+        base = torch.zeros(3, device="cpu")
+        leaf = torch.zeros(3, device="cpu", requires_grad=True)
+        trials = [base, leaf, torch.nn.Parameter(torch.zeros(2, device="cpu")), leaf * 2, torch.zeros(2, device="cpu")]
+        trials[-1].data = base[1:]
+        watched = [*trials, base[1:]]  # a view has its base's counter
+        before = [tensor._version for tensor in watched]
+        counters = places()
+        counters.take(trials)
+        counters.count_up(trials, function, 1)
+        counted = [tensor._version - version for tensor, version in zip(watched, before, strict=True)]
+    return function if counted == [1] * len(counted) else 0
 
 
 def span(tensor: Tensor) -> tuple[int, int]:

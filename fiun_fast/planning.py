@@ -156,7 +156,7 @@ class Plan:
     def _write(self, counts: Mapping[torch.device, torch.Tensor], dry_run: bool, undo: bool) -> UndoLog | None:
         """Launch everything. Nothing is allocated from here on but by the log, and nothing interrupts."""
         if not dry_run:  # kernels write through addresses; autograd must hear of it
-            torch.autograd.graph.increment_version(self._memory.parameters)
+            self._memory.count_up()
         if not undo and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
             self.parts[0].launch.run(counts[self.parts[0].table.device], dry_run)
             return None

@@ -9,6 +9,7 @@ import torch
 
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import alone, signals_deferred
+from .kernels.cpu import expect_writes
 from .layout import Layout, Params, select_parameters
 from .memory import check_addressable, check_disjoint, span
 from .overlaps import held_by, name_in, overlaps
@@ -116,7 +117,7 @@ def _alike(parameters: Mapping[str, torch.Tensor], models: Iterable[torch.nn.Mod
 
 @torch.inference_mode(False)  # parameters that lay in a tensor of that mode could not be trained any more
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return expect_writes(torch.empty(shape, dtype=like.dtype, device=like.device))
 
 
 def _move(layout: Layout, buffer: torch.Tensor, parameters: Mapping[str, torch.nn.Parameter]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import files
 from .arguments import THETA_DTYPES, short
 from .errors import UndoFileError
-from .memory import Home
+from .homes import Home
 from .version import __version__
 
 FORMATS = ("fiun_fast.undo/2", "fiun_fast.undo/1")  # written, and read too: without a checksum

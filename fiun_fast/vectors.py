@@ -12,6 +12,7 @@ import torch
 from .arguments import FISHER_DTYPES, short
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
+from .kernels.cpu import expect_writes
 from .layout import Layout
 from .memory import all_plain, check_addressable, check_one_device, flaw_of, has_no_shape
 
@@ -144,5 +145,6 @@ def flattened(values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]
     for name, value in values.items():
         check_addressable(repr(name), value)
     layout = Layout.from_tensors(values)
-    buffer = torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()])
+    buffer = expect_writes(torch.empty(layout.numel, dtype=dtype, device=next(iter(values.values())).device))
+    torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()], out=buffer)
     return buffer, layout

@@ -11,15 +11,10 @@ namespace FIUN_ISA {
 
 constexpr int64_t line_bytes = 64;
 
-// Streams that go side by side, and the lines of each that go by before the next has its turn. As measured: where registers
-// hold the constants of four streams, four and one; else two, and so many lines that fetching the constants costs little.
-#if defined(FIUN_AVX512)
-constexpr int side_by_side = 4;
-constexpr int64_t turn = 1, ahead = 16;  // lines; ahead: that prefetching goes before
-#else
+// Streams that go side by side, the lines of each that go by before the next has its turn, and how far prefetching is
+// ahead. As measured (bench/cpu_kernel.py): more streams, or shorter turns, cost more registers than they fetch memory.
 constexpr int side_by_side = 2;
 constexpr int64_t turn = 8, ahead = 8;
-#endif
 
 template <class F>
 struct Lane {  // integer as wide as a Fisher's element, so that comparisons add up without repacking
@@ -77,12 +72,12 @@ inline Few dampen_few(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original, c
     return {selected, zeroed};
 }
 
-template <bool with_sign, class F>
-inline int64_t count_nonfinite(const F* original, const F* merged, const F* gradient, int64_t n) {
+template <bool with_sign, class F, class Source>
+inline int64_t count_nonfinite(const F* original, const Source& merged, const F* gradient, int64_t at, int64_t n) {
     int64_t count = 0;
     for (int64_t j = 0; j < n; ++j) {
-        int64_t all = int64_t(is_finite(original[j])) & int64_t(is_finite(merged[j]));
-        if constexpr (with_sign) all &= int64_t(is_finite(gradient[j]));
+        int64_t all = int64_t(is_finite(original[j])) & int64_t(is_finite(merged.at(at + j)));
+        if constexpr (with_sign) all &= int64_t(is_finite(gradient[at + j]));
         count += 1 - all;
     }
     return count;
@@ -120,38 +115,40 @@ struct Running {
 template <class T, class F>
 constexpr int line_size = int(line_bytes / sizeof(T)) > lanes<F> ? int(line_bytes / sizeof(T)) : lanes<F>;
 
-template <bool with_exponent, bool with_sign, class T, class F>
-FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const F* merged, const F* gradient, const Node& node,
-                                    const Common<T, F>& common, Running<F>& run) {
+// m and, if signed, g begin with the first element of a call; the line is at element `at` of these.
+template <bool with_exponent, bool with_sign, class T, class F, class Source>
+FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const Source& merged, const F* gradient, int64_t at,
+                                    const Node& node, const Common<T, F>& common, Running<F>& run) {
     constexpr int size = line_size<T, F>, parts = size / lanes<F>;
-    constexpr bool sign_by_vectors = with_sign && has_vectors<T, F>;
     Vector<F> i[parts], m[parts];
     decltype(greater(i[0], m[0])) chosen[parts], touched{};
     FIUN_UNROLL
     for (int p = 0; p < parts; ++p) {
         i[p] = load(original + p * lanes<F>);
-        m[p] = load(merged + p * lanes<F>);
+        m[p] = merged.lanes_at(at + p * lanes<F>);
         chosen[p] = greater(m[p], run.alpha * i[p]);
         touched = either(touched, chosen[p]);
         run.largest = larger_bytes(larger_bytes(run.largest, i[p]), m[p]);
-        if constexpr (with_sign) run.largest = larger_bytes(run.largest, positive(load(gradient + p * lanes<F>)));
+        if constexpr (with_sign) run.largest = larger_bytes(run.largest, positive(load(gradient + at + p * lanes<F>)));
     }
     FIUN_PREFETCH(original + ahead * size);
     if (!any(touched)) return;
     FIUN_PREFETCH(theta + ahead * size);
-    if constexpr (sign_by_vectors) {
+    if constexpr (with_sign && has_vectors<T, F>) {
         decltype(greater(i[0], m[0])) left{};
         FIUN_UNROLL
         for (int p = 0; p < parts; ++p) {
-            const auto admitted = opposed(load(gradient + p * lanes<F>), widened(theta + p * lanes<F>));
+            const auto admitted = opposed(load(gradient + at + p * lanes<F>), widened(theta + p * lanes<F>));
             chosen[p] = both(chosen[p], admitted);
             left = either(left, chosen[p]);
         }
         if (!any(left)) return;
     }
     if constexpr (with_exponent || !has_vectors<T, F>) {
-        const Few few = dampen_few<with_exponent, with_sign>(theta, original, merged, gradient, size, common.rule(node),
-                                                             common.how.write);
+        F room[size];
+        const Few few = dampen_few<with_exponent, with_sign>(theta, original, merged.some(at, size, room),
+                                                             with_sign ? gradient + at : nullptr, size,
+                                                             common.rule(node), common.how.write);
         run.by_rules.selected += few.selected;
         run.by_rules.zeroed += few.zeroed;
     } else {
@@ -170,17 +167,19 @@ FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const F* merged
     }
 }
 
-// Whole lines of one node; theta is at the start of a line.
+// Whole lines of one node; theta is at the start of a line, and m begins with element `at`.
 template <class T, class F>
 struct Stream {
     T* theta;
-    const F *original, *merged, *gradient;
+    const F* original;
+    int64_t at;
     Node* node;
 };
 
 // Several streams in turns, so that more memory is on its way at any time. The lines of more than one are whole turns.
-template <int count, bool with_exponent, bool with_sign, class T, class F>
-inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lines, const Dampening& how) {
+template <int count, bool with_exponent, bool with_sign, class T, class F, class Source>
+inline void dampen_lines(const Stream<T, F> (&streams)[count], const Source& merged, const F* gradient,
+                         const int64_t lines, const Dampening& how) {
     constexpr int64_t size = line_size<T, F>, step = count == 1 ? 1 : turn;
     const Common<T, F> common{how};
     Running<F> runs[count];
@@ -191,9 +190,8 @@ inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lin
             const Stream<T, F> stream = streams[s];
             FIUN_KEEP_LOOP
             for (int64_t at = from; at < from + step * size; at += size) {
-                dampen_line<with_exponent, with_sign>(stream.theta + at, stream.original + at, stream.merged + at,
-                                                      with_sign ? stream.gradient + at : nullptr, *stream.node, common,
-                                                      runs[s]);
+                dampen_line<with_exponent, with_sign>(stream.theta + at, stream.original + at, merged, gradient,
+                                                      stream.at + at, *stream.node, common, runs[s]);
             }
         }
     }
@@ -202,33 +200,35 @@ inline void dampen_lines(const Stream<T, F> (&streams)[count], const int64_t lin
         counts.selected += total(runs[s].selected) + runs[s].by_rules.selected;
         counts.zeroed += total(runs[s].zeroed) + runs[s].by_rules.zeroed;
         if (beyond_finite<F>(runs[s].largest)) {
-            const Stream<T, F>& stream = streams[s];
             counts.nonfinite +=
-                count_nonfinite<with_sign>(stream.original, stream.merged, stream.gradient, lines * size);
+                count_nonfinite<with_sign>(streams[s].original, merged, gradient, streams[s].at, lines * size);
         }
     }
 }
 
 // n elements of `count` nodes whose parameters lie alike within their lines: several nodes side by side, or a node as
 // several stretches; what is left, line by line.
-template <bool with_exponent, bool with_sign, class T, class F>
-inline void dampen_alike(Node* nodes, int count, const F* merged, const F* gradient, int64_t n, const Dampening& how) {
+template <bool with_exponent, bool with_sign, class T, class F, class Source>
+inline void dampen_alike(Node* nodes, int count, const Source& merged, const F* gradient, int64_t n,
+                         const Dampening& how) {
     constexpr int64_t size = line_size<T, F>, worth_it = 64;  // lines of a stretch
     const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(nodes[0].theta) % line_bytes) / int64_t(sizeof(T));
     const int64_t head = to_line < n ? to_line : n, lines = (n - head) / size;
     const auto stream = [&](int i, int64_t line) {
         const int64_t at = head + line * size;
-        return Stream<T, F>{static_cast<T*>(nodes[i].theta) + at, static_cast<const F*>(nodes[i].original) + at,
-                            merged + at, with_sign ? gradient + at : nullptr, nodes + i};
+        return Stream<T, F>{static_cast<T*>(nodes[i].theta) + at, static_cast<const F*>(nodes[i].original) + at, at,
+                            nodes + i};
     };
     const auto edge = [&](Node& node, int64_t from, int64_t to) {
         const Rule<F> rule = Common<T, F>{how}.rule(node);
         T* const theta = static_cast<T*>(node.theta) + from;
-        const F *const original = static_cast<const F*>(node.original) + from, *const m = merged + from;
+        const F* const original = static_cast<const F*>(node.original) + from;
+        if (from == to) return;
+        F room[size];
+        const F* const m = merged.some(from, int(to - from), room);
         const F* const g = with_sign ? gradient + from : nullptr;
-        const int length = int(to - from);
-        if (from == to || select_few<with_sign>(original, m, g, length, rule, node.counts) == 0) return;
-        const Few few = dampen_few<with_exponent, with_sign>(theta, original, m, g, length, rule, how.write);
+        if (select_few<with_sign>(original, m, g, int(to - from), rule, node.counts) == 0) return;
+        const Few few = dampen_few<with_exponent, with_sign>(theta, original, m, g, int(to - from), rule, how.write);
         node.counts.selected += few.selected;
         node.counts.zeroed += few.zeroed;
     };
@@ -241,28 +241,59 @@ inline void dampen_alike(Node* nodes, int count, const F* merged, const F* gradi
         if (!with_exponent && (together || each >= worth_it)) {  // powers take longer than memory
             Stream<T, F> streams[side_by_side];
             for (int s = 0; s < side_by_side; ++s) streams[s] = together ? stream(i + s, 0) : stream(i, s * each);
-            dampen_lines<side_by_side, with_exponent, with_sign>(streams, each, how);
+            dampen_lines<side_by_side, with_exponent, with_sign>(streams, merged, gradient, each, how);
             done = together ? each : side_by_side * each;
         }
         for (int s = 0; s < step && done < lines; ++s) {
             const Stream<T, F> one[] = {stream(i + s, done)};
-            dampen_lines<1, with_exponent, with_sign>(one, lines - done, how);
+            dampen_lines<1, with_exponent, with_sign>(one, merged, gradient, lines - done, how);
         }
     }
     for (int i = 0; i < count; ++i) edge(nodes[i], head + lines * size, n);
 }
 
-template <class T, class F>
-void dampen(Node* nodes, int count, const void* merged, const void* gradient, int64_t n, const Dampening& how) {
-    const auto unsigned_alike = how.exponent == 1 ? dampen_alike<false, false, T, F> : dampen_alike<true, false, T, F>;
-    const auto signed_alike = how.exponent == 1 ? dampen_alike<false, true, T, F> : dampen_alike<true, true, T, F>;
-    const auto alike = gradient == nullptr ? unsigned_alike : signed_alike;
-    const F *const m = static_cast<const F*>(merged), *const g = static_cast<const F*>(gradient);
+// Those nodes side by side whose parameters lie alike.
+template <bool with_exponent, bool with_sign, class T, class F, class Source>
+inline void dampen_from(Node* nodes, int count, const Source& merged, const F* gradient, int64_t n,
+                        const Dampening& how) {
     const auto offset = [&](int i) { return reinterpret_cast<uintptr_t>(nodes[i].theta) % line_bytes; };
     int same = 1;
     while (same < count && offset(same) == offset(0)) ++same;
-    if (same == count) return alike(nodes, count, m, g, n, how);
-    for (int i = 0; i < count; ++i) alike(nodes + i, 1, m, g, n, how);
+    if (same == count) return dampen_alike<with_exponent, with_sign, T, F>(nodes, count, merged, gradient, n, how);
+    for (int i = 0; i < count; ++i) dampen_alike<with_exponent, with_sign, T, F>(nodes + i, 1, merged, gradient, n, how);
+}
+
+template <class T, class F>
+void dampen(Node* nodes, int count, const void* merged, const void* gradient, int64_t n, const Dampening& how) {
+    using M = Merged<F>;
+    const M source{static_cast<const F*>(merged)};
+    const auto plain = how.exponent == 1 ? dampen_from<false, false, T, F, M> : dampen_from<true, false, T, F, M>;
+    const auto with_sign = how.exponent == 1 ? dampen_from<false, true, T, F, M> : dampen_from<true, true, T, F, M>;
+    (gradient == nullptr ? plain : with_sign)(nodes, count, source, static_cast<const F*>(gradient), n, how);
+}
+
+// The same, merging on the way: m never leaves the registers. False, and nothing done, where that is not to be had: GCC 12
+// cannot compile it for the baseline (an internal error).
+#if defined(FIUN_AVX512) || defined(FIUN_AVX2)
+constexpr bool merges_on_the_way = true;
+#else
+constexpr bool merges_on_the_way = false;
+#endif
+
+template <class T, class F>
+bool dampen_merging(Node* nodes, int count, const Sources& sources, int64_t offset, int64_t n, const Dampening& how) {
+    if constexpr (merges_on_the_way && has_vectors<T, F>) {
+        if (how.exponent != 1 || sources.count > sources_in_registers) return false;
+        if (Merge(sources.how) == Merge::max) {
+            dampen_from<false, false, T, F>(nodes, count, Merging<Merge::max, F>(sources, offset),
+                                            static_cast<const F*>(nullptr), n, how);
+        } else {
+            dampen_from<false, false, T, F>(nodes, count, Merging<Merge::sum, F>(sources, offset),
+                                            static_cast<const F*>(nullptr), n, how);
+        }
+        return true;
+    }
+    return false;
 }
 
 }  // namespace FIUN_ISA

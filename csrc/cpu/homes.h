@@ -9,18 +9,39 @@
 #include <pybind11/pybind11.h>
 
 #include <stdint.h>
+#include <string.h>
 
+#include <atomic>
+#include <stdexcept>
 #include <vector>
+
+#include "pool.h"
 
 namespace fiun {
 
 namespace py = pybind11;
+
+// Each of many objects is a chain of cache misses, so the memory of those to come is asked for before their turn. A hint:
+// any address will do.
+inline void expect(const void* address, int lines = 1) {
+#if defined(__GNUC__)
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(address) + 64 * i);
+#else
+    (void)address, (void)lines;
+#endif
+}
+constexpr Py_ssize_t before_turn = 12;  // objects between one step of a chain and the next
 
 // Whether each object is still what its mapping holds under its key.
 inline bool all_held(const py::list& mappings, const py::list& keys, const py::list& objects) {
     const Py_ssize_t n = PyList_GET_SIZE(objects.ptr());
     if (PyList_GET_SIZE(mappings.ptr()) != n || PyList_GET_SIZE(keys.ptr()) != n) return false;
     for (Py_ssize_t i = 0; i < n; ++i) {
+        if (i + 2 * before_turn < n) expect(PyList_GET_ITEM(mappings.ptr(), i + 2 * before_turn));
+        if (i + before_turn < n) {
+            PyObject* const next = PyList_GET_ITEM(mappings.ptr(), i + before_turn);
+            if (PyDict_Check(next)) expect(reinterpret_cast<PyDictObject*>(next)->ma_keys, 2);
+        }
         PyObject* const mapping = PyList_GET_ITEM(mappings.ptr(), i);
         PyObject* const key = PyList_GET_ITEM(keys.ptr(), i);
         PyObject* held;
@@ -78,32 +99,51 @@ class Places {
     void take(const py::list& tensors) {
         places_.clear();
         impls_.clear();
+        starts_.clear();
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
             impls_.push_back(impl(PyList_GET_ITEM(tensors.ptr(), i)));
+            starts_.push_back(places_.size());
             if (!describe(impls_.back(), places_)) throw std::runtime_error("torch refused");
         }
+        field_ = field_of(tensors);
     }
 
-    // Whether each tensor still lies as it was recorded.
-    bool unchanged(const py::list& tensors) const {
-        const int64_t* before = places_.data();
-        const int64_t* const end = before + places_.size();
-        std::vector<int64_t> now;
-        const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
+    // Whether each tensor still lies as it was recorded. The threads only read; the caller holds the interpreter.
+    bool unchanged(const py::list& tensors, int threads) const {
+        constexpr int64_t chunk = 1024;
+        const int64_t n = PyList_GET_SIZE(tensors.ptr());
         if (size_t(n) != impls_.size()) return false;
-        for (Py_ssize_t i = 0; i < n; ++i) {
-            if (i + ahead < n) {  // where it was is where it will be, most likely; asking elsewhere does no harm
-                expect(PyList_GET_ITEM(tensors.ptr(), i + ahead), 1);
-                expect(impls_[size_t(i + ahead)], 4);
-            }
-            now.clear();
-            if (!describe(impl(PyList_GET_ITEM(tensors.ptr(), i)), now)) return false;
-            if (end - before < int64_t(now.size())) return false;
-            for (const int64_t number : now) {
-                if (number != *before++) return false;
+        if (field_ == 0) {
+            for (int64_t i = 0; i < n; ++i) {
+                if (impl(PyList_GET_ITEM(tensors.ptr(), i)) != impls_[size_t(i)]) return false;
             }
         }
-        return before == end;
+        std::atomic<bool> same{true};
+        auto check = [&](int64_t part, int) {
+            const int64_t from = part * chunk, to = from + chunk < n ? from + chunk : n;
+            if (same.load(std::memory_order_relaxed) && !same_places(tensors, from, to)) same = false;
+        };
+        share_out((n + chunk - 1) / chunk, threads, check);
+        return same;
+    }
+
+    // Counts up the version of each tensor, which were recorded, by torch's C++ function of that address, (const Tensor&).
+    void count_up(const py::list& tensors, int64_t function, int threads) const {
+        constexpr int64_t chunk = 1024;
+        const auto one_up = reinterpret_cast<void (*)(void* const& impl)>(function);
+        const int64_t n = PyList_GET_SIZE(tensors.ptr());
+        auto count = [&](int64_t part, int) {
+            const int64_t from = part * chunk, to = from + chunk < n ? from + chunk : n;
+            for (int64_t i = from; i < to; ++i) {
+                void* const impl = word(PyList_GET_ITEM(tensors.ptr(), i), field_);
+                one_up(impl);
+            }
+        };
+        if (field_ != 0) return share_out((n + chunk - 1) / chunk, threads, count);
+        for (int64_t i = 0; i < n; ++i) {
+            void* const now = impl(PyList_GET_ITEM(tensors.ptr(), i));
+            one_up(now);
+        }
     }
 
     // The same numbers for one tensor, so that Python can try this out.
@@ -117,16 +157,6 @@ class Places {
     template <class T>
     using Get = int32_t (*)(void* tensor, T* value);  // 0: success
 
-    static constexpr Py_ssize_t ahead = 16;  // tensors whose memory is on its way, since each is a chain of cache misses
-
-    static void expect(const void* address, int lines) {
-#if defined(__GNUC__)
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(address) + 64 * i);
-#else
-        (void)address, (void)lines;
-#endif
-    }
-
     // What the Python object refers to now; tensors can be swapped.
     void* impl(PyObject* tensor) const {
         PyObject* const number = PyObject_GetAttr(tensor, cdata_.ptr());
@@ -136,27 +166,84 @@ class Places {
         return address;
     }
 
-    // Appends address, bytes, dtype, device type, device index, dim, sizes, strides.
-    bool describe(void* impl, std::vector<int64_t>& place, int64_t* offset = nullptr) const {
+    // The word of a tensor's Python object that `_cdata` is read from, or 0 where not all of these have it at one place.
+    size_t field_of(const py::list& tensors) const {
+        const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
+        for (size_t at = sizeof(PyObject); n > 0; at += sizeof(void*)) {
+            bool all = true;
+            for (Py_ssize_t i = 0; i < n && all; ++i) {
+                PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+                if (size_t(Py_TYPE(tensor)->tp_basicsize) < at + sizeof(void*)) return 0;
+                all = word(tensor, at) == impls_[size_t(i)];
+            }
+            if (all) return at;
+        }
+        return 0;
+    }
+
+    static void* word(const void* object, size_t at) {
+        void* found;
+        memcpy(&found, static_cast<const char*>(object) + at, sizeof(found));
+        return found;
+    }
+
+    bool same_places(const py::list& tensors, int64_t from, int64_t to) const {
+        for (int64_t i = from - 2 * before_turn; i < to; ++i) {
+            const int64_t later = i + 2 * before_turn, next = i + before_turn;
+            if (later < to) {
+                expect(static_cast<char*>(static_cast<void*>(PyList_GET_ITEM(tensors.ptr(), later))) + field_);
+                expect(impls_[size_t(later)], 4);
+            }
+            if (next >= from && next < to) {
+                void* const impl = impls_[size_t(next)];
+                if (field_ != 0 && word(PyList_GET_ITEM(tensors.ptr(), next), field_) != impl) return false;
+                // its storage, and its version counter, which is counted up next: where they are in torch 2.x
+                expect(word(impl, 2 * sizeof(void*)), 2);
+                expect(word(impl, 5 * sizeof(void*)));
+            }
+            if (i >= from && !lies_as(impls_[size_t(i)], places_.data() + starts_[size_t(i)])) return false;
+        }
+        return true;
+    }
+
+    struct Place {
+        void* data = nullptr;
+        int64_t held = 0, dim = 0, *sizes = nullptr, *strides = nullptr;
+        int32_t kinds[3] = {0, 0, 0};
+    };
+
+    bool look(void* impl, Place& place) const {
         if (!impl) return false;
         void* const handle = &impl;
-        void* data = nullptr;
-        int64_t held = 0, dim = 0;
-        int32_t kinds[3] = {0, 0, 0};
-        int64_t* extents[2] = {nullptr, nullptr};
-        if (data_(handle, &data) || held_(handle, &held) || dim_(handle, &dim)) return false;
-        if (offset && offset_(handle, offset)) return false;
-        place.push_back(reinterpret_cast<int64_t>(data));
-        place.push_back(held);
+        return !(data_(handle, &place.data) || held_(handle, &place.held) || dim_(handle, &place.dim) ||
+                 kinds_[0](handle, place.kinds) || kinds_[1](handle, place.kinds + 1) ||
+                 kinds_[2](handle, place.kinds + 2) || extents_[0](handle, &place.sizes) ||
+                 extents_[1](handle, &place.strides));
+    }
+
+    bool lies_as(void* impl, const int64_t* before) const {
+        Place now;
+        if (!look(impl, now) || before[0] != reinterpret_cast<int64_t>(now.data) || before[1] != now.held) return false;
         for (int i = 0; i < 3; ++i) {
-            if (kinds_[i](handle, kinds + i)) return false;
-            place.push_back(kinds[i]);
+            if (before[2 + i] != now.kinds[i]) return false;
         }
-        place.push_back(dim);
-        for (int i = 0; i < 2; ++i) {
-            if (extents_[i](handle, extents + i)) return false;
-            place.insert(place.end(), extents[i], extents[i] + dim);
+        if (before[5] != now.dim) return false;
+        for (int64_t d = 0; d < now.dim; ++d) {
+            if (before[6 + d] != now.sizes[d] || before[6 + now.dim + d] != now.strides[d]) return false;
         }
+        return true;
+    }
+
+    // Appends address, bytes, dtype, device type, device index, dim, sizes, strides.
+    bool describe(void* impl, std::vector<int64_t>& place, int64_t* offset = nullptr) const {
+        Place now;
+        void* const handle = &impl;
+        if (!look(impl, now) || (offset && offset_(handle, offset))) return false;
+        place.insert(place.end(), {reinterpret_cast<int64_t>(now.data), now.held});
+        place.insert(place.end(), now.kinds, now.kinds + 3);
+        place.push_back(now.dim);
+        place.insert(place.end(), now.sizes, now.sizes + now.dim);
+        place.insert(place.end(), now.strides, now.strides + now.dim);
         return true;
     }
 
@@ -165,7 +252,9 @@ class Places {
     Get<int32_t> kinds_[3];
     Get<int64_t*> extents_[2];
     std::vector<int64_t> places_;
+    std::vector<size_t> starts_;  // of each tensor in places_
     std::vector<void*> impls_;
+    size_t field_ = 0;  // where the Python object has the pointer; 0: not known
     py::str cdata_{"_cdata"};
 };
 

@@ -25,9 +25,23 @@ struct Node {
 };
 constexpr int nodes_at_once = 4;
 
+// Forget Fishers, and how they are merged.
+struct Sources {
+    const int64_t* addresses;
+    const double* weights;
+    int64_t count;
+    int how;  // 0 max, 1 mean, 2 sum
+    double scale;
+};
+constexpr int sources_in_registers = 4;
+
 // merged [n]; gradient [n], or null: unsigned; `count` nodes, up to nodes_at_once
 using DampenLoop = void (*)(Node* nodes, int count, const void* merged, const void* gradient, int64_t n,
                             const Dampening& how);
+// the same, unsigned, of sources that are merged as they are read, from `offset` elements on; false, and nothing done, where more
+// than sources_in_registers or where it would not be faster
+using DampenMergingLoop = bool (*)(Node* nodes, int count, const Sources& sources, int64_t offset, int64_t n,
+                                   const Dampening& how);
 // out [n] = scale * reduce over k of weights[k] * (sources[k] + offset elements) [n]; how: 0 max, 1 mean, 2 sum
 using MergeLoop = void (*)(void* out, const int64_t* sources, const double* weights, int64_t count, int64_t offset,
                            int64_t n, int how, double scale);
@@ -56,6 +70,7 @@ using OuterSquareLoop = void (*)(const OuterSquare& o, int64_t from, int64_t fir
 struct Kernels {
     const char* isa;
     DampenLoop dampen[theta_kinds][fisher_kinds];
+    DampenMergingLoop dampen_merging[theta_kinds][fisher_kinds];
     MergeLoop merge[fisher_kinds];
     AccumulateLoop accumulate[theta_kinds][fisher_kinds];
     HistogramLoop histogram[fisher_kinds];

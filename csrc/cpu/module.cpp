@@ -116,7 +116,8 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     py::class_<Places>(module, "Places")
         .def(py::init<const std::vector<int64_t>&>(), arg("functions"))
         .def("take", &Places::take, arg("tensors"))
-        .def("unchanged", &Places::unchanged, arg("tensors"))
+        .def("unchanged", &Places::unchanged, arg("tensors"), arg("threads") = 1)
+        .def("count_up", &Places::count_up, arg("tensors"), arg("function"), arg("threads"))
         .def("fit", &Places::fit, arg("tensors"), arg("element"))
         .def("of", &Places::of, arg("tensor"));
 }

@@ -19,6 +19,9 @@ namespace {
 // hardware to follow each stream, short enough to stay in the second-level cache.
 constexpr int64_t tile = 32768;
 
+// Nodes for which sources are merged as they are read, each time anew. For more of them once, into a tile.
+constexpr int64_t merges_again = 2;
+
 // Bytes of memory traffic to hand to a thread at once: at most, and at least (waking another for less costs more).
 constexpr int64_t unit_most = int64_t(16) << 20, unit_least = int64_t(128) << 10;
 
@@ -144,6 +147,7 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
 
     const int64_t theta_bytes = kind_bytes[limits_.theta_kind], fisher_bytes = kind_bytes[table_.fisher_kind];
     const DampenLoop dampen = kernels.dampen[limits_.theta_kind][table_.fisher_kind];
+    const DampenMergingLoop dampen_merging = kernels.dampen_merging[limits_.theta_kind][table_.fisher_kind];
     const MergeLoop merge = kernels.merge[table_.fisher_kind];
     const bool with_sign = table_.gradients != nullptr;
     const int64_t scratch_bytes = schedule.merges ? (with_sign ? 2 : 1) * tile * fisher_bytes : 0;
@@ -159,26 +163,9 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
         for (int64_t i = schedule.units[u]; i < schedule.units[u + 1]; ++i) {
             const Item& item = schedule.items[i];
             const int64_t* row = table_.rows + 5 * item.row;
-            const int64_t* sources = table_.sources + row[1];
-            const bool merged_first = needs_merge(table_, merging_, row);
-            for (int64_t at = item.from; at < item.to;) {
-                const int64_t n = merged_first ? std::min(tile, item.to - at) : item.to - at;
-                const void* merged = reinterpret_cast<const char*>(sources[0]) + at * fisher_bytes;
-                if (merged_first) {
-                    merge(mine, sources, table_.weights + row[1], row[2], at, n, merging_.how, merging_.scale);
-                    merged = mine;
-                }
-                const void* gradient = nullptr;
-                if (with_sign) {
-                    const int64_t* const gradients = table_.gradients + row[1];
-                    gradient = reinterpret_cast<const char*>(gradients[0]) + at * fisher_bytes;
-                    if (adds(table_, row)) {
-                        const int sum = int(common::Merge::sum);
-                        merge(gradient_of_mine, gradients, table_.weights + row[1], row[2], at, n, sum, 1);
-                        gradient = gradient_of_mine;
-                    }
-                }
-                const int64_t* const targets = table_.targets + 3 * row[3];
+            const Sources sources{table_.sources + row[1], table_.weights + row[1], row[2], merging_.how, merging_.scale};
+            const int64_t* const targets = table_.targets + 3 * row[3];
+            const auto apply = [&](int64_t at, auto&& loop) {  // to all targets of the item, from element `at` on
                 for (int64_t t = item.first; t < item.last; t += nodes_at_once) {
                     Node nodes[nodes_at_once];
                     const int count = int(std::min<int64_t>(nodes_at_once, item.last - t));
@@ -188,10 +175,37 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
                                     reinterpret_cast<const char*>(target[1]) + at * fisher_bytes,
                                     limits_.alpha[target[2]], limits_.lam[target[2]]};
                     }
-                    dampen(nodes, count, merged, gradient, n, how);
+                    if (!loop(nodes, count)) return false;
                     for (int i = 0; i < count; ++i) tally.add(targets[3 * (t + i) + 2], nodes[i].counts);
                 }
-                at += n;
+                return true;
+            };
+            const auto beside = [&](int64_t at) {  // the first gradient of a signed row, from element `at` on
+                return reinterpret_cast<const char*>(table_.gradients[row[1]]) + at * fisher_bytes;
+            };
+            const int64_t length = item.to - item.from;
+            if (!needs_merge(table_, merging_, row)) {
+                const char* const merged = reinterpret_cast<const char*>(sources.addresses[0]) + item.from * fisher_bytes;
+                const char* const gradient = with_sign ? beside(item.from) : nullptr;
+                apply(item.from, [&](Node* nodes, int count) {
+                    return dampen(nodes, count, merged, gradient, length, how), true;
+                });
+                continue;
+            }
+            const auto while_merging = [&](Node* nodes, int count) {
+                return dampen_merging(nodes, count, sources, item.from, length, how);
+            };
+            if (!with_sign && item.last - item.first <= merges_again && apply(item.from, while_merging)) continue;
+            for (int64_t at = item.from; at < item.to; at += tile) {
+                const int64_t n = std::min(tile, item.to - at);
+                merge(mine, sources.addresses, sources.weights, sources.count, at, n, sources.how, sources.scale);
+                const char* gradient = with_sign ? beside(at) : nullptr;
+                if (with_sign && adds(table_, row)) {
+                    const int sum = int(common::Merge::sum);
+                    merge(gradient_of_mine, table_.gradients + row[1], sources.weights, sources.count, at, n, sum, 1);
+                    gradient = gradient_of_mine;
+                }
+                apply(at, [&](Node* nodes, int count) { return dampen(nodes, count, mine, gradient, n, how), true; });
             }
         }
     };

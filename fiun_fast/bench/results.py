@@ -64,6 +64,17 @@ class Record:
         found = json.loads(path.read_text())
         return cls(found["mode"], found["environment"], [Row(**row) for row in found["rows"]], found["skipped"])
 
+    def keep(self, path: Path, order: Sequence[str]) -> list[str]:
+        """Take over cases that were not measured now from a file of the same mode, machine and commit; which ones."""
+        before = Record.load(path) if path.exists() else None
+        if before is None or before.mode != self.mode or before.environment != self.environment:
+            return []
+        kept = [case for case in before.cases if case in order and case not in self.cases]
+        rows = self.rows + [row for row in before.rows if row.case in kept]
+        self.rows = sorted(rows, key=lambda row: order.index(row.case))
+        self.skipped += [entry for entry in before.skipped if entry["case"] in kept]
+        return kept
+
     def best(self, case: str, kind: str) -> Row | None:
         """The fastest row of a kind."""
         return min((r for r in self.rows if r.case == case and r.kind == kind), key=lambda r: r.ms, default=None)

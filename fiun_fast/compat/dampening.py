@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import fiun_fast as ff
 from fiun_fast.guards import alone, denormals_kept, signals_deferred
+from fiun_fast.homes import PlacesInPython
 from fiun_fast.kernels import select
-from fiun_fast.memory import PlacesInPython, check_disjoint, flaw_of, places, span, torch_functions
+from fiun_fast.memory import check_disjoint, flaw_of, places, span, torch_functions
 from fiun_fast.overlaps import held_by
 
 from .importances import as_fisher, not_negative

@@ -232,7 +232,7 @@ def test_the_compat_layer_knows_only_the_public_api():
     import re
     from pathlib import Path
 
-    shared = r"(?:arguments|guards|kernels|layout|memory|overlaps|estimators\.(?:claims|reading|totals)) import [^_]"
+    shared = r"(?:arguments|guards|homes|kernels|layout|memory|overlaps|estimators\.(?:claims|reading|totals)) import [^_]"
     for path in Path(ssd.__file__).parent.glob("*.py"):
         for line in re.findall(r"^\s*(?:from|import) .*", path.read_text(encoding="utf-8"), re.MULTILINE):
             assert not re.search(rf"from \.\.|fiun_fast\.(?!compat|{shared})", line), (path.name, line)

@@ -11,15 +11,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fiun_fast as ff
-from fiun_fast import memory
+from fiun_fast import homes, memory
 
 
 @pytest.fixture(params=["torch's C functions", "Python"])
 def watch(request, monkeypatch) -> None:
     """Both ways in which moved memory is noticed."""
     if request.param == "Python":
-        monkeypatch.setattr(memory, "torch_functions", lambda: ())
-        monkeypatch.setattr(memory, "cpu_extension", lambda: None)
+        for module in (memory, homes):
+            monkeypatch.setattr(module, "torch_functions", lambda: ())
+            monkeypatch.setattr(module, "cpu_extension", lambda: None)
+        monkeypatch.setattr(homes, "version_function", lambda: 0)
     elif not memory.torch_functions():
         pytest.skip("the extension was not built, or this torch has no such functions")
 
@@ -105,18 +107,50 @@ def test_both_ways_agree_on_random_changes():
     changed = 0
     for _ in range(300):
         tensors = [tensor() for _ in range(3)]
-        fast, plain = memory.places(), memory.PlacesInPython()
+        fast, plain = memory.places(), homes.PlacesInPython()
         fast.take(tensors)
         plain.take(tensors)
-        assert fast.unchanged(tensors)
-        assert plain.unchanged(tensors)
+        assert fast.unchanged(tensors, 2)
+        assert plain.unchanged(tensors, 2)
         at = int(torch.randint(3, (), generator=generator))
         other = tensor()
         base = tensors[at]
         tensors[at].data = (other, base[:1], base.view(other.dtype) if other.itemsize == base.itemsize else other)[at]
-        assert fast.unchanged(tensors) == plain.unchanged(tensors)
-        changed += not plain.unchanged(tensors)
+        assert fast.unchanged(tensors, 2) == plain.unchanged(tensors, 2)
+        changed += not plain.unchanged(tensors, 2)
     assert 200 < changed < 300
+
+
+def test_counting_versions_up_reaches_views_and_says_so_to_autograd(watch):
+    base, own = torch.randn(4, 3), nn.Parameter(torch.randn(4))
+    moved = torch.zeros(3)
+    moved.data = base[1]
+    tensors = [base, own, moved] + [torch.randn(2) for _ in range(3000)]
+    view, before = base[2:], [t._version for t in tensors]
+    loss = (own * own).sum()
+    homes.Counters(tensors).count_up()
+    assert [t._version - version for t, version in zip(tensors, before, strict=True)] == [1] * len(tensors)
+    assert view._version == base._version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_versions_of_inference_tensors_do_not_stop_a_run(watch):
+    with torch.inference_mode():
+        model = {"weight": torch.rand(5)}
+    fisher = ff.Fisher.from_dict({"weight": torch.rand(5) + 1})
+    ff.dampen_(model, fisher, ff.Fisher.from_dict({"weight": torch.full((5,), 100.0)}), alpha=1.0, lam=0.0)
+    assert not model["weight"].any()
+
+
+def test_tensors_that_were_exchanged_inside_their_objects_are_noticed(watch):
+    models = [{"weight": torch.zeros(3)} for _ in range(1500)]
+    homes_of = homes.Homes()
+    homes_of.add(models, ["weight"] * 1500, [m["weight"] for m in models])
+    homes_of.settle()
+    assert not homes_of.moved()
+    torch.utils.swap_tensors(models[1400]["weight"], torch.zeros(3))
+    assert homes_of.moved()
 
 
 def test_another_dtype_at_the_same_address_builds_the_plan_anew(watch):

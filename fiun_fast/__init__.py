@@ -11,24 +11,30 @@ from .errors import (
     DeviceError,
     DTypeError,
     EstimationError,
+    EstimationWarning,
+    FallbackWarning,
     FileWriteError,
     FisherFileError,
     FiunError,
     LayoutError,
+    ProvenanceWarning,
+    ScopeWarning,
     TuningWarning,
     UndoError,
     UndoFileError,
 )
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
-from .fisher import Fisher, Provenance, merge_fishers, top_overlap
+from .fisher import Fisher, merge_fishers, top_overlap
 from .gradient import Gradient
 from .kernels import available_backends, use_backend
-from .layout import Layout, Segment, Shard, last_layer
+from .layout import Layout, Segment, Shard
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
+from .provenance import Provenance
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .rounds import Round, Rounds, unlearn_rounds_
+from .scope import last_layer
 from .storage import flatten_, stack_
 from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
@@ -44,6 +50,8 @@ __all__ = [
     "DagError",
     "DeviceError",
     "EstimationError",
+    "EstimationWarning",
+    "FallbackWarning",
     "FileWriteError",
     "Fisher",
     "FisherAccumulator",
@@ -60,9 +68,11 @@ __all__ = [
     "Plan",
     "Profiles",
     "Provenance",
+    "ProvenanceWarning",
     "Report",
     "Round",
     "Rounds",
+    "ScopeWarning",
     "Segment",
     "SelectionProfile",
     "Shard",

@@ -14,11 +14,13 @@ from .errors import ArgumentError
 MergeRule = Literal["max", "mean", "sum"]
 OnMismatch = Literal["error", "skip"]
 Estimator = Literal["batch", "sample", "expected", "label_free"]
+Per = Literal["sequence", "token"]
 BackendName = Literal["reference", "cpu", "triton", "cuda"]
 
 MERGE_RULES: tuple[str, ...] = get_args(MergeRule)
 MISMATCH_RULES: tuple[str, ...] = get_args(OnMismatch)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+PER: tuple[str, ...] = get_args(Per)
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 THETA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of parameters and their gradients

@@ -108,7 +108,7 @@ def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
         names=names,
         numels=np.array([segment.numel for segment in segments], dtype=np.int64),
         forgets=[fisher.buffer for fisher in forgets],
-        forget_offsets=np.array([[f.layout[name].offset for name in names] for f in forgets], dtype=np.int64),
+        forget_offsets=np.array([_offsets(f, names, plan, k) for k, f in zip(plan.requests, forgets, strict=True)]),
         weights=tuple(float(program.requests[k].weight) for k in plan.requests),
         originals=[fisher.buffer for fisher in originals],
         original_offsets=np.array([segment.offset for segment in segments], dtype=np.int64),
@@ -117,6 +117,12 @@ def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
         addresses=np.array([list(map(Tensor.data_ptr, tensors)) for tensors in thetas], dtype=np.int64).T.copy(),
         gradients=gradients,
     )
+
+
+def _offsets(fisher: Fisher, names: Sequence[str], plan: GroupPlan, request: int) -> list[int]:
+    """Where these parameters of the nodes lie in a forget Fisher, which may call them otherwise."""
+    called = plan.match.called.get(request, {})
+    return [fisher.layout[called.get(name, name)].offset for name in names]
 
 
 def _check_overlaps(program: Program, memory: Memory, groups: Sequence[Group]) -> None:

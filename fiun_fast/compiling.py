@@ -21,6 +21,8 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .fisher import Fisher
 from .kernels.table import Dampening
 from .layout import Layout, Segment
+from .naming import Names, matched
+from .wrappers import check_gathered
 
 PerNode = float | Mapping[str, float]
 
@@ -62,6 +64,7 @@ class Match:
     requests: tuple[tuple[int, ...], ...]  # [S] requests whose Fisher has the segment
     skipped: tuple[str, ...]  # names left out, by on_mismatch="skip"
     numel: int  # of all segments together
+    called: Mapping[int, Mapping[str, str]]  # request -> name here -> name in its Fisher, where they differ
 
 
 @dataclass
@@ -135,6 +138,12 @@ def compile_program(
     for (_, _, dtype, device), indices in alike.items():
         first = nodes[indices[0]]
         match = _match(first, requests, on_mismatch)
+        for node in (nodes[i] for i in indices[1:]) if match.called else ():
+            if any(_called(node, requests[k].fisher.layout) != called for k, called in match.called.items()):
+                raise LayoutError(
+                    f"nodes {first.name!r} and {node.name!r} have Fishers over the same names, and tie different "
+                    "parameters: estimate the forget Fisher over the names of the original ones"
+                )
         _check_dtypes(first, requests)
         columns = describe(indices, match.names)
         _check_parameters([nodes[i] for i in indices], match, columns)
@@ -183,9 +192,14 @@ def _check_parameters(
 def _match(node: ReachedNode, requests: list[ForgetRequest], on_mismatch: str) -> Match:
     layout = node.fisher.layout
     skipped: dict[str, None] = {}
+    forgets: dict[int, Layout] = {}
+    calls: dict[int, dict[str, str]] = {}
     for k in node.requests:
-        forget = requests[k].fisher.layout
-        difference = layout.difference(forget, f"the original Fisher of {node.name!r}", "the forget Fisher")
+        forgets[k] = forget = requests[k].fisher.layout
+        if called := _called(node, forget):
+            calls[k] = called
+            forgets[k] = forget = forget.renamed({theirs: own for own, theirs in called.items()})
+        difference = layout.difference(forget, f"the original Fisher of {node.name!r}", "the forget Fisher", {})
         if difference is None:
             continue
         if on_mismatch == "error":
@@ -196,18 +210,23 @@ def _match(node: ReachedNode, requests: list[ForgetRequest], on_mismatch: str) -
         skipped.update(dict.fromkeys(s.name for s in forget if s.name not in layout or not layout[s.name].fits(s)))
     kept, reaching = [], []
     for segment in layout:
-        fit = tuple(
-            k
-            for k in node.requests
-            if segment.name in (forget := requests[k].fisher.layout) and forget[segment.name].fits(segment)
-        )
+        fit = tuple(k for k in node.requests if segment.name in forgets[k] and forgets[k][segment.name].fits(segment))
         if not fit:
             skipped[segment.name] = None
         elif segment.numel:
             kept.append(segment)
             reaching.append(fit)
     names = tuple(segment.name for segment in kept)
-    return Match(tuple(kept), names, tuple(reaching), tuple(skipped), sum(segment.numel for segment in kept))
+    return Match(tuple(kept), names, tuple(reaching), tuple(skipped), sum(segment.numel for segment in kept), calls)
+
+
+def _called(node: ReachedNode, forget: Layout) -> dict[str, str]:
+    """Name in the node's own Fisher -> name in a forget Fisher, where both mean one parameter of the model."""
+    own = node.fisher.layout
+    if forget == own or set(forget.names) <= set(own.names):
+        return {}
+    first_of = Names(node.model).first_of if isinstance(node.model, torch.nn.Module) else {}
+    return {mine: theirs for theirs, mine in matched(forget.names, own.names, first_of).items()}
 
 
 def _check_dtypes(node: ReachedNode, requests: list[ForgetRequest]) -> None:
@@ -221,6 +240,8 @@ def _check_dtypes(node: ReachedNode, requests: list[ForgetRequest]) -> None:
 
 def _check_parameter(node: ReachedNode, segment: Segment, theta: Described | None) -> None:
     where, device = f"node {node.name!r}, parameter {segment.name!r}", node.fisher.device
+    if isinstance(node.model, torch.nn.Module) and (theta is None or theta.shape != segment.shape):
+        check_gathered(f"the model of node {node.name!r}", node.model)
     if theta is None:
         raise LayoutError(f"node {node.name!r}: the model has no parameter {segment.name!r}, its original Fisher has")
     if theta.shape != segment.shape:

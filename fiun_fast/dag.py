@@ -14,7 +14,7 @@ from .arguments import check_number
 from .errors import ArgumentError, DagError, LayoutError
 from .fisher import Fisher, check_alike
 from .gradient import Gradient
-from .layout import check_module
+from .scope import check_module
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 

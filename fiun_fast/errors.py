@@ -1,6 +1,9 @@
-"""Every error raised on purpose: one base class, and beside it the built-in type that Python people expect."""
+"""Every error raised on purpose, of one base class and beside it the built-in type that fits; and the warnings."""
 
 from __future__ import annotations
+
+import sys
+import warnings
 
 
 class FiunError(Exception):
@@ -51,5 +54,38 @@ class UndoFileError(FiunError, ValueError):
     """A file that is not a (whole) undo log written by this package."""
 
 
+class EstimationWarning(UserWarning):
+    """A Fisher that was estimated is of no use: zero everywhere, or not finite."""
+
+
+class ProvenanceWarning(UserWarning):
+    """Fishers that are compared or merged were estimated in unlike ways.
+
+    `warnings.simplefilter("ignore", ff.ProvenanceWarning)` silences it.
+    """
+
+
+class ScopeWarning(UserWarning):
+    """The last layer is not what one may expect: it is frozen, or tied to another.
+
+    `warnings.simplefilter("ignore", ff.ScopeWarning)` silences it, and so does naming the parameters.
+    """
+
+
 class TuningWarning(UserWarning):
     """A choice to be doubted: at the edge of its grid, no better than leaving alone, or of a search that failed."""
+
+
+class FallbackWarning(UserWarning):
+    """Something takes a slower way than the one that was expected; the message says what, and why.
+
+    `warnings.simplefilter("ignore", ff.FallbackWarning)` silences it.
+    """
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside this package that called it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -22,7 +22,9 @@ from .version import __version__
 
 FISHER_FORMATS = ("fiun_fast.fisher/2", "fiun_fast.fisher/1")  # written, and read too: without a checksum
 CHECKSUM = "crc32"  # an entry of the metadata
-RECORD = {"estimator": str, "steps": int, "samples": int, "how": dict}  # what a provenance holds
+NEEDED = {"estimator": str, "steps": int, "samples": int}  # what the record of a provenance holds
+OPTIONAL = {"how": dict, "reduction": str, "dtype": str, "per": str}  # empty where it is not there
+RECORD = NEEDED | OPTIONAL
 
 
 def location(path: str | os.PathLike[str]) -> Path:
@@ -216,7 +218,7 @@ class FisherFile:
         except FiunError as error:
             raise FisherFileError(f"{where}: truncated or not a Fisher file: {error}") from error
         kept = json.loads(metadata["provenance"])
-        self.record = {key: kept[key] for key in ("estimator", "steps", "samples")} | {"how": kept.get("how", {})}
+        self.record = {key: kept[key] for key in NEEDED} | {key: kept.get(key, new()) for key, new in OPTIONAL.items()}
         if (unfit := unfit_record(self.record)) is not None:
             raise FisherFileError(f"{where}: truncated or not a Fisher file: its provenance: {unfit}")
         if (names := set(file.keys())) != set(self.layout.names):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,31 +14,11 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
 from .kernels import select
 from .kernels.table import Merging
-from .layout import Layout, Params, select_parameters
+from .layout import Layout
 from .memory import check_no_mode
+from .provenance import Provenance, merged, warn_if_unlike
+from .scope import Params, select_parameters
 from .vectors import Vector, flattened
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How a Fisher was obtained; saved with it."""
-
-    estimator: str = "unknown"
-    steps: int = 0  # mini-batches that were averaged
-    samples: int = 0  # examples seen
-    how: Mapping[str, str] = field(default_factory=dict, compare=False)  # parameter -> the way it was computed
-
-    def __str__(self) -> str:
-        """The ways parameters were computed, one line each, with the parameters."""
-        ways: dict[str, list[str]] = {}
-        for name, way in self.how.items():
-            ways.setdefault(way, []).append(name)
-        lines = [f"estimator {self.estimator}, {self.steps} steps, {self.samples} samples"]
-        for way, names in ways.items():
-            more = f", … {len(names) - 6} more" if len(names) > 6 else ""
-            lines.append(f"  {way}: {', '.join(names[:6])}{more}")
-        return "\n".join(lines)
-
 
 UNKNOWN = Provenance()
 
@@ -92,7 +71,7 @@ class Fisher(Vector):
         schedule), gradients were not clipped, and weight decay is decoupled (AdamW); docs/fishers.md says more.
 
         Args:
-            optimizer: one that keeps `exp_avg_sq` and `step`; any of foreach, fused and capturable.
+            optimizer: one that keeps `exp_avg_sq` and `step`, of any kind (foreach, fused, …), or a wrapper of one.
             model: its parameters are looked up in the optimiser, by identity.
             params: which, as in `Layout.from_module`.
 
@@ -134,6 +113,8 @@ class Fisher(Vector):
         if layout is not None and not isinstance(layout, Layout):
             raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
         buffer, found, record = files.read_fisher(path)
+        if layout is not None and layout != found:
+            found = found.named_as(layout)
         if layout is not None and layout != found:
             difference = found.difference(layout, "the file", "the expected layout") or "the order of the parameters"
             raise LayoutError(f"{os.fspath(path)}: another layout than expected: {difference}")
@@ -199,15 +180,15 @@ def merge_fishers(
         raise ArgumentError(f"fishers[0] is a {type(first).__name__}, expected a fiun_fast.Fisher")
     for k, fisher in enumerate(fishers):
         check_alike(first, "fishers[0]", fisher, f"fishers[{k}]")
-        if fisher.layout != first.layout:
+        if fisher.layout.named_as(first.layout) != first.layout:
             raise LayoutError(f"fishers[{k}] has the parameters of fishers[0] in another order")
     factors = [check_number(f"weights[{k}]", weight, first.dtype) for k, weight in enumerate(factors)]
     merging = Merging(how, check_number("scale", scale, first.dtype))
     out = torch.empty_like(first.buffer)
     select(backend, out.device.type).merge([f.buffer for f in fishers], factors, merging, out)
-    estimators = ", ".join(dict.fromkeys(f.provenance.estimator for f in fishers))
-    steps, samples = (sum(getattr(f.provenance, key) for f in fishers) for key in ("steps", "samples"))
-    return Fisher(out, first.layout, Provenance(f"{how} of {len(fishers)}: {estimators}", steps, samples))
+    records = [fisher.provenance for fisher in fishers]
+    warn_if_unlike(("fishers[0]", records[0], f"fishers[{k}]", one) for k, one in enumerate(records))
+    return Fisher(out, first.layout, merged(how, records))
 
 
 def top_overlap(fisher: Fisher, other: Fisher, *, share: float = 0.01) -> float:

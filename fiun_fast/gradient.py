@@ -8,7 +8,7 @@ import torch
 
 from .errors import EstimationError, LayoutError
 from .guards import denormals_kept
-from .layout import Params, select_parameters
+from .scope import Params, select_parameters
 from .vectors import Vector, flattened
 
 
@@ -67,7 +67,8 @@ class Gradient(Vector):
             EstimationError, LayoutError: as `from_module`, or the parameters have another shape now.
 
         """
-        buffer, layout = flattened(_gradients(model, list(self.layout.names)))
+        found = _gradients(model, list(self.layout.names))
+        buffer, layout = flattened({name: found[name] for name in self.layout.names})
         if (difference := self.layout.difference(layout, "the gradient", "the model")) is not None:
             raise LayoutError(f"the gradient does not fit the model any more: {difference}")
         self.buffer.copy_(buffer)

@@ -1,22 +1,19 @@
-"""Layouts: which parameters of a module are meant, and which a flat buffer holds, in which order and shape."""
+"""Layouts: which parameters a flat buffer holds, in which order and shape."""
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 
 import torch
 
-from .arguments import THETA_DTYPES, short
-from .errors import ArgumentError, DTypeError, LayoutError
+from .errors import ArgumentError, LayoutError
+from .naming import matched, near
+from .scope import Params, select_parameters
 
-Params = str | Iterable[str] | Callable[[str, torch.Tensor], bool] | None
 LARGEST = 2**63 - 1  # sizes and offsets are 64-bit
-LAST = "last"  # as `params`: the last layer
 
 
 @dataclass(frozen=True)
@@ -179,14 +176,33 @@ class Layout:
             raise LayoutError(f"buffer of shape {list(buffer.shape)}, expected [{self.numel}] for {self!r}")
         return {s.name: buffer[s.offset : s.offset + s.numel].view(s.shape) for s in self}
 
-    def difference(self, other: Layout, mine: str, theirs: str) -> str | None:
-        """Say how `other` differs in names and shapes (order does not matter), or None where it does not."""
-        lines = [f"{s.name} {s} only in {mine}" for s in self if s.name not in other]
-        lines += [f"{s.name} {s} only in {theirs}" for s in other if s.name not in self]
+    def renamed(self, called: Mapping[str, str]) -> Layout:
+        """The same segments with other names, where `called` has one: name here -> new name."""
+        shards = {called.get(s.name, s.name): s.shard for s in self if s.shard is not None}
+        return Layout({called.get(s.name, s.name): s.shape for s in self}, shards)
+
+    def named_as(self, other: Layout) -> Layout:
+        """The same segments, called as in `other` where names differ by what wrappers add to them."""
+        called = {} if self == other else matched(self.names, other.names)
+        return self.renamed(called) if called else self
+
+    def difference(self, other: Layout, mine: str, theirs: str, called: Mapping[str, str] | None = None) -> str | None:
+        """Say how `other` differs in names and shapes (order does not matter), or None where it does not.
+
+        Args:
+            other: the other one.
+            mine, theirs: what messages call the two.
+            called: name there -> name here, where they differ; None: as `naming.matched` finds it.
+
+        """
+        called = matched(other.names, self.names) if called is None else called
+        its = {called.get(s.name, s.name): s for s in other}
+        lines = [f"{s.name} {s} only in {mine}" for s in self if s.name not in its]
+        lines += [f"{s.name} {s} only in {theirs}" for name, s in its.items() if name not in self]
         lines += [
-            f"{s.name} is {s} in {mine} and {other[s.name]} in {theirs}"
+            f"{s.name} is {s} in {mine} and {its[s.name]} in {theirs}"
             for s in self
-            if s.name in other and not s.fits(other[s.name])
+            if s.name in its and not s.fits(its[s.name])
         ]
         if not lines:
             return None
@@ -201,111 +217,3 @@ def _size(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     if any(n < 0 for n in size):
         raise LayoutError(f"parameter {name!r}: shape {list(size)}, expected no negative number")
     return size
-
-
-def check_module(what: str, model: object) -> None:
-    """Raise an ArgumentError that begins with `what`, unless it is a torch.nn.Module, and not one of TorchScript."""
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"{what} is a {type(model).__name__}, expected a torch.nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ArgumentError(f"{what} is a TorchScript module; pass the module that it was made from")
-
-
-def select_parameters(model: torch.nn.Module, params: Params = None) -> dict[str, torch.nn.Parameter]:
-    """Choose parameters of a module, in the module's own order, each once: a tied one under its first name.
-
-    Args:
-        model: the module.
-        params: None for all that require grad; "last" for those of `last_layer`; a name, a glob, or a list of these
-            (an exact name wins over a glob, and over "last"); or callable(name, parameter) -> bool.
-
-    Raises:
-        LayoutError: a pattern matches nothing (the message lists near names), nothing is selected, or a selected
-            parameter has no shape yet.
-        DTypeError: a selected parameter is not float32, float64, bfloat16 or float16.
-        ArgumentError: `params` or `model` is of another type.
-
-    """
-    check_module("model", model)
-    aliases = dict(every_name(model))
-    chosen = {id(p) for p in _chosen(model, aliases, params)}
-    selected = {name: p for name, p in model.named_parameters() if id(p) in chosen}
-    if not selected:
-        raise LayoutError(_nothing(model, aliases, params))
-    for name, p in selected.items():
-        if isinstance(p, torch.nn.parameter.UninitializedParameter):
-            raise LayoutError(f"parameter {name!r} has no shape yet: run the lazy module once on a batch")
-        if p.dtype not in THETA_DTYPES:
-            raise DTypeError(f"parameter {name!r} is {p.dtype}, expected one of {', '.join(map(short, THETA_DTYPES))}")
-    return selected
-
-
-def every_name(model: torch.nn.Module, prefix: str = "", above: tuple = ()) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Each parameter under all its names, in the module's order; a module inside itself is not entered again."""
-    for key, p in model._parameters.items():
-        if p is not None:
-            yield prefix + key, p
-    for key, child in model._modules.items():
-        if child is not None and not any(child is one for one in (*above, model)):
-            yield from every_name(child, f"{prefix}{key}.", (*above, model))
-
-
-def _chosen(
-    model: torch.nn.Module, aliases: dict[str, torch.nn.Parameter], params: Params
-) -> Iterable[torch.nn.Parameter]:
-    if params is None:
-        return [p for p in aliases.values() if p.requires_grad]
-    if callable(params):
-        return [p for name, p in aliases.items() if params(name, p)]
-    if not isinstance(params, Iterable):
-        found = type(params).__name__
-        raise ArgumentError(f"params is a {found}, expected None, a name or glob, a list of these, or a callable")
-    found = []
-    for pattern in [params] if isinstance(params, str) else params:
-        if not isinstance(pattern, str):
-            raise ArgumentError(f"params holds a {type(pattern).__name__}, expected names or globs")
-        if pattern in aliases:
-            hits = [pattern]
-        elif pattern == LAST:
-            hits = last_layer(model)
-        else:
-            hits = [name for name in aliases if fnmatch.fnmatchcase(name, pattern)]
-        if not hits:
-            raise LayoutError(f"no parameter matches {pattern!r}{near(pattern, aliases)}")
-        found += [aliases[name] for name in hits]
-    return found
-
-
-def _nothing(model: torch.nn.Module, aliases: dict[str, torch.nn.Parameter], params: Params) -> str:
-    kind = type(model).__name__
-    if not aliases:
-        return f"{kind} has no parameters"
-    if params is None:
-        return f"no parameter of {kind} is selected ({len(aliases)} exist): none requires grad; name them with params="
-    return f"no parameter of {kind} is selected ({len(aliases)} exist)"
-
-
-def last_layer(model: torch.nn.Module) -> list[str]:
-    """Names of the final parametrised layer: FIUn's default scope. `params="last"` means the same.
-
-    "Final" is by registration: the last submodule that owns parameters itself, as `model.named_modules()` lists them.
-    A tied parameter appears under its first name.
-
-    Raises:
-        LayoutError: the model has no parameters.
-
-    """
-    check_module("model", model)
-    first_names = {id(p): name for name, p in model.named_parameters()}
-    for module in reversed(list(model.modules())):
-        own = [first_names[id(p)] for p in module.parameters(recurse=False)]
-        if own:
-            return own
-    raise LayoutError(f"{type(model).__name__} has no parameters")
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """What an error message adds to an unknown name: the known ones nearest to it."""
-    names = list(known)
-    found = difflib.get_close_matches(name, names, n=4, cutoff=0.4) or names[:4]
-    return f"; near names: {', '.join(found)}" if found else ""

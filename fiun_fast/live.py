@@ -19,7 +19,9 @@ from .fisher import Fisher
 from .gradient import Gradient
 from .homes import Container, Counters, Home, Homes, all_held
 from .memory import all_plain, check_addressable, check_writable, has_no_shape
+from .naming import Names, matched
 from .vectors import Vector, all_fit
+from .wrappers import is_wrapper
 
 _IS_NESTED = attrgetter("is_nested")
 V = TypeVar("V", bound=Vector)
@@ -59,6 +61,11 @@ class Described:
     containers: list[list[Container | None]]  # [names][nodes]
     keys: list[list[str]]  # [names][nodes]
 
+    def columns(self) -> list[list[Tensor | None]]:
+        """What the models have there, [names][nodes]; None: nothing."""
+        places = zip(self.containers, self.keys, strict=True)
+        return [[None if c is None else c.get(key) for c, key in zip(cs, ks, strict=True)] for cs, ks in places]
+
 
 class LiveMemory:
     """Models and Fishers of this process, as `binding.Memory` wants them.
@@ -84,6 +91,7 @@ class LiveMemory:
         self._watched: set[int] = set()  # ids of the Fishers and gradients whose homes are known
         self._copies: dict[tuple[int, torch.device], Vector] = {}  # by the id of what was copied
         self._foreign: list[tuple[str, Tensor]] = []  # parameters in memory that torch did not allocate
+        self._wrapped = False  # a wrapper was met on the way to a parameter
         self._check_fishers()
 
     def describe(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Tensor | None]]:
@@ -98,9 +106,10 @@ class LiveMemory:
         self._place[nodes, 0] = len(self._described)
         self._place[nodes, 1] = np.arange(len(nodes))
         self._described.append(described)
-        columns: list[list[Tensor | None]] = []
-        for containers, keys in zip(described.containers, described.keys, strict=True):
-            columns.append([None if c is None else c.get(key) for c, key in zip(containers, keys, strict=True)])
+        columns = described.columns()
+        if self._wrapped or any(type(None) in set(map(type, column)) for column in columns):
+            self._place_by_meaning(described, columns)
+            columns = described.columns()
         flat = list(chain.from_iterable(columns))
         if not set(map(type, flat)) <= {nn.Parameter, Tensor} or any(map(_IS_NESTED, flat)):
             for name, column in zip(names, columns, strict=True):
@@ -127,14 +136,19 @@ class LiveMemory:
             containers += column if at is None else [column[i] for i in at]
             keys += its_keys if at is None else [its_keys[i] for i in at]
         found: list[Tensor] = [container.get(key) for container, key in zip(containers, keys, strict=True)]  # type: ignore[misc]
-        self._check(nodes, names, containers, found)
+        self._check(nodes, names, containers, keys, found)
         self._homes.add(containers, keys, found)
         self.parameters += found
         self.owners.update(zip(map(id, found), cycle(nodes)))
         return [found[i : i + len(nodes)] for i in range(0, len(found), len(nodes))]
 
     def _check(
-        self, nodes: Sequence[int], names: Sequence[str], containers: Sequence[Container], tensors: list[Tensor]
+        self,
+        nodes: Sequence[int],
+        names: Sequence[str],
+        containers: Sequence[Container],
+        keys: Sequence[str],
+        tensors: list[Tensor],
     ) -> None:
         """Refuse what has no plain memory or is not contiguous; note what torch did not allocate. [names x nodes]."""
 
@@ -142,7 +156,7 @@ class LiveMemory:
             return self._label(nodes[k % len(nodes)], names[k // len(nodes)])
 
         for k, container in enumerate(containers):
-            if type(container) is not dict and container.get(names[k // len(nodes)]) is not tensors[k]:
+            if type(container) is not dict and container.get(keys[k]) is not tensors[k]:
                 raise LayoutError(f"{label(k)}: the mapping makes it anew when it is asked for; pass what holds it")
         if not all_plain(tensors):
             for k, tensor in enumerate(tensors):
@@ -254,19 +268,11 @@ class LiveMemory:
         owners: dict[str, list[nn.Module | None]] = {
             "": [model if i else None for model, i in zip(models, inside, strict=True)]  # type: ignore[misc]
         }
+        self._wrapped = any(map(is_wrapper, set(map(type, models))))
         for name in names:
             path, _, key = name.rpartition(".")
             if path not in owned:
-                its = self._owners(owners, path)
-                if any(isinstance(owner, torch.jit.ScriptModule) for owner in its):
-                    i = next(i for i, o in zip(nodes, its, strict=True) if isinstance(o, torch.jit.ScriptModule))
-                    raise ArgumentError(
-                        f"node {self._nodes[i].name!r}: {path!r} is a TorchScript module; "
-                        "put the module that it was made from in its place"
-                    )
-                owned[path] = [None if owner is None else owner._parameters for owner in its]
-                there = [owner for owner in its if owner is not None]
-                self.links.add([vars(o) for o in there], "_parameters", [o._parameters for o in there])
+                owned[path] = self._owned(nodes, owners, path)
             if all(inside):
                 containers.append(owned[path])
                 keys.append([key] * len(models))
@@ -274,6 +280,40 @@ class LiveMemory:
                 containers.append([o if i else m for o, i, m in zip(owned[path], inside, models, strict=True)])  # type: ignore[misc]
                 keys.append([key if i else name for i in inside])
         return containers, keys
+
+    def _owned(
+        self, nodes: Sequence[int], owners: dict[str, list[nn.Module | None]], path: str
+    ) -> list[Container | None]:
+        """Where the modules at that path keep their parameters; None where there is no module."""
+        its = self._owners(owners, path)
+        if any(isinstance(owner, torch.jit.ScriptModule) for owner in its):
+            i = next(i for i, o in zip(nodes, its, strict=True) if isinstance(o, torch.jit.ScriptModule))
+            raise ArgumentError(
+                f"node {self._nodes[i].name!r}: {path!r} is a TorchScript module; "
+                "put the module that it was made from in its place"
+            )
+        there = [owner for owner in its if owner is not None]
+        self.links.add([vars(o) for o in there], "_parameters", [o._parameters for o in there])
+        return [None if owner is None else owner._parameters for owner in its]
+
+    def _place_by_meaning(self, described: Described, columns: Sequence[Sequence[Tensor | None]]) -> None:
+        """Find what a model that is or was wrapped calls otherwise than a Fisher; it stands in `described` then."""
+        containers = [list(column) for column in described.containers]  # names of one module share a column
+        keys = [list(column) for column in described.keys]
+        for i, node in enumerate(described.nodes):
+            model = self._nodes[node].model
+            wanted = [s for s, column in enumerate(columns) if self._wrapped or column[i] is None]
+            if not isinstance(model, nn.Module):
+                called = matched(described.names, model)
+                for s in wanted:
+                    keys[s][i] = called.get(described.names[s], described.names[s])
+                continue
+            known, owners = Names(model), {"": [model]}
+            for s in wanted:
+                if (first := known.find(described.names[s])) is not None:
+                    path, _, keys[s][i] = known.path(first).rpartition(".")
+                    (containers[s][i],) = self._owned([node], owners, path)  # type: ignore[arg-type]
+        described.containers, described.keys = containers, keys
 
     def _owners(self, owners: dict[str, list[nn.Module | None]], path: str) -> list[nn.Module | None]:
         """The modules at that path, None where there is none; they and those above them become owners, and links."""
@@ -284,6 +324,7 @@ class LiveMemory:
             there = [parent for parent in parents if parent is not None]
             self.links.add([vars(p) for p in there], "_modules", [p._modules for p in there])
             children = [None if mapping is None else mapping.get(key) for mapping in held]
+            self._wrapped = self._wrapped or any(map(is_wrapper, set(map(type, children))))
             if all(isinstance(child, nn.Module) for child in children):
                 self.links.add(held, key, children)  # type: ignore[arg-type]
             else:

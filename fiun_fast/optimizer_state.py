@@ -11,6 +11,7 @@ import torch
 from .arguments import check_number
 from .errors import ArgumentError, EstimationError, LayoutError
 from .memory import check_addressable
+from .wrappers import optimizer_in
 
 NEEDED = ("exp_avg_sq", "step")
 
@@ -30,8 +31,7 @@ def second_moments(
         EstimationError: the optimiser has taken no step with a parameter yet.
 
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    optimizer = optimizer_in(optimizer)
     kind = type(optimizer).__name__
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     strangers = [name for name, p in selected.items() if id(p) not in groups]

@@ -27,6 +27,7 @@ from .kernels import select
 from .kernels.interface import Histogram
 from .kernels.table import BINS, Group, Merging, Table
 from .memory import check_no_mode
+from .provenance import warn_if_unlike
 
 FRACTION = "samples to forget over samples trained on, in (0, 1]"
 
@@ -168,16 +169,18 @@ def ratios_of(
     """
     check_no_mode()
     forgets = check_fishers(original, forget)
+    warn_if_unlike(("the original Fisher", original.provenance, "the forget Fisher", one.provenance) for one in forgets)
     check_one_of("merge", merge, MERGE_RULES)
     merging = Merging(merge, check_number("scale", scale, original.dtype))
     segments = [s for s in original.layout if s.numel]
     if not segments:
         raise ArgumentError("the Fishers have no elements")
+    layouts = [f.layout.named_as(original.layout) for f in forgets]
     group = Group(
         names=tuple(s.name for s in segments),
         numels=np.array([s.numel for s in segments], dtype=np.int64),
         forgets=[f.buffer for f in forgets],
-        forget_offsets=np.array([[f.layout[s.name].offset for s in segments] for f in forgets], dtype=np.int64),
+        forget_offsets=np.array([[layout[s.name].offset for s in segments] for layout in layouts], dtype=np.int64),
         weights=(1.0,) * len(forgets),
         originals=[original.buffer],
         original_offsets=np.array([s.offset for s in segments], dtype=np.int64),

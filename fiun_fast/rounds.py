@@ -17,8 +17,8 @@ from .estimators.preserving import preserved
 from .fisher import Fisher
 from .gradient import Gradient
 from .guards import alone, signals_deferred
-from .layout import check_module, select_parameters
 from .planning import Plan
+from .scope import check_module, select_parameters
 from .unlearning import plan
 
 Losses = Callable[[nn.Module, Sequence[Any]], Tensor]  # loss of each item, [items]
@@ -182,7 +182,8 @@ class _State:
         backend: str | None,
     ) -> None:
         self._model, self._losses, self._remembered, self._batch = model, losses, remembered, batch
-        self._parameters = list(select_parameters(model, list(original.layout.names)).values())
+        selected = select_parameters(model, list(original.layout.names))
+        self._parameters = [selected[name] for name in original.layout.names]
         floored = Fisher(original.buffer.clamp_min(FLOOR), original.layout, original.provenance)
         self._forget = Fisher(torch.zeros_like(original.buffer), original.layout)
         self._gradient = Gradient(torch.zeros_like(original.buffer), original.layout)

@@ -10,9 +10,11 @@ import torch
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import alone, signals_deferred
 from .kernels.cpu import expect_writes
-from .layout import Layout, Params, select_parameters
+from .layout import Layout
 from .memory import check_addressable, check_disjoint, span
 from .overlaps import held_by, name_in, overlaps
+from .scope import Params, select_parameters
+from .wrappers import check_gathered
 
 _LINE = 64  # bytes of a cache line
 
@@ -33,6 +35,7 @@ def flatten_(model: torch.nn.Module, params: Params = None) -> torch.Tensor:
 
     """
     parameters = select_parameters(model, params)
+    check_gathered("model", model, for_good=True)
     like = _alike({f"parameter {name!r}": p for name, p in parameters.items()}, [model])
     layout = Layout({name: p.shape for name, p in parameters.items()})
     buffer = _empty(like, layout.numel)
@@ -66,6 +69,8 @@ def stack_(models: Iterable[torch.nn.Module] | Mapping[str, torch.nn.Module], pa
     selected = {f"model {label!r}": select_parameters(model, params) for label, model in labelled.items()}
     if not selected:
         raise ArgumentError("no models to stack")
+    for where, model in zip(selected, labelled.values(), strict=True):
+        check_gathered(where, model, for_good=True)
     (first, its), *_ = selected.items()
     layout = Layout({name: p.shape for name, p in its.items()})
     for where, parameters in selected.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from .arguments import MergeRule, OnMismatch, check_count, check_number
 from .dag import ForgetRequest, InheritanceDAG, Model
-from .errors import ArgumentError, TuningWarning
+from .errors import ArgumentError, TuningWarning, warn
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
 from .tuned import TriedPoint, Tuned
@@ -280,7 +279,7 @@ def _said(who: str, found: Tuned) -> Tuned:
     if found.doubts:
         lines = [f"node {name!r}: {doubt}" for name, doubt in list(found.doubts.items())[:8]]
         more = [f"and {len(found.doubts) - 8} nodes more"] if len(found.doubts) > 8 else []
-        warnings.warn(f"{who}: " + "; ".join(lines + more), TuningWarning, stacklevel=3)
+        warn(f"{who}: " + "; ".join(lines + more), TuningWarning)
     return found
 
 

@@ -14,9 +14,9 @@ from .binding import Part
 from .dag import InheritanceDAG, Model, check_model
 from .errors import ArgumentError, DTypeError, LayoutError, UndoError
 from .guards import alone, denormals_kept, signals_deferred
-from .layout import every_name
 from .live import Links, LiveMemory
 from .memory import check_addressable, check_disjoint, check_writable, place_of, span
+from .naming import Names, matched
 from .tiles import possible_selection, tiles
 from .undo_file import BITS, Entry
 
@@ -146,7 +146,10 @@ class UndoLog:
 
     def _look_up(self, models: InheritanceDAG | Mapping[str, Model] | Model) -> list[Tensor]:
         """The parameters by name, in models that the caller names."""
-        named = {node: _tensors(_model(models, node, self.nodes)) for node in self.nodes}
+        logged: dict[str, list[str]] = {}
+        for entry in self._entries:
+            logged.setdefault(entry.node, []).append(entry.name)
+        named = {node: _tensors(_model(models, node, self.nodes), names) for node, names in logged.items()}
         parameters = []
         for entry in self._entries:
             parameter = named[entry.node].get(entry.name)
@@ -245,10 +248,13 @@ def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, node
     return model  # type: ignore[return-value]
 
 
-def _tensors(model: Model) -> Mapping[str, Tensor]:
-    if isinstance(model, torch.nn.Module):  # tied parameters under each of their names: a log has one of them
-        return dict(every_name(model))
-    return model
+def _tensors(model: Model, names: Sequence[str]) -> dict[str, Tensor | None]:
+    """What the model has under these names, whatever wrappers it had during the run and has now."""
+    if isinstance(model, torch.nn.Module):
+        own = Names(model)
+        return {name: own.first.get(own.find(name) or "") for name in names}
+    called = matched(names, model)
+    return {name: model.get(called.get(name, name)) for name in names}
 
 
 def _check(entry: Entry, parameter: Tensor) -> None:

@@ -17,6 +17,7 @@ from .gradient import Gradient
 from .kernels.table import Merging
 from .planning import Plan
 from .profile import SelectionProfile, profiles_of
+from .provenance import warn_if_unlike
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
 
@@ -205,6 +206,11 @@ def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: d
     how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
     merging = Merging(o.merge, check_number("scale", o.scale, dtype))
     made = Plan(nodes, requests, bystanders, merging, how, on_mismatch=o.on_mismatch, backend=o.backend)
+    warn_if_unlike(
+        (f"the original Fisher of {n.name!r}", n.fisher.provenance, f"the forget Fisher of request {k}", r.provenance)
+        for n in nodes
+        for k, r in ((k, requests[k].fisher) for k in n.requests)
+    )
     if fractions is not None:
         q = np.array([adaptive_percentile(fraction) for fraction in fractions])
         made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))

@@ -70,7 +70,7 @@ class Vector:
         check_buffer(f"{where}: its buffer", vars(self).get("buffer"), self.layout)
 
     def as_dict(self) -> dict[str, torch.Tensor]:
-        """Name -> view into the buffer, in the parameter's shape."""
+        """Name -> view into the buffer, in the parameter's shape; `torch.save` of one view writes the whole buffer."""
         self.check_memory(type(self).__name__)
         return self.layout.views(self.buffer)
 

@@ -127,6 +127,7 @@ def dampen(
     """
     parameters = dict(model.named_parameters())
     strided = {name for name in original if not parameters[name].is_contiguous()}
+    _check_apart({name: parameters[name] for name in strided})
     if strided and options["undo"]:
         raise ff.ArgumentError(f"undo: parameter {min(strided)!r} is not contiguous; call ff.flatten_(model) first")
     dense = {name: parameters[name].detach().contiguous() for name in strided}  # dampened in a copy, copied back
@@ -156,6 +157,22 @@ def dampen(
     return report, Made(plan, fishers, in_place)
 
 
+def _check_apart(parameters: Mapping[str, Tensor]) -> None:
+    """Raise a LayoutError where two elements of a parameter lie in one place, as after `expand`.
+
+    Sorted by stride, each dimension must step over all that the ones before it reach.
+    """
+    for name, p in parameters.items():
+        reach = 0
+        for stride, size in sorted(zip(p.stride(), p.shape, strict=True)) if p.numel() else ():
+            if size > 1 and stride <= reach:
+                raise ff.LayoutError(
+                    f"parameter {name!r}: elements of it share memory (shape {list(p.shape)}, stride "
+                    f"{list(p.stride())}); pass a copy, p.clone()"
+                )
+            reach += (size - 1) * stride
+
+
 def _write(parameter: Tensor, values: Tensor) -> None:
     with torch.inference_mode() if parameter.is_inference() else torch.no_grad():
         parameter.copy_(values)
@@ -176,6 +193,7 @@ def dampen_in_half_precision(
 ) -> None:
     """The published chain, every step rounded to the importances' dtype: what the kernels deliberately do not do."""
     parameters = {name: p for name, p in model.named_parameters() if name in original}
+    _check_apart(parameters)
     names, spans = list(parameters), np.array([span(p) for p in parameters.values()], dtype=np.int64).reshape(-1, 2)
     check_disjoint(spans[:, 0], spans[:, 1], lambda i: f"parameter {names[i]!r}")
     with alone, denormals_kept():

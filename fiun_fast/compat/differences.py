@@ -33,6 +33,7 @@ DIFFERENCES = (
         "importances in float32; the product is rounded once",
     ),
     Difference("frozen parameters", "zeros in the dict", SAME, "not in the dict, unless named in train_layer"),
+    Difference("frozen integer parameters (quantised)", "an error", "not in the dict", "not in the dict"),
     Difference("train_layer (FIUn)", "freezes the others for good", "freezes them meanwhile", "freezes them meanwhile"),
     Difference("importances and parameters", "matched by position", "matched by name", "matched by name"),
     Difference("importances on another device", "an error", "moved", "moved"),
@@ -52,6 +53,8 @@ DIFFERENCES = (
         "ff.adaptive_alpha: no copy, interpolated in float64",
     ),
     Difference("loader without a length", "an error", "batches are counted", "batches are counted"),
+    Difference("batches without a sample, or without a label that counts", "count", "left out", "left out"),
+    Difference("a batch whose loss is not finite", "every importance NaN", "an error", "an error"),
     Difference("dicts given to merge (MFIM)", "the first is overwritten", "none is changed", "none is changed"),
     Difference("output", "prints its parameters", "silent", "silent"),
 )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fiun_fast as ff
 from fiun_fast.arguments import FISHER_DTYPES, check_number
 from fiun_fast.memory import check_addressable
+from fiun_fast.naming import Names, matched, near
+from fiun_fast.wrappers import check_gathered
 
 LOWEST = 100 - math.log(101)  # ASSD's q for a fraction of 1: a smaller q belongs to no fraction
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
+Value = TypeVar("Value")
 Importances = Mapping[str, Tensor] | ff.Fisher
 
 
@@ -41,6 +44,34 @@ def values_of(what: str, importances: object) -> Mapping[str, Tensor]:
             raise ff.DTypeError(f"{what}: {name!r} is {found}, expected a floating-point tensor")
         check_addressable(f"{what}: {name!r}", value)
     return importances
+
+
+def named_as(
+    model: nn.Module, parameters: Iterable[str], what: str, values: Mapping[str, Value]
+) -> Mapping[str, Value]:
+    """The same values, by the names of `model.named_parameters()`: what wraps a model now, or did then, is no matter.
+
+    Raises:
+        LayoutError: a name that no parameter has, or two of one parameter; the message begins with `what`.
+
+    """
+    there = set(parameters)
+    if values.keys() <= there:
+        return values
+    check_gathered("model", model)
+    names = Names(model)
+    own = {names.find(name): name for name in there}
+    renamed: dict[str, Value] = {}
+    given: dict[str, str] = {}
+    for name, value in values.items():
+        if (first := names.find(name)) is None:
+            raise ff.LayoutError(
+                f"{what} has {name!r}, which is not a parameter of the model{near(name, own.values())}"
+            )
+        if own[first] in renamed:
+            raise ff.LayoutError(f"{what} has {name!r} and {given[own[first]]!r}, which are one parameter of the model")
+        renamed[own[first]], given[own[first]] = value, name
+    return renamed
 
 
 def as_fisher(values: Mapping[str, Tensor], layout: ff.Layout | None = None) -> ff.Fisher:
@@ -93,7 +124,8 @@ def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, 
         difference = layout.difference(ff.Layout.from_tensors(one), "importances[0]", f"importances[{k}]")
         if difference is not None:
             raise ff.LayoutError(f"importances differ: {difference}")
-        listed[k] = {name: one[name] for name in layout.names}
+        called = {own: name for name, own in matched(list(one), layout.names).items()}
+        listed[k] = {name: one[called.get(name, name)] for name in layout.names}
     if next(iter(listed[0].values())).dtype in FISHER_DTYPES:
         buffer = ff.merge_fishers([as_fisher(one) for one in listed]).buffer
     else:  # half precision stays half precision, bit by bit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import fiun_fast as ff
+from fiun_fast.estimators.job import called, checked
+from fiun_fast.estimators.loaders import NumberedBatches
+from fiun_fast.estimators.predictions import fitted
 from fiun_fast.estimators.reading import Forward, Loss, OwnLoss, Reading, Wanted, check_loss
-from fiun_fast.estimators.totals import check_not_empty
 
 NORMALIZE = ("batches", "samples", "weighted")
-FORMS = "(x, y), (x, _, y), (x, y, idx) with target_index=1, or a dict with labels"
+FORMS = "(x, y), (x, …, y), (x, y, idx) with target_index=1, or a dict with labels"
 ADVICE = "batch_fn=lambda batch: (…, …), or forward_fn=lambda model, batch: (outputs, targets)"
 
 
@@ -47,25 +49,29 @@ class Batches:
         wanted: Wanted = "outputs" if self.label_free else "loss"
         return Reading(wanted, self.forward_fn, self.target_index, None if self.label_free else FORMS, ADVICE)
 
+    def prepared(self, batch: Any) -> Any:
+        """The batch after `batch_fn` and `truncate`."""
+        if self.batch_fn is not None:
+            batch = self.batch_fn(batch)
+        return _cut(batch, self.truncate) if self.truncate is not None and self.forward_fn is None else batch
+
     def forward(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Any, Any, int]:
-        """Outputs, targets, and the number of samples; 0 where it cannot be told.
+        """Outputs, targets, and the number of samples, 0 where it cannot be told, of a batch that is prepared.
 
         Raises:
             EstimationError: a form of batch, or of outputs, that is not understood.
 
         """
-        if self.batch_fn is not None:
-            batch = self.batch_fn(batch)
-        if self.truncate is not None and self.forward_fn is None:
-            batch = _cut(batch, self.truncate)
         outputs, targets = self.reading.forward(model, batch, device)
         return outputs, targets, _samples(outputs, targets, batch)
 
     def loss(self, outputs: Any, targets: Any) -> Any:
-        """The loss of what `forward` returned; a `forward_fn` that returns no targets has returned the loss."""
+        """The loss of what `forward` returned."""
         if isinstance(targets, OwnLoss):
             return targets.loss
-        return outputs if targets is None else (self.loss_fn or nn.functional.cross_entropy)(outputs, targets)
+        if self.loss_fn is not None:
+            return called(self.loss_fn, outputs, targets)
+        return checked(fitted(outputs, targets)).mean()
 
 
 class Pass:
@@ -76,19 +82,19 @@ class Pass:
         self.batches = self.samples = self._first = self._now = 0
         self._counted = False
 
-    def over(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The loader's batches; each counts once, however often it is forwarded."""
-        for batch in loader:
-            self._counted = False
-            yield batch
+    def over(self, loader: Iterable[Any], model: nn.Module) -> NumberedBatches:
+        """The loader's batches, with their numbers; each counts once, however often it is forwarded."""
+        return NumberedBatches(loader, self._form.reading, model, self._next)
+
+    def _next(self, batch: Any) -> Any:
+        self._counted = False
+        return self._form.prepared(batch)
 
     def forward(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
         """Outputs and targets of a batch."""
         outputs, targets, self._now = self._form.forward(model, batch, self._device)
         if self.how != "batches" and self._now == 0:
-            raise ff.EstimationError(
-                f'batch {self.batches}: cannot tell how many samples it has, as normalize="{self.how}" needs'
-            )
+            raise ff.EstimationError(f'cannot tell how many samples it has, as normalize="{self.how}" needs')
         self._first = self._first or self._now
         if not self._counted:
             self.batches, self.samples, self._counted = self.batches + 1, self.samples + self._now, True
@@ -98,12 +104,7 @@ class Pass:
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         """Loss of a batch; with "weighted" it is scaled so that squared gradients count by their samples."""
-        try:
-            loss = self._form.loss(outputs, targets)
-        except IndexError as error:  # torch's: a target that is not a class
-            at = self._form.target_index
-            hint = "" if at is not None else "; if the targets are not the last part of a batch, pass target_index=…"
-            raise ff.EstimationError(f"batch {self.batches - 1}: {error}{hint}") from error
+        loss = self._form.loss(outputs, targets)
         if self.how == "weighted" and self._now != self._first and isinstance(loss, Tensor):
             loss = loss * math.sqrt(self._now / self._first)
         return loss
@@ -112,24 +113,22 @@ class Pass:
         """As the published classes write it: LFSSD squares a norm instead of summing squares.
 
         Raises:
-            EstimationError: it is not a scalar, or depends on none of the named parameters.
+            EstimationError: it is not a scalar, not finite, or depends on none of the named parameters.
 
         """
         if self._form.label_free:
             loss = outputs.flatten(1).norm(p="fro", dim=1).pow(2).mean()
         else:
             loss = self.loss(outputs, targets)
-        return check_loss(loss, self.batches - 1, names)
+        if not bool(check_loss(loss, names).isfinite()):
+            raise ff.EstimationError("its loss is not finite, and so would every importance be")
+        return loss
 
     def divisor(self) -> float:
         """What the sums are divided by."""
         if self.how == "weighted":
             return self.samples / self._first
         return self.samples if self.how == "samples" else self.batches
-
-    def check_not_empty(self) -> None:
-        """Raise an EstimationError if there was no batch."""
-        check_not_empty(self.batches)
 
 
 def _cut(batch: Any, most: int) -> Any:

@@ -7,7 +7,6 @@ The rest of a script stays as it is. docs/migrate.md lists the variants in circu
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,22 +16,24 @@ import torch
 from torch import Tensor, nn
 
 import fiun_fast as ff
-from fiun_fast.arguments import FISHER_DTYPES, check_one_of
+from fiun_fast.arguments import FISHER_DTYPES, THETA_DTYPES, check_one_of
 from fiun_fast.estimators.claims import estimating
+from fiun_fast.estimators.loaders import of_batch
 from fiun_fast.estimators.reading import Forward, Loss
 from fiun_fast.estimators.totals import check_no_inference
-from fiun_fast.layout import check_module
 from fiun_fast.memory import check_addressable, check_writable
+from fiun_fast.provenance import warn_if_unlike
+from fiun_fast.scope import check_module
+from fiun_fast.wrappers import check_gathered
 
 from .dampening import Kept, Numbers, dampen, dampen_in_half_precision
 from .differences import differences
 from .helpers import Helpers
-from .importances import Importances, flat_zeros, mfim, published, streamed, values_of
+from .importances import Importances, flat_zeros, mfim, named_as, published, streamed, values_of
 from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, given, is_device
 from .passes import NORMALIZE, Batches, Pass
 
 __all__ = ["ParameterPerturber", "differences", "mfim"]
-
 MODES = ("strict", "corrected")
 
 
@@ -122,9 +123,9 @@ class ParameterPerturber(Helpers):
     ) -> dict[str, Tensor]:
         """Importance of every parameter: mean over the batches of the squared gradient of the batch's mean loss.
 
-        Batches: (x, y); (x, _, y); (x, y, idx) with target_index=1; a dict with labels, which the model gets as keyword
-        arguments and whose `.loss` is used; anything else through `batch_fn` or `forward_fn`. A model may return a
-        tensor, a tuple that begins with one, or an object with `.logits`.
+        Batches: (x, y); (x, …, y); (x, y, idx) with target_index=1; a dict with labels, which the model gets as keyword
+        arguments and whose `.loss` is used; anything else through `batch_fn` or `forward_fn`. docs/fishers.md has
+        tables of all forms of batches and targets. A batch without a sample is left out.
 
         Args:
             dataloader: yields batches; its length is not needed.
@@ -132,14 +133,16 @@ class ParameterPerturber(Helpers):
             normalize, truncate: override the constructor's.
 
         Returns:
-            Name -> tensor in the parameter's shape, in the order of `model.named_parameters()`; views of one flat
-            buffer, which is what lets `modify_weight` take one pass. In strict mode every parameter is there, zeros
-            where no gradient came, in the parameter's dtype; in corrected mode those that require grad, or those of
-            `train_layer`, in float32.
+            Name -> tensor in the parameter's shape, names and order those of `model.named_parameters()`; views of one
+            flat buffer, which is what lets `modify_weight` take one pass (and makes `torch.save` of one entry write
+            them all: save `value.clone()`, or `ff.Fisher.from_dict(importances)`). In strict mode every parameter is
+            there, zeros where no gradient came, in the parameter's dtype, except frozen integers; in corrected mode
+            those that require grad, or those of `train_layer`, in float32.
 
         Raises:
-            EstimationError: an empty loader, a batch or output of an unknown form, a loss that is not a scalar or
-                depends on no parameter.
+            EstimationError: an empty loader, a batch, targets or output of an unknown form, a loss that is not a
+                scalar, not finite, or depends on no parameter.
+            ArgumentError: one batch, or a dataset of samples, in the place of a loader.
 
         """
         self._options()
@@ -191,6 +194,12 @@ class ParameterPerturber(Helpers):
         given = [original_importance, *forgets]
         if (report := self._again(given, divisor, options)) is not None:
             return report
+        if isinstance(original_importance, ff.Fisher):
+            warn_if_unlike(
+                ("original_importance", original_importance.provenance, "forget_importance", one.provenance)
+                for one in forgets
+                if isinstance(one, ff.Fisher)
+            )
         parameters = dict(self.model.named_parameters())
         original = self._fitting("original_importance", original_importance, parameters)
         chosen = [
@@ -234,10 +243,15 @@ class ParameterPerturber(Helpers):
 
     def _strict(self, dataloader: Iterable[Any], pass_over: Pass) -> dict[str, Tensor]:
         """The published loop: the model is neither prepared before nor restored afterwards."""
+        check_gathered("model", self.model, for_good=True)
         parameters = dict(self.model.named_parameters())
         for name, p in parameters.items():
             check_addressable(f"parameter {name!r}", p)
         check_no_inference(parameters.items())
+        if not any(p.requires_grad for p in parameters.values()):
+            raise ff.LayoutError(f"no parameter of {type(self.model).__name__} requires grad: no gradient will arrive")
+        # frozen integers, as quantised layers have them, can neither be averaged nor dampened
+        parameters = {name: p for name, p in parameters.items() if p.requires_grad or p.dtype in THETA_DTYPES}
         dtypes, devices = {p.dtype for p in parameters.values()}, {p.device for p in parameters.values()}
         flat = len(dtypes) == len(devices) == 1 and dtypes <= set(FISHER_DTYPES)
         power = 1 if self.label_free else 2
@@ -252,17 +266,19 @@ class ParameterPerturber(Helpers):
                 allow_frozen=True,
             )
         with estimating({"model": self.model}), self._only_scope():
-            for batch in pass_over.over(dataloader):
+            batches = pass_over.over(dataloader, self.model)
+            for number, batch in batches:
                 self.opt.zero_grad() if self.opt is not None else self.model.zero_grad()
-                outputs, targets = pass_over.forward(self.model, batch)
-                pass_over.strict_loss(outputs, targets, parameters).backward()
+                with of_batch(number):
+                    outputs, targets = pass_over.forward(self.model, batch)
+                    pass_over.strict_loss(outputs, targets, parameters).backward()
                 if flat:
                     accumulator.update()
                     continue
                 for name, total in sums.items():
                     if (gradient := parameters[name].grad) is not None:
                         total += gradient.abs() if power == 1 else gradient.pow(2)
-        pass_over.check_not_empty()
+        batches.check_not_empty()
         if not flat:
             for total in sums.values():
                 total /= float(pass_over.divisor())
@@ -270,13 +286,13 @@ class ParameterPerturber(Helpers):
         fisher = accumulator.result(in_place=True)
         if pass_over.how != "batches":
             fisher.buffer.mul_(pass_over.batches / pass_over.divisor())
-        return fisher.as_dict()
+        return self._named(fisher.as_dict())
 
     def _corrected(self, dataloader: Iterable[Any], pass_over: Pass) -> dict[str, Tensor]:
         """`ff.estimate_fisher`, which leaves the model as it was."""
         fisher = ff.estimate_fisher(
             self.model,
-            pass_over.over(dataloader),
+            pass_over.over(dataloader, self.model),
             params=self.train_layer,
             estimator="label_free" if self.label_free else "batch",
             loss_fn=None if self.label_free else pass_over.loss,
@@ -285,7 +301,12 @@ class ParameterPerturber(Helpers):
         )
         if pass_over.how != "batches":
             fisher.buffer.mul_(pass_over.batches / pass_over.divisor())
-        return fisher.as_dict()
+        return self._named(fisher.as_dict())
+
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What layouts name, by the names of `model.named_parameters()`."""
+        parameters = (name for name, _ in self.model.named_parameters())
+        return dict(named_as(self.model, parameters, "the importances", values))
 
     @contextmanager
     def _only_scope(self) -> Iterator[None]:
@@ -312,16 +333,12 @@ class ParameterPerturber(Helpers):
         like: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The entries in scope, checked against the model's parameters, and against the other importances' names."""
-        values = values_of(what, importances)
+        values = named_as(self.model, parameters, what, values_of(what, importances))
         for name, value in values.items():
-            if name not in parameters:
-                near = difflib.get_close_matches(name, parameters, n=4, cutoff=0.4) or list(parameters)[:4]
-                raise ff.LayoutError(
-                    f"{what} has {name!r}, which is not a parameter of the model; near names: {', '.join(near)}"
-                )
             if like is None or name not in like:
                 check_addressable(f"parameter {name!r}", parameters[name])
             if value.shape != parameters[name].shape:
+                check_gathered("model", self.model)
                 shapes = f"{list(value.shape)}, {list(parameters[name].shape)} in the model"
                 raise ff.LayoutError(f"{what}: {name!r} is {shapes}")
         if self.train_layer is not None:
@@ -406,7 +423,8 @@ class ParameterPerturber(Helpers):
     def _scope(self, train_layer: Any) -> list[str] | None:
         if train_layer is None or train_layer == "all":
             return None
-        return list(ff.Layout.from_module(self.model, train_layer).names)
+        layout = ff.Layout.from_module(self.model, train_layer)
+        return list(self._named(dict.fromkeys(layout.names)))
 
     def _numbers(self) -> None:
         for key in NUMBERS:

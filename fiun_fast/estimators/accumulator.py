@@ -15,9 +15,10 @@ from torch import Tensor
 from ..arguments import FISHER_DTYPES, Estimator, check_count, check_one_of, listed
 from ..errors import ArgumentError, DTypeError, EstimationError
 from ..fisher import Fisher
-from ..layout import Layout, Params, check_module, select_parameters
+from ..layout import Layout
+from ..scope import Params, check_module, select_parameters
 from . import claims
-from .job import Estimate, Job, count
+from .job import Estimate, Job, count, explained_late, reduction_of
 from .reading import check_loss
 from .streaming import at_steps, in_backward
 from .totals import Totals, check_parameters
@@ -35,7 +36,8 @@ class FisherAccumulator:
     that of LFSSD (arXiv 2402.19308) where every backward is that of mean_n ‖f(x_n)‖².
 
     Args:
-        model: its parameters' `.grad` are read; nothing else of it is touched.
+        model: its parameters' `.grad` are read; nothing else of it is touched. It may be wrapped, and gradients are
+            then what the wrapper makes of them: reduced over ranks by DistributedDataParallel.
         params: which parameters, as in `Layout.from_module`.
         dtype: dtype of the sum, float32 or float64; half-precision gradients are widened before they are squared.
         backend: name of a backend; None for the default of the parameters' device.
@@ -175,11 +177,14 @@ class FisherAccumulator:
 
         The gradients are those the optimiser sees: accumulated over micro-batches, reduced over processes
         (DistributedDataParallel), clipped if the loop clips, and unscaled under a GradScaler, whose skipped steps are
-        not counted; one that raises later, in the step itself, is. They are training-mode gradients of changing
-        parameters: docs/fishers.md.
+        not counted; one that raises later, in the step itself, is. With `step(closure)` they are those of the closure's
+        first call. They are training-mode gradients of changing parameters: docs/fishers.md.
+
+        Args:
+            optimizer: a torch.optim.Optimizer, or a wrapper of one that steps it (docs/models.md).
 
         Raises:
-            ArgumentError: it is not an optimiser.
+            ArgumentError: it is neither, or adds noise to the gradients (Opacus).
             EstimationError: inside `streaming` or `during` of the same accumulator; at a step, no parameter has a
                 gradient.
             LayoutError, DeviceError: as in `streaming`.
@@ -213,16 +218,24 @@ class BatchEstimate(Estimate):
 
     def step(self, batch: Any) -> None:
         """Run a backward and add what it left in `.grad`."""
-        job, steps = self._job, self._totals.steps
+        job, free = self._job, self._job.estimator == "label_free"
         outputs, targets = job.forward(batch)
-        loss = squared_length(outputs) if job.estimator == "label_free" else job.loss(outputs, targets)
-        check_loss(loss, steps, job.selected).backward()
+        loss = squared_length(outputs) if free else job.loss(outputs, targets)
+        if self._totals.steps == 0:
+            self._totals.note(outputs, "mean" if free else reduction_of(job, outputs, targets))
+        with explained_late(job, outputs, targets):
+            check_loss(loss, job.selected).backward()
         found = {name: p.grad for name, p in job.selected.items() if p.grad is not None}
         if not found:
-            raise EstimationError(f"batch {steps}: the loss does not depend on {', '.join(list(job.selected)[:4])}")
+            raise EstimationError(f"the loss does not depend on {', '.join(list(job.selected)[:4])}")
         self._totals.add(found, samples=count(outputs) or count(batch))
         for p in job.selected.values():
             p.grad = None
+
+    @property
+    def totals(self) -> Totals:
+        """The sum so far."""
+        return self._totals
 
     def result(self) -> Fisher:
         """The mean over the batches."""

@@ -10,12 +10,13 @@ What torch has once for the process, its random state among it, is put back by t
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,21 @@ def random_state(devices: Iterable[torch.device]) -> Iterator[None]:
                     _random[device] = Shared(partial(of.get_rng_state, **options), partial(of.set_rng_state, **options))
                 shared = _random[device]
             stack.enter_context(shared)
+        yield
+
+
+_eager: Shared[Any] = Shared(
+    lambda: torch.compiler.set_stance("force_eager"), lambda stance: stance.__exit__(None, None, None)
+)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What torch.compile has made runs as it was written: closed forms see through that, and nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and importing it takes a second
+        yield
+        return
+    with _eager:
         yield
 
 

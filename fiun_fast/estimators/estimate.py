@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..arguments import Estimator
+from ..arguments import Estimator, Per
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
-from ..layout import Params, check_module, select_parameters
+from ..scope import Params, check_module, select_parameters
+from ..wrappers import check_gathered, silenced, unwrap
 from . import claims
 from .accumulator import BatchEstimate
 from .head import HeadEstimate, NotAHead
 from .job import Estimate, Job, Options
+from .loaders import NumberedBatches, of_batch, why_not_finite
 from .preserving import preserved
-from .reading import Forward, Loss
+from .reading import Forward, Loss, in_transform
 from .sample import SampleEstimate
-from .totals import check_parameters
+from .totals import Totals, check_parameters
 
 
 def estimate_fisher(
@@ -34,6 +37,8 @@ def estimate_fisher(
     backend: str | None = None,
     samples: int = 1,
     seed: int = 0,
+    per: Per = "sequence",
+    target_index: int | None = None,
 ) -> Fisher:
     """Estimate the diagonal Fisher information of a model over a loader.
 
@@ -53,36 +58,47 @@ def estimate_fisher(
     says which estimator to choose.
 
     Args:
-        model: any module.
-        loader: yields batches: (inputs [B, ...], targets [B]), (inputs, _, targets), or a dict (any Mapping) with
+        model: any module. Wrappers are looked through (DistributedDataParallel, DataParallel, torch.compile, Opacus and
+            others): the data of this process alone count, nothing is reduced over ranks, and the model runs eagerly.
+        loader: yields batches: (inputs [B, ...], targets [B]), (inputs, …, targets), or a dict (any Mapping) with
             "labels", "label" or "label_ids", with whose keys as keywords the model is called; for `label_free` and
             `expected`, which need no labels, also inputs alone and dicts without labels. The model may return a tensor,
-            a tuple that begins with one, an object with `.logits`, or a dict with "logits" or "out".
+            a tuple that begins with one, an object with `.logits`, or a dict with "logits" or "out". docs/fishers.md
+            has tables of all forms of batches and targets. A batch without a sample, or of which all labels are -100,
+            is left out.
         params: which parameters, as in `Layout.from_module`; frozen ones may be named.
         estimator: see above.
         loss_fn: (outputs, targets) -> scalar mean loss; default: for dicts the model's own `.loss`, else cross entropy.
             For `sample` its value for each sample alone is what counts: it is called on slices [1, ...] of outputs and
             targets, or may return [B]. Not for `expected` and `label_free`, which have losses of their own.
-        forward_fn: (model, batch) -> (outputs, targets), for batches of any other form. For `sample` and `expected` a
+        forward_fn: (model, batch) -> (outputs, targets), for batches of any other form; it gets the model without
+            wrappers. For `sample` and `expected` a
             batch is split into samples along the first dimension of its tensors.
         progress: show a progress bar.
         backend: as in `plan`.
         samples: labels that `expected` draws for each example; 0: every class, weighted by its probability, exact. A
-            last linear layer is exact in either case.
+            last linear layer is exact in either case, in batches of three or more.
         seed: seed of these draws.
+        per: of models that predict at every position (language models: logits [B, T, C]), what one sample of `sample`
+            and `expected` is: a "sequence", whose loss is the mean over its tokens, or a "token". Labels of -100 do
+            not count; of a dict with labels the model's own loss says whether they are those of the next token.
+        target_index: position of the targets in a tuple; default: last.
 
     Returns:
         The Fisher, float32, on the parameters' device.
 
     Raises:
-        EstimationError: empty loader, a batch of a form that is not understood, a loss that is not a scalar or does not
-            depend on the selected parameters; for `expected`, outputs that are not [B, classes]; the model was made
-            under inference_mode, streams into a FisherAccumulator, or is being estimated by this thread already.
-        ArgumentError: unknown estimator, a loss where the estimator has its own, or negative `samples`.
+        EstimationError: empty loader, a batch of a form that is not understood, targets that do not fit the outputs, a
+            loss that is not a scalar or does not depend on the selected parameters, a batch after which the Fisher
+            would not be finite; for `expected`, outputs that are no logits; the model was made under inference_mode,
+            streams into a FisherAccumulator, or is being estimated by this thread already. The message begins with
+            the number of the batch.
+        ArgumentError: one batch or a dataset of samples in the place of a loader, unknown estimator, a loss where the
+            estimator has its own, negative `samples`, per="token" for an estimator that goes by batches.
         LayoutError, DeviceError, BackendError: as in `FisherAccumulator`.
 
     """
-    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed)
+    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     return _sweep({"model": model}, loader, params, options, progress)["model"]
 
 
@@ -98,6 +114,8 @@ def estimate_fishers(
     backend: str | None = None,
     samples: int = 1,
     seed: int = 0,
+    per: Per = "sequence",
+    target_index: int | None = None,
 ) -> dict[str, Fisher]:
     """Fishers of several models, such as all nodes of an inheritance DAG, in one sweep over the loader.
 
@@ -107,7 +125,7 @@ def estimate_fishers(
 
     Args:
         models: name -> module.
-        loader, params, estimator, loss_fn, forward_fn, progress, backend, samples, seed: as there.
+        loader, params, estimator, loss_fn, forward_fn, progress, backend, samples, seed, per, target_index: as there.
 
     Returns:
         Name -> Fisher, in the order of `models`.
@@ -116,11 +134,9 @@ def estimate_fishers(
         ArgumentError: there is no model; else as in `estimate_fisher`.
 
     """
-    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed)
+    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
-    if len({id(model) for model in models.values()}) < len(models):
-        raise ArgumentError("one model is given under several names; estimate its Fisher once")
     return _sweep(models, loader, params, options, progress)
 
 
@@ -128,21 +144,44 @@ def _sweep(
     models: Mapping[str, torch.nn.Module], loader: Iterable[Any], params: Params, options: Options, progress: bool
 ) -> dict[str, Fisher]:
     for name, model in models.items():
-        check_module("model" if len(models) == 1 else f"model {name!r}", model)
+        what = "model" if len(models) == 1 else f"model {name!r}"
+        check_module(what, model)
+        check_gathered(what, model, for_good=True)
+    inner = {name: unwrap(model) for name, model in models.items()}
+    bare = {name: found.module for name, found in inner.items()}
+    if len({id(model) for model in bare.values()}) < len(bare):
+        raise ArgumentError("one model is given under several names; estimate its Fisher once")
     with ExitStack() as stack:
-        stack.enter_context(claims.estimating(models))  # first: another estimate has frozen what it does not select
-        jobs = {name: Job(model, select_parameters(model, params), options) for name, model in models.items()}
+        stack.enter_context(claims.estimating(bare))  # first: another estimate has frozen what it does not select
+        stack.enter_context(claims.uncompiled())
+        for model in models.values():
+            stack.enter_context(silenced(model))
+        jobs = {name: Job(model, select_parameters(model, params), options) for name, model in bare.items()}
         for job in jobs.values():
             check_parameters(job.selected)
         check_no_transform()
         on = stack.enter_context(preserved([(job.model, job.selected.values()) for job in jobs.values()]))
         estimates = {name: _Chosen(job) for name, job in jobs.items()}
-        for batch in _progress(loader) if progress else loader:
-            plain = options.reading.plain(batch)
-            for i, estimate in enumerate(estimates.values()):
-                with on(i):
-                    estimate.step(plain)
-        return {name: estimate.result() for name, estimate in estimates.items()}
+        batches = loader
+        if not isinstance(batches, NumberedBatches):
+            batches = NumberedBatches(loader, options.reading, next(iter(bare.values())))
+        for number, batch in _progress(batches, loader) if progress else batches:
+            for i, (name, estimate) in enumerate(estimates.items()):
+                with on(i), of_batch(number):
+                    estimate.step(batch)
+                    if not estimate.totals.is_finite():
+                        which = f"model {name!r}: " if len(models) > 1 else ""
+                        raise EstimationError(which + why_not_finite(batch, bare[name]))
+        batches.check_not_empty()
+        return {name: _said(estimate.result(), inner[name].wrappers) for name, estimate in estimates.items()}
+
+
+def _said(fisher: Fisher, wrappers: tuple[str, ...]) -> Fisher:
+    """The Fisher, whose provenance says which wrappers of the model were looked through."""
+    if not wrappers:
+        return fisher
+    how = {name: f"{way}; looked through {', '.join(wrappers)}" for name, way in fisher.provenance.how.items()}
+    return Fisher(fisher.buffer, fisher.layout, replace(fisher.provenance, how=how))
 
 
 class _Chosen(Estimate):
@@ -160,10 +199,14 @@ class _Chosen(Estimate):
             self._estimate.step(batch)
         except NotAHead as refusal:
             if self._steps:
-                raise EstimationError(f"batch {self._steps}: {refusal}, unlike in earlier batches") from None
+                raise EstimationError(f"{refusal}, unlike in earlier batches") from None
             self._estimate = _general(self._job, f"not at the head: {refusal}")
             self._estimate.step(batch)
         self._steps += 1
+
+    @property
+    def totals(self) -> Totals:
+        return self._estimate.totals
 
     def result(self) -> Fisher:
         return self._estimate.result()
@@ -175,11 +218,15 @@ def _general(job: Job, why: str) -> Estimate:
 
 def check_no_transform() -> None:
     """Raise a LayoutError inside vmap, grad or jvp of torch.func: no backward may run there."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         raise LayoutError("a transform of torch.func (vmap, grad or jvp) is active; call this package outside it")
 
 
-def _progress(loader: Iterable[Any]) -> Iterable[Any]:
+def _progress(batches: Iterable[Any], loader: Iterable[Any]) -> Iterable[Any]:
     from rich.progress import track
 
-    return track(loader, description="Fisher", total=len(loader) if isinstance(loader, Sized) else None)
+    try:
+        total = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a DataLoader of an IterableDataset
+        total = None
+    return track(batches, description="Fisher", total=total)

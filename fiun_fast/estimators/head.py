@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import EstimationError
 from ..fisher import Fisher
-from ..layout import every_name
-from .capture import Rows
-from .job import Estimate, Job, per_sample
+from ..naming import Names
+from .job import Estimate, Job, per_sample, reduction_of
 from .reading import OwnLoss, check_loss
+from .rounds import predicted
 from .totals import Totals
 
 HOW = "closed form at the head, no backward through the model"
@@ -59,7 +59,7 @@ class HeadEstimate(Estimate):
                 outputs, targets = job.forward(batch)
         finally:
             hook.remove()
-        if isinstance(targets, OwnLoss):
+        if isinstance(targets, OwnLoss) and job.estimator != "expected":
             raise NotAHead("the loss is the model's own")
         if len(met) != 1:
             raise NotAHead(f"the layer is called {len(met)} times")
@@ -70,18 +70,29 @@ class HeadEstimate(Estimate):
             raise NotAHead(f"its input is {list(given.shape)}, expected [B, features]")
         if job.estimator != "batch" and given.layout != torch.strided:
             raise NotAHead(f"its input is sparse ({given.layout})")
-        self._add(given, logits, targets)
-        self._totals.count(len(logits))
+        self._totals.note(logits, reduction_of(job, logits, targets), job.options.per if job.by_sample else "")
+        counted = None
+        if job.by_sample:
+            expected = job.estimator == "expected"
+            counted = predicted(logits, targets).counted if expected else job.counted(logits, targets)
+        self._add(given, logits, targets, counted)
+        self._totals.count(len(logits) if counted is None else int(counted.sum()))
 
-    def _add(self, a: Tensor, logits: Tensor, targets: Any) -> None:
-        """a: [B, K], logits: [B, M]."""
+    @property
+    def totals(self) -> Totals:
+        """The sum so far."""
+        return self._totals
+
+    def _add(self, a: Tensor, logits: Tensor, targets: Any, counted: Tensor | None) -> None:
+        """a: [B, K], logits: [B, M], counted: [B]."""
         job, totals = self._job, self._totals
         if job.estimator == "expected":
+            assert counted is not None
             p = totals.number(logits).softmax(1)
-            self._outer((p * (1 - p)).sqrt(), a)
+            self._outer((p * (1 - p)).sqrt() * counted[:, None], a)
             return
         if job.estimator == "sample":
-            self._outer(self._delta(logits, lambda z: per_sample(job, z, targets, self._totals.steps).sum()), a)
+            self._outer(self._delta(logits, lambda z: per_sample(job, z, targets).sum()), a)
             return
         d = self._delta(logits, lambda z: job.loss(z, targets))
         if d.dtype != a.dtype:  # autocast in the forward alone
@@ -95,21 +106,21 @@ class HeadEstimate(Estimate):
     def _outer(self, d: Tensor, a: Tensor) -> None:
         """Add (d^2)^T (a^2), and the sum of d^2 for the bias."""
         if weight := self._names.get(id(self._layer.weight)):
-            self._totals.outer(Rows(weight), d[:, None, :, None], a[:, None, :, None])
+            self._totals.outer(self._totals.views[weight], d[:, None, :, None], a[:, None, :, None])
         if bias := self._names.get(id(self._layer.bias)):
-            self._totals.square(Rows(bias), d)
+            self._totals.square(self._totals.views[bias], d)
 
     def _delta(self, logits: Tensor, loss_of: Any) -> Tensor:
         """Gradient of a loss by the logits [B, M]; refuses a loss that uses the layer's parameters in another way."""
         own = [p for p in self._layer.parameters(recurse=False) if p.requires_grad]
         z = logits.detach().requires_grad_()
         with torch.enable_grad():
-            loss = check_loss(loss_of(z), self._totals.steps, self._job.selected)
+            loss = check_loss(loss_of(z), self._job.selected)
         d, *others = torch.autograd.grad(loss, [z, *own], allow_unused=True)
         if any(other is not None for other in others):
             raise NotAHead("the loss also depends directly on the layer's parameters")
         if d is None:
-            raise EstimationError(f"batch {self._totals.steps}: the loss does not depend on the outputs")
+            raise EstimationError("the loss does not depend on the outputs")
         return d
 
     def result(self) -> Fisher:
@@ -120,7 +131,7 @@ class HeadEstimate(Estimate):
 def _owner(job: Job) -> nn.Linear:
     """The linear layer that owns all the selected parameters and shares them with no other."""
     chosen = {id(p) for p in job.selected.values()}
-    aliases = [id(p) for _, p in every_name(job.model) if id(p) in chosen]
+    aliases = [name for name, p in Names(job.model).every.items() if id(p) in chosen]
     if len(aliases) > len(chosen):
         raise NotAHead("its parameters are shared")
     for module in job.model.modules():

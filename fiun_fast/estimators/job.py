@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..arguments import ESTIMATORS, Estimator, check_count, check_one_of
-from ..errors import ArgumentError, EstimationError
+from ..arguments import ESTIMATORS, PER, Estimator, Per, check_count, check_one_of, short
+from ..errors import ArgumentError, EstimationError, FiunError
 from ..fisher import Fisher
-from .reading import Forward, Loss, OwnLoss, Reading, check_scalar
+from .predictions import Elementwise, Predictions, fitted
+from .reading import Forward, Loss, OwnLoss, Reading, Wanted, check_scalar, count, in_transform
+from .totals import BY_SAMPLE, Totals
 
 MOST = (1 << 63) - 1
+REDUCTIONS = {"mean": 1, "sum": 2}  # what becomes of a loss when its batch is taken twice
 OWN_LOSSES = {"expected": "cross entropy", "label_free": "mean ‖f(x)‖²"}
+WANTED: dict[str, Wanted] = {"expected": "counted", "label_free": "outputs"}
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,8 @@ class Options:
     """What `estimate_fisher` and `estimate_fishers` were asked for, as documented there.
 
     Raises:
-        ArgumentError: unknown estimator, a loss function for an estimator that has its own, negative `samples`, or a
-            number beyond 64 bits.
+        ArgumentError: unknown estimator, a loss function for an estimator that has its own, negative `samples`, a
+            number beyond 64 bits, or `per` where it does not apply.
 
     """
 
@@ -36,20 +43,28 @@ class Options:
     backend: str | None = None
     samples: int = 1  # labels drawn for each example, estimator "expected"; 0: every class, weighted
     seed: int = 0
+    per: Per = "sequence"  # what one sample is
+    target_index: int | None = None  # position of the targets in a tuple; None: last
 
     def __post_init__(self) -> None:
         check_one_of("estimator", self.estimator, ESTIMATORS)
+        check_one_of("per", self.per, PER)
         if self.loss_fn is not None and (own := OWN_LOSSES.get(self.estimator)):
             raise ArgumentError(f"estimator {self.estimator!r} has a loss of its own, {own}: leave loss_fn out")
         check_count("samples", self.samples, least=0, most=MOST)
         check_count("seed", self.seed, least=-MOST, most=MOST)  # what torch's generators take
+        if self.target_index is not None:
+            check_count("target_index", self.target_index, least=-MOST, most=MOST)
+        if self.per == "token" and self.estimator not in BY_SAMPLE:
+            raise ArgumentError(f"per='token' is for {' and '.join(BY_SAMPLE)}; {self.estimator} goes by batches")
+        if self.per == "token" and self.loss_fn is not None:
+            raise ArgumentError("per='token' takes the cross entropy of each token: leave loss_fn out")
 
     @cached_property
     def reading(self) -> Reading:
         """How batches are read."""
-        if self.estimator in OWN_LOSSES:
-            return Reading("outputs", self.forward_fn)
-        return Reading("loss" if self.loss_fn is None else "targets", self.forward_fn)
+        wanted: Wanted = WANTED.get(self.estimator) or ("loss" if self.loss_fn is None else "targets")
+        return Reading(wanted, self.forward_fn, self.target_index)
 
 
 @dataclass(frozen=True)
@@ -65,19 +80,42 @@ class Job:
         """One of `ESTIMATORS`."""
         return self.options.estimator
 
+    @property
+    def by_sample(self) -> bool:
+        """Whether samples are averaged over, not batches."""
+        return self.options.estimator in BY_SAMPLE
+
     def forward(self, batch: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
         """Outputs and targets of a batch, by `model` instead of the job's if given; see `Reading.forward`."""
         return self.options.reading.forward(self.model if model is None else model, batch)
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         """The mean loss of a batch: what the caller's function gives, the model's own, or cross entropy."""
-        if self.options.loss_fn is None and isinstance(targets, OwnLoss):
+        if self.options.loss_fn is not None:
+            return called(self.options.loss_fn, outputs, targets)
+        if isinstance(targets, OwnLoss):
             return targets.loss
-        return (self.options.loss_fn or nn.functional.cross_entropy)(outputs, targets)
+        return checked(fitted(outputs, targets)).mean()
+
+    def known_loss(self, outputs: Any, targets: Any) -> Predictions | Elementwise | None:
+        """The loss in terms of each sample's outputs and targets; None where it is a function of the caller's."""
+        if self.options.loss_fn is not None:
+            return None
+        return targets.apart if isinstance(targets, OwnLoss) else fitted(outputs, targets)
+
+    def counted(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Which samples have a target that counts: bool [B]; None: all."""
+        known = self.known_loss(outputs, targets)
+        return None if known is None else known.counted.flatten(1).any(1) if known.counted.dim() > 1 else known.counted
 
 
 class Estimate(ABC):
     """A Fisher in the making: a step for each batch, then the result. Runs inside `preserved`."""
+
+    @property
+    @abstractmethod
+    def totals(self) -> Totals:
+        """What it adds to."""
 
     @abstractmethod
     def step(self, batch: Any) -> None:
@@ -88,43 +126,120 @@ class Estimate(ABC):
         """The Fisher over all batches so far."""
 
 
-def per_sample(job: Job, outputs: Any, targets: Any, step: int) -> Tensor:
+class NotApartError(EstimationError):
+    """A model's own loss, one number for several samples, that is not a known function of its outputs and labels."""
+
+
+def per_sample(job: Job, outputs: Any, targets: Any) -> Tensor:
     """Loss of each sample alone [B], B = count(outputs): what the job's loss is for a batch of only that sample.
 
     A loss function that returns [B] (reduction="none") is trusted; one that returns a scalar is called on each sample's
-    slice of outputs and targets. The model's own loss must be that of one sample.
+    slice of outputs and targets. The model's own loss must be a known one, or that of one sample.
 
     Raises:
+        NotApartError: the model's own loss is neither.
         EstimationError: the loss is something else.
 
     """
     samples = count(outputs)
-    if isinstance(targets, OwnLoss):
-        if samples > 1:
-            raise EstimationError(
-                f"batch {step}: the model's own loss is one number for {samples} samples that cannot be told apart; "
-                "pass forward_fn and loss_fn"
-            )
+    if isinstance(targets, OwnLoss) and samples <= 1:
         return targets.loss.reshape(1)
-    if job.options.loss_fn is None and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-        return cross_entropies(outputs, targets)
+    known = job.known_loss(outputs, targets)
+    if known is not None:
+        return checked(known).of_samples()
+    if isinstance(targets, OwnLoss):
+        raise NotApartError(
+            f"the model's own loss is one number for {samples} samples that cannot be told apart; pass forward_fn and "
+            "loss_fn"
+        )
+    if samples == 0:
+        found = f"a tensor {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise EstimationError(
+            f"the outputs are {found}, expected [B, …], from which a loss can be taken for each sample; for a model "
+            f'that returns its loss, take estimator="batch" or forward_fn=lambda model, batch: (model(…), None)'
+        )
     loss: Any = job.loss(outputs, targets)
     if isinstance(loss, Tensor) and samples > 1 and loss.shape == (samples,):
         return loss
-    check_scalar(loss, step, "a scalar, the mean over samples, or one number for each sample")
+    check_scalar(loss, "a scalar, the mean over samples, or one number for each sample")
     if samples == 1:
         return loss.reshape(1)
     one = [slice(n, n + 1) for n in range(samples)]
     return torch.stack([job.loss(take(outputs, n, samples), take(targets, n, samples)).reshape(()) for n in one])
 
 
-def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of each sample alone: outputs [B, C, ...], targets [B, ...] -> [B]."""
-    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
-    if losses.dim() == 1:
-        return losses
-    counted = (targets != -100).flatten(1).sum(1) if not targets.is_floating_point() else losses[0].numel()
-    return losses.flatten(1).sum(1) / counted
+Known = TypeVar("Known", bound=Predictions | Elementwise)
+
+
+def checked(loss: Known) -> Known:
+    """The same, after a look at the labels, where they can be looked at."""
+    if isinstance(loss, Predictions) and not in_transform():
+        loss.check()
+    return loss
+
+
+def called(loss_fn: Loss, outputs: Any, targets: Any) -> Any:
+    """The value of the caller's loss function; errors as `explained`."""
+    with explained(outputs, targets):
+        return loss_fn(outputs, targets)
+
+
+@contextmanager
+def explained(outputs: Any, targets: Any) -> Iterator[None]:
+    """What torch raises about a loss of the caller's becomes an EstimationError that says what a loss must take."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, FiunError):
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if not _is_torchs(error):
+            raise
+        shapes = " and ".join(
+            f"{short(part.dtype)} {list(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            for part in (outputs, targets)
+        )
+        one = ""
+        if count(outputs) <= 1:
+            one = "; it must take one sample: outputs [1, …] and targets [1, …], which a squeeze() would change"
+        raise EstimationError(
+            f"the loss of outputs and targets of {shapes} cannot be computed: {str(error).partition(chr(10))[0]}{one}; "
+            "if these are not the targets, pass target_index=… or forward_fn=…"
+        ) from error
+
+
+def explained_late(job: Job, outputs: Any, targets: Any) -> AbstractContextManager[None]:
+    """The same around a backward: of one sample that lost its axis, torch may notice only there."""
+    late = job.options.loss_fn is not None and count(outputs) == 1
+    return explained(outputs, targets) if late else nullcontext()
+
+
+def reduction_of(job: Job, outputs: Any, targets: Any) -> str:
+    """How a batch's loss is made of those of its samples, "mean" or "sum"; "" where it cannot be told.
+
+    A loss function of the caller's is asked, or tried on the batch taken twice: a sum doubles.
+    """
+    loss_fn = job.options.loss_fn
+    if loss_fn is None:
+        return "" if isinstance(targets, OwnLoss) and targets.apart is None else "mean"
+    if isinstance(asked := getattr(loss_fn, "reduction", None), str):
+        return asked
+    if job.by_sample or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return ""
+    try:
+        with torch.no_grad():
+            once, twice = (float(loss_fn(*(torch.cat([t] * n) for t in (outputs, targets)))) for n in (1, 2))
+    except Exception:  # whatever a caller's function may raise on a batch of another size
+        return ""
+    return next((how for how, factor in REDUCTIONS.items() if math.isclose(twice, factor * once, rel_tol=1e-4)), "")
+
+
+def _is_torchs(error: BaseException) -> bool:
+    """Whether torch itself raised, also below a watch of this package, and not code of the caller's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] in ("torch", "fiun_fast")
 
 
 def take(tree: Any, rows: slice, samples: int) -> Any:
@@ -135,8 +250,3 @@ def take(tree: Any, rows: slice, samples: int) -> Any:
 def is_cut(leaf: Any, samples: int) -> bool:
     """Whether a leaf of a batch carries the samples on its first dimension."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples
-
-
-def count(tree: Any) -> int:
-    """Samples of a batch or of outputs: the first dimension of the first tensor that has one, 0 where none has."""
-    return next((leaf.shape[0] for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.dim()), 0)

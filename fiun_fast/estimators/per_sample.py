@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 from .claims import Shared
 from .job import Job, is_cut, per_sample, take
+from .rounds import Round
 from .totals import Totals
 
 CHUNK_BYTES = 64 << 20  # per-sample gradients held at a time
@@ -29,30 +31,39 @@ def _silence() -> warnings.catch_warnings:
 _quiet = Shared(_silence, lambda before: before.__exit__(None, None, None))
 
 
-class Round(NamedTuple):
-    """Labels to assume instead of the targets, and a factor for each sample's loss; both [B]."""
-
-    labels: Tensor
-    factors: Tensor
+def _loss(job: Job, batch: Any, round_: Round | None) -> Tensor:
+    outputs, targets = job.forward(batch)
+    return weighted(job, outputs, targets, round_).sum()
 
 
-class _Loss(nn.Module):
-    """The job's loss on a batch, as a module: functional_call then replaces parameters wherever they are used."""
+@contextmanager
+def _in_place_of(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Tensors instead of parameters (by id), in every module once.
 
-    def __init__(self, job: Job, step: int) -> None:
-        super().__init__()
-        self.model, self._job, self._step = job.model, job, step
+    `torch.func.functional_call` goes by names: of a module that has two it keeps the tensors instead of the parameters.
+    """
+    before: list[tuple[Any, Any, Any]] = []
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(
+            id(p) in tensors for p in module.parameters(recurse=False)
+        ):
+            raise TypeError("a scripted module keeps its own parameters")
+        lists = [value for value in vars(module).values() if type(value) is list]  # where recurrent layers look
+        for held in (module._parameters, *lists):
+            places = list(held.items() if isinstance(held, dict) else enumerate(held))
+            before += [(held, key, p) for key, p in places if id(p) in tensors]
+    try:
+        for held, key, p in before:
+            held[key] = tensors[id(p)]
+        yield
+    finally:
+        for held, key, p in before:
+            held[key] = p
 
-    def forward(self, batch: Any, round_: Round | None) -> Tensor:
-        outputs, targets = self._job.forward(batch, self.model)
-        return weighted(self._job, outputs, targets, round_, self._step).sum()
 
-
-def weighted(job: Job, outputs: Any, targets: Any, round_: Round | None, step: int) -> Tensor:
+def weighted(job: Job, outputs: Any, targets: Any, round_: Round | None) -> Tensor:
     """Per-sample losses [B], with assumed labels and factors where a round says so."""
-    if round_ is None:
-        return per_sample(job, outputs, targets, step)
-    return per_sample(job, outputs, round_.labels, step) * round_.factors
+    return per_sample(job, outputs, targets) if round_ is None else round_.losses(outputs)
 
 
 class PerSample:
@@ -62,32 +73,33 @@ class PerSample:
         self._job, self._totals = job, totals
         self.refused: str | None = None  # why torch.func cannot do it
 
-    def add(self, batch: Any, samples: int, names: Sequence[str], rounds: Sequence[Round | None], step: int) -> str:
+    def add(self, batch: Any, samples: int, names: Sequence[str], rounds: Sequence[Round | None]) -> str:
         """Add sum_n g_n^2 of these parameters over the batch, for every round; returns how it was done."""
         if self.refused is None and samples > 1:
             try:
                 with torch.no_grad(), _quiet:
-                    found = [self._by_vmap(batch, samples, names, round_, step) for round_ in rounds]
+                    sums: dict[str, Tensor] = {}
+                    for round_ in rounds:
+                        self._by_vmap(batch, samples, names, round_, sums)
             except Exception as error:  # many kinds: no batching rule, data-dependent control flow, in-place writes
                 first = str(error).strip().partition("\n")[0].partition(". ")[0]
                 self.refused = f"{type(error).__name__}: {first[:80]}"
             else:
-                for squares in found:
-                    for name, square in squares.items():
-                        self._totals.views[name] += square
+                for name, square in sums.items():
+                    self._totals.views[name] += square
                 return VMAP
         for p in self._job.selected.values():  # all: reentrant checkpointing needs an input that requires grad
             p.requires_grad_(True)
         for round_ in rounds:
-            self._by_loop(batch, samples, names, round_, step)
+            self._by_loop(batch, samples, names, round_)
         return f"{LOOP} (torch.func refused, {self.refused})" if self.refused else LOOP
 
     def _by_vmap(
-        self, batch: Any, samples: int, names: Sequence[str], round_: Round | None, step: int
-    ) -> dict[str, Tensor]:
-        """Sums over the batch, not yet added to the total: vmap may fail half way."""
-        whole = _Loss(self._job, step)
-        chosen = {f"model.{name}": self._job.selected[name].detach() for name in names}
+        self, batch: Any, samples: int, names: Sequence[str], round_: Round | None, sums: dict[str, Tensor]
+    ) -> None:
+        """Add sums over the batch to `sums`, not yet to the total: vmap may fail half way."""
+        job = self._job
+        chosen = {name: job.selected[name].detach() for name in names}
         each = sum(p.numel() * p.element_size() for p in chosen.values())
         chunk = min(samples, max(1, CHUNK_BYTES // max(1, each)))
         leaves, tree = pytree.tree_flatten((batch, round_))
@@ -97,23 +109,22 @@ class PerSample:
             filled = list(leaves)
             for i, leaf in zip(mapped, cut, strict=True):
                 filled[i] = leaf.unsqueeze(0)
-            return functional_call(whole, parameters, pytree.tree_unflatten(filled, tree))
+            one, its_round = pytree.tree_unflatten(filled, tree)
+            with _in_place_of(job.model, {id(job.selected[name]): p for name, p in parameters.items()}):
+                return _loss(job, one, its_round)
 
         gradient = vmap(grad(loss), in_dims=(None, *[0] * len(mapped)))
-        sums: dict[str, Tensor] = {}
         for at in range(0, samples, chunk):
             found = gradient(chosen, *(leaves[i][at : at + chunk] for i in mapped))
             for name in names:
-                square = self._totals.number(found[f"model.{name}"]).square().sum(0)
+                square = self._totals.number(found[name]).square().sum(0)
                 sums[name] = sums[name] + square if name in sums else square
-        return sums
 
-    def _by_loop(self, batch: Any, samples: int, names: Sequence[str], round_: Round | None, step: int) -> None:
-        whole = _Loss(self._job, step)
+    def _by_loop(self, batch: Any, samples: int, names: Sequence[str], round_: Round | None) -> None:
         for n in range(samples):
             one = slice(n, n + 1)
-            loss = whole(take(batch, one, samples), None if round_ is None else Round(*(t[one] for t in round_)))
-            self.add_gradients(loss, names)
+            alone = None if round_ is None else round_.take(one)
+            self.add_gradients(_loss(self._job, take(batch, one, samples), alone), names)
 
     def add_gradients(self, loss: Tensor, names: Sequence[str], keep_graph: bool = False) -> None:
         """Add the squares of one sample's gradients."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
     """Eval mode, gradients only for each model's scope, no gradients from before; all is put back at the end.
 
-    Put back, also after an error: modes; which parameters, buffers and submodules every module has (the same objects);
-    requires_grad and .grad of every parameter; memory, shape and bits of every buffer; and torch's random state on the
-    CPU and on the devices of the models. Inside, gradients are computed whatever mode the caller is in.
+    Put back, also after an error: modes; which parameters, buffers, submodules and other attributes every module has
+    (the same objects; of lists, dicts and sets what is in them); requires_grad and .grad of every parameter; memory,
+    shape and bits of every buffer; and torch's random state on the CPU and on the devices of the models. Inside,
+    gradients are computed whatever mode the caller is in.
 
     Yields:
         i -> a context in which model i is used. Where models share a part, each finds there what it left, as if it were
@@ -61,7 +63,10 @@ def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
 
 def _prepare(model: nn.Module, scope: Iterable[nn.Parameter]) -> None:
     chosen = {id(p) for p in scope}
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError as error:  # what torch.export gives
+        raise EstimationError(f"the model has no eval mode ({error}); pass the one that it was made from") from error
     for p in model.parameters():
         p.grad = None
         p.requires_grad_(id(p) in chosen)
@@ -121,17 +126,13 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modes = [(module, module.training) for module in model.modules()]
-        self._held: list[tuple[nn.Module, Any, dict[str, Any]]] = [
-            (module, held, dict(held))
+        self._held: list[tuple[Any, dict[str, Any]]] = [
+            (held, dict(held))
             for module in model.modules()
             if not isinstance(module, torch.jit.ScriptModule)  # keeps them elsewhere, and no forward can change them
             for held in (module._parameters, module._buffers, module._modules)
         ]
-        self._transient = [
-            (module, set(module._non_persistent_buffers_set))
-            for module in model.modules()
-            if not isinstance(module, torch.jit.ScriptModule)
-        ]
+        self._attributes = [(module, _attributes(module)) for module in model.modules()]
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._buffers = [_Buffer(name, buffer) for name, buffer in model.named_buffers()]
 
@@ -148,22 +149,46 @@ class Snapshot:
 
         for module, training in self._modes:
             module.training = training
-        for module, held, before in self._held:
+        for held, before in self._held:
             if len(held) != len(before) or any(
                 a != b or x is not y for (a, x), (b, y) in zip(held.items(), before.items(), strict=True)
             ):
                 held.clear()
                 held.update(before)
-                for key in before:
-                    vars(module).pop(key, None)  # an attribute that was put in its place would hide it
-        for module, names in self._transient:
-            module._non_persistent_buffers_set = names
+        for module, attributes in self._attributes:
+            _put_back(module, attributes)
         for p, requires_grad, grad in self._parameters:
             attempt(p.requires_grad_, requires_grad)
             attempt(setattr, p, "grad", grad)
         for buffer in self._buffers:
             attempt(buffer.restore)
         return failed[0] if failed else None
+
+
+_KINDS: dict[type, Callable[[Any, Any], object]] = {
+    list: lambda held, before: held.__setitem__(slice(None), before),
+    dict: lambda held, before: (held.clear(), held.update(before)),
+    set: lambda held, before: (held.clear(), held.update(before)),
+}
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module keeps beside its parameters, buffers and submodules; of plain containers what is in them, too."""
+    found = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
+    return {key: (value, copy(value) if type(value) in _KINDS else None) for key, value in found.items()}
+
+
+def _put_back(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    """A forward may keep what it has computed, and with it the whole graph, or tensors that are dead outside vmap."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    now = vars(module)
+    for key in now.keys() - before.keys():
+        del now[key]
+    for key, (value, content) in before.items():
+        now[key] = value
+        if content is not None and key not in ("_parameters", "_buffers", "_modules"):
+            _KINDS[type(value)](value, content)
 
 
 class _Buffer:

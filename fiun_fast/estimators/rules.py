@@ -1,29 +1,28 @@
-"""Closed forms: each sample's squared gradient, from a layer's input and output gradient, summed over samples.
+"""Closed forms: each sample's gradient, from a layer's input and output gradient.
 
 With a_n the input and δ_n the output gradient of sample n, over positions t where there are any:
 
-    linear, conv   weight  sum_n (sum_t δ_nt a_nt^T)^2;  one position: (δ^2)^T (a^2)     bias  sum_n (sum_t δ_nt)^2
-    norms          weight  sum_n (sum_t δ_nt x_nt)^2, x the normalised input             bias  as above
-    embedding      row v   sum_n (sum over t with index v of δ_nt)^2
+    linear, conv   weight  sum_t δ_nt a_nt^T                                     bias  sum_t δ_nt
+    norms          weight  sum_t δ_nt x_nt, x the normalised input               bias  as above
+    embedding      row v   sum over t with index v of δ_nt
+    elementwise            sum of δ_n over what the parameter was spread
 
-The first is what BackPACK (arXiv 1912.10985) calls sum_grad_squared. No per-sample gradient of a whole layer is kept.
+`gradients` gives them one after another in memory. Where a layer's weight is used once, `add_squares` adds up their
+squares without that: what BackPACK (arXiv 1912.10985) calls sum_grad_squared.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import convolution
 from .capture import Use
 from .totals import Totals
-
-UNFOLDED = 1 << 21  # elements of an unfolded input at a time, few enough to stay in the cache
-ClosedForm = Callable[[Totals, Use, Tensor, Tensor], None]
 
 
 class Axis(NamedTuple):
@@ -40,179 +39,157 @@ class Axis(NamedTuple):
         return t.reshape(samples, t.shape[0] // samples, *t.shape[1:])
 
 
-def apply(totals: Totals, use: Use, given: Tensor, gradient: Tensor, axis: Axis, samples: int) -> None:
-    """Add a use's squares to the total: `given` and `gradient` carry the samples on `axis`."""
-    RULES[use.rule](totals, use, axis.first(given, samples), axis.first(gradient, samples))
-
-
-def unsupported(use: Use, axis: int) -> str | None:
+def unsupported(use: Use) -> str | None:
     """Why there is no closed form for this call, or None."""
-    if use.rule in ("conv", "group_norm", "batch_norm") and axis != 0:
-        return f"{use.rule} with the samples on axis {axis}"
+    channels = use.rule in ("conv", "transposed conv", "group_norm", "batch_norm", "instance_norm", "prelu")
+    if channels and use.axis != 0:
+        return f"{use.rule} with the samples on axis {use.axis}"
     if use.rule == "batch_norm" and use.arguments.get("training"):
         return "batch_norm on the statistics of the batch"
     if use.rule == "embedding" and (use.arguments.get("max_norm") or use.arguments.get("scale_grad_by_freq")):
         return "embedding with max_norm or scale_grad_by_freq"
     if use.rule == "addmm" and (use.arguments.get("beta", 1) != 1 or use.arguments.get("alpha", 1) != 1):
         return "addmm with factors"
+    if use.rule.startswith(("addmm", "matmul")) and len(use.arguments["weight_shape"]) != 2:
+        return f"{use.rule} with a weight of {len(use.arguments['weight_shape'])} dimensions"
+    if use.rule == "matmul from the left" and use.given is not None and use.axis >= use.given.dim() - 2:
+        return f"{use.rule} with the samples on axis {use.axis}"
+    if use.rule == "grouped" and (use.owners is None or use.arguments.get("offs") is None):
+        return "grouped_mm of rows that were not picked by an index"
     return None
 
 
-# Each rule: given [B, s, ...], gradient [B, s, ...].
+# What each rule is given: an input [B, s, ...] and an output gradient [B, s, ...], both in the sum's dtype.
+# What it returns: gradients [B, *shape] for a role.
 
 
-def _linear(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
-    a, d = a.flatten(1, -2), d.flatten(1, -2)  # [B, T, K], [B, T, M]
-    if weight := use.roles.get("weight"):
-        left, right = (d, a) if use.rule == "linear" else (a, d)  # addmm takes its weight transposed
-        totals.outer(weight, left.transpose(1, 2)[:, None], right.transpose(1, 2)[:, None])
-    _bias(totals, use, d)
+def _linear(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    if role == "bias":
+        return d.flatten(1, -2).sum(1)
+    left, right = _sides(use, a, d)
+    return left.transpose(1, 2) @ right
 
 
-def _bias(totals: Totals, use: Use, d: Tensor) -> None:
-    """d: [B, T, M]."""
-    if bias := use.roles.get("bias"):
-        totals.square(bias, totals.number(d).sum(1))
+def _sides(use: Use, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, M] and [B, T, K] for a weight [M, K]; only linear has its weight transposed."""
+    if use.rule == "matmul from the left":
+        return d.transpose(-2, -1).flatten(1, -2), a.transpose(-2, -1).flatten(1, -2)
+    a, d = a.flatten(1, -2), d.flatten(1, -2)
+    return (d, a) if use.rule == "linear" else (a, d)
 
 
-def _conv(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
-    b, s = a.shape[:2]
-    d = d.flatten(3)  # [B, s, M, T]
-    if bias := use.roles.get("bias"):
-        totals.square(bias, totals.number(d).sum((1, 3)))
-    weight = use.roles.get("weight")
-    if weight is None:
-        return
-    groups = use.arguments.get("groups", 1)
-    out_channels, in_channels, *kernel = use.arguments["weight_shape"]
-    depth, positions = in_channels * math.prod(kernel), d.shape[-1]
-    channels_last = groups == 1  # rows of channels copy faster than single elements; the sum is permuted back
-    into = totals.buffer.new_zeros(out_channels, *kernel, in_channels if channels_last else 0)
-    memory: Tensor | None = None
-    for part in chunks(b, depth * groups * positions * s):
-        strided = unfold(totals.number(a[part]).flatten(0, 1), kernel, use.arguments, channels_last)
-        memory = (
-            strided.new_empty(strided.shape) if memory is None else memory
-        )  # allocated once: new pages are expensive
-        windows = memory[: len(strided)].copy_(strided)
-        if channels_last:  # [b * s, *T, *kernel, C]
-            right = windows.view(-1, 1, s * positions, depth).transpose(2, 3)
-            left = d[part].permute(0, 1, 3, 2).reshape(-1, 1, s * positions, out_channels).transpose(2, 3)
-            totals.outer_into(into.view(-1), left, right)
-        else:  # [b * s, C, *kernel, *T]
-            right = windows.view(-1, s, groups, depth, positions).permute(0, 2, 3, 1, 4).flatten(3)
-            left = d[part].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(3)
-            totals.outer(weight, left, right)
-    if channels_last:
-        totals.rows(weight).add_(into.movedim(-1, 1))
+def _grouped(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    """a: [B, groups, T, K], d: [B, groups, T, M], weight: [groups, K, M]."""
+    return a.transpose(2, 3) @ d
 
 
-def unfold(a: Tensor, kernel: list[int], arguments: dict[str, Any], channels_last: bool) -> Tensor:
-    """The windows that a convolution sees, as a view of the padded input [B, C, ...].
-
-    Returns: [B, C, *kernel, *T], or [B, *T, *kernel, C] with channels adjacent in memory.
-    """
-    n = len(kernel)
-    stride, dilation = (_each(arguments.get(key, 1), n) for key in ("stride", "dilation"))
-    padding = arguments.get("padding", 0)
-    if padding == "same":
-        total = [k_d * (k - 1) for k, k_d in zip(kernel, dilation, strict=True)]
-        pads = [(t // 2, t - t // 2) for t in total]
-    else:
-        pads = [(p, p) for p in _each(0 if padding == "valid" else padding, n)]
-    if channels_last:
-        a = a.movedim(1, -1).contiguous().movedim(-1, 1)
-    if any(low or high for low, high in pads):
-        a = functional.pad(a, [p for pair in reversed(pads) for p in pair])
-    if channels_last:
-        a = a.movedim(1, -1).contiguous().movedim(-1, 1)  # a no-op if padding kept the order
-    sizes = [
-        (length - d * (k - 1) - 1) // s + 1
-        for length, k, s, d in zip(a.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    batch, channel, *steps = a.stride()
-    inside = tuple(t * d for t, d in zip(steps, dilation, strict=True))
-    across = tuple(t * s for t, s in zip(steps, stride, strict=True))
-    if channels_last:
-        shape, strides = (len(a), *sizes, *kernel, a.shape[1]), (batch, *across, *inside, channel)
-    else:
-        shape, strides = (*a.shape[:2], *kernel, *sizes), (batch, channel, *inside, *across)
-    return a.as_strided(shape, strides, a.storage_offset())
+def _conv(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    if role == "bias":
+        return d.flatten(3).sum((1, 3))
+    return convolution.gradients(use.rule, use.arguments, a, d)
 
 
-def _embedding(totals: Totals, use: Use, index: Tensor, d: Tensor) -> None:
-    index, d = index.flatten(1), totals.number(d.flatten(1, -2))  # [B, T], [B, T, E]
+def _embedding(use: Use, role: str, index: Tensor, d: Tensor) -> Tensor:
+    row, sample, gradient = _cells(use, index, d)
+    found = d.new_zeros(len(index), *use.arguments["weight_shape"])
+    found[sample, row] = gradient
+    return found
+
+
+def _cells(use: Use, index: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and samples that occur together, [n] each, and their gradients [n, E]."""
+    index, d = index.flatten(1), d.flatten(1, -2)  # [B, T], [B, T, E]
     rows = use.arguments["weight_shape"][0]
     sample = torch.arange(len(index), device=index.device)[:, None]
-    cells, place = torch.unique(sample * rows + index, return_inverse=True)  # (sample, row) pairs that occur
+    cells, place = torch.unique(sample * rows + index, return_inverse=True)
     gradient = d.new_zeros(len(cells), d.shape[-1]).index_add_(0, place.flatten(), d.flatten(0, 1))
     row = cells % rows
     if (padding := use.arguments.get("padding_idx")) is not None:
         gradient.masked_fill_((row == padding % rows)[:, None], 0)
-    totals.rows(use.roles["weight"]).index_add_(0, row, gradient.square_())
+    return row, cells // rows, gradient
 
 
-def _normalised(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
+def _normalised(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
     """Weight and bias have the shape of the last dimensions (layer_norm, rms_norm)."""
-    shape = tuple(use.arguments["normalized_shape"])
-    for part in chunks(len(a), a[0].numel()):
-        x, g = totals.number(a[part]), totals.number(d[part])
-        eps = use.arguments.get("eps")
+    shape, eps = tuple(use.arguments["normalized_shape"]), use.arguments.get("eps")
+    if role == "weight":
         if use.rule == "layer_norm":
-            x = functional.layer_norm(x, shape, None, None, 1e-5 if eps is None else eps)
+            x = functional.layer_norm(a, shape, None, None, 1e-5 if eps is None else eps)
         else:
-            eps = torch.finfo(a.dtype).eps if eps is None else eps
-            x = functional.rms_norm(x, shape, None, eps)
-        x, g = (t.reshape(len(t), -1, *shape) for t in (x, g))
-        if weight := use.roles.get("weight"):
-            totals.square(weight, (x * g).sum(1))
-        if bias := use.roles.get("bias"):
-            totals.square(bias, g.sum(1))
+            x = functional.rms_norm(a, shape, None, use.arguments["least"] if eps is None else eps)
+        d = x.mul_(d)
+    return d.reshape(len(d), -1, *shape).sum(1)
 
 
-def _channels(totals: Totals, use: Use, a: Tensor, d: Tensor) -> None:
-    """Weight and bias have one element per channel (group_norm, batch_norm)."""
-    for part in chunks(len(a), a[0].numel()):
-        x, g = totals.number(a[part]), totals.number(d[part])
-        count, s, c = x.shape[:3]
-        if weight := use.roles.get("weight"):
-            eps = use.arguments.get("eps", 1e-5)
-            if use.rule == "group_norm":
-                x = functional.group_norm(x.flatten(0, 1), use.arguments["num_groups"], None, None, eps)
-            else:
-                mean, var = (use.arguments[key] for key in ("running_mean", "running_var"))
-                x = functional.batch_norm(x.flatten(0, 1), mean.to(x), var.to(x), None, None, False, 0.0, eps)
-            product = x.reshape(count, s, c, -1).mul_(g.reshape(count, s, c, -1))
-            totals.square(weight, product.sum((1, 3)))
-        if bias := use.roles.get("bias"):
-            totals.square(bias, g.reshape(count, s, c, -1).sum((1, 3)))
+def _channels(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    """Weight and bias have one element per channel (group_norm, batch_norm, instance_norm)."""
+    b, s, c = d.shape[:3]
+    if role == "weight":
+        eps, x = use.arguments.get("eps", 1e-5), a.flatten(0, 1)
+        mean, var = (use.arguments.get(key) for key in ("running_mean", "running_var"))
+        if use.rule == "group_norm":
+            x = functional.group_norm(x, use.arguments["num_groups"], None, None, eps)
+        elif mean is not None and var is not None and not use.arguments.get("use_input_stats", False):
+            x = functional.batch_norm(x, mean.to(x), var.to(x), None, None, False, 0.0, eps)
+        else:
+            x = functional.instance_norm(x, eps=eps)
+        d = x.view(d.shape).mul_(d)
+    return d.reshape(b, s, c, -1).sum((1, 3))
 
 
-RULES: dict[str, ClosedForm] = {
-    "linear": _linear,
-    "addmm": _linear,
-    "conv": _conv,
+def _prelu(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    d = (a.clamp(max=0) * d).reshape(*d.shape[:2], d.shape[2] if d.dim() > 2 else 1, -1)
+    shape = use.roles[role].shape
+    return d.sum((1, 3)) if shape.numel() > 1 else d.sum((1, 2, 3))[:, None]
+
+
+def _elementwise(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    shape = use.roles[role].shape
+    if d[0].numel() == shape.numel():  # it was repeated as a whole, with the samples beside its own first axes
+        return d.movedim(1, 1 + use.axis).reshape(len(d), *shape)
+    return d.sum(1).reshape(len(d), *shape)
+
+
+RULES: dict[str, Callable[[Use, str, Tensor, Tensor], Tensor]] = {
+    **dict.fromkeys(("linear", "addmm", "matmul", "matmul from the left"), _linear),
+    "grouped": _grouped,
+    **dict.fromkeys(("conv", "transposed conv"), _conv),
     "embedding": _embedding,
-    "layer_norm": _normalised,
-    "rms_norm": _normalised,
-    "group_norm": _channels,
-    "batch_norm": _channels,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
+    **dict.fromkeys(("group_norm", "batch_norm", "instance_norm"), _channels),
+    "prelu": _prelu,
+    "elementwise": _elementwise,
 }
-NAMES = {"addmm": "linear"}
+NAMES = {"addmm": "linear", "matmul": "linear", "matmul from the left": "linear"}
+
+
+def gradients(use: Use, role: str, a: Tensor, d: Tensor) -> Tensor:
+    """Gradients [B, *shape] of each sample by the tensor in this role."""
+    return RULES[use.rule](use, role, a, d)
+
+
+def add_squares(totals: Totals, use: Use, role: str, into: Tensor, a: Tensor, d: Tensor) -> bool:
+    """Add their squares to `into`, of that tensor's shape, without making them; False: there is no way to."""
+    if role == "bias":
+        return False
+    if RULES[use.rule] is _linear:
+        left, right = _sides(use, a, d)
+        totals.outer(into, left.transpose(1, 2)[:, None], right.transpose(1, 2)[:, None])
+    elif use.rule == "grouped":
+        for expert in range(len(into)):  # kernels take one large product better than groups
+            left, right = (t[:, expert : expert + 1].transpose(2, 3) for t in (a, d))
+            totals.outer(into[expert], left, right)
+    elif use.rule in ("conv", "transposed conv"):
+        convolution.add_squares(totals, use.rule, use.arguments, into, a, d)
+    elif use.rule == "embedding":
+        row, _, gradient = _cells(use, a, d)
+        into.index_add_(0, row, gradient.square_())
+    else:
+        return False
+    return True
 
 
 def how(use: Use, role: str) -> str:
     """How a parameter was computed, for the provenance."""
-    return f"closed form, {NAMES.get(use.rule, use.rule)} {role}{use.note}"
-
-
-def chunks(samples: int, each: int) -> Iterator[slice]:
-    """Slices of samples that hold about UNFOLDED elements, at `each` elements per sample."""
-    step = max(1, UNFOLDED // max(1, each))
-    return (slice(at, min(at + step, samples)) for at in range(0, samples, step))
-
-
-def _each(value: Any, n: int) -> list[int]:
-    if isinstance(value, int):
-        return [value] * n
-    return list(value) * n if len(value) == 1 else list(value)
+    made = "" if use.roles[role].view else ", of what was made of it"
+    return f"closed form, {NAMES.get(use.rule, use.rule)} {role}{made}{use.note}"

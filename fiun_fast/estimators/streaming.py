@@ -15,6 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from ..arguments import check_count, check_number
 from ..errors import ArgumentError, EstimationError
 from ..guards import signals_deferred
+from ..wrappers import optimizer_in
 from .totals import Totals
 
 
@@ -196,32 +197,54 @@ def check_scale(value: Any) -> float:
 
 @contextmanager
 def at_steps(optimizer: torch.optim.Optimizer, collect: Callable[[float], None]) -> Iterator[None]:
-    """Call `collect` with the scale of the gradients before every step that the optimiser takes.
+    """Call `collect` with the scale of the gradients at every step of the optimiser, before it changes anything.
 
     By then gradients are accumulated, reduced over processes and, under a GradScaler, unscaled; a step that a scaler
-    skips is not seen. Fused optimisers unscale by themselves: `collect` gets their scale, and 1 for others.
+    skips is not seen. Fused optimisers unscale by themselves: `collect` gets their scale, and 1 for others. Where a
+    step is given a closure that makes the gradients, those of its first call count.
 
     Raises:
-        ArgumentError: it is not an optimiser.
+        ArgumentError: it is not an optimiser, nor a wrapper of one that can be looked through (`optimizer_in`).
 
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
 
-    def before(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def before(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if _inside_step(stepping):
-            return
+            return None
         found: Any = getattr(stepping, "found_inf", None)  # a GradScaler sets it on fused optimisers only
         if found is not None and bool(found):
-            return
+            return None
         scale: Any = getattr(stepping, "grad_scale", None)
-        collect(1.0 if scale is None else float(scale))
 
-    handle = optimizer.register_step_pre_hook(before)
+        def now() -> None:
+            collect(1.0 if scale is None else float(scale))
+
+        if callable(kwargs.get("closure")):
+            return args, kwargs | {"closure": _after_first(kwargs["closure"], now)}
+        if len(args) > 1 and callable(args[1]):  # args[0] is the optimiser
+            return (args[0], _after_first(args[1], now), *args[2:]), kwargs
+        now()
+        return None
+
+    handle = optimizer_in(optimizer).register_step_pre_hook(before)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _after_first(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:
+    """The closure, which after its first call calls `then`."""
+    called: list[bool] = []
+
+    def wrapped() -> Any:
+        loss = closure()
+        if not called:
+            called.append(True)
+            then()
+        return loss
+
+    return wrapped
 
 
 def _inside_step(optimizer: torch.optim.Optimizer) -> bool:

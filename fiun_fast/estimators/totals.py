@@ -5,19 +5,22 @@ Whatever reaches a kernel on its way into the sum is checked here, and the sum b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DeviceError, DTypeError, EstimationError, FiunError, LayoutError
-from ..fisher import Fisher, Provenance
+from ..arguments import short
+from ..errors import DeviceError, DTypeError, EstimationError, EstimationWarning, FiunError, LayoutError, warn
+from ..fisher import Fisher
 from ..kernels import select
 from ..kernels.cpu import expect_writes
 from ..layout import Layout
 from ..memory import check_addressable, check_one_device, check_writable, flaw_of, span
-from .capture import Rows
+from ..provenance import Provenance
 
 POWERS = {"batch": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
 BY_SAMPLE = ("sample", "expected")  # means over samples; the others are means over steps
@@ -73,11 +76,22 @@ class Totals:
         self._shapes = {name: view.shape for name, view in self.views.items()}
         self.steps = self.samples = 0
         self._spoilt = ""
+        self._noted: dict[str, str] = {}
 
     def count(self, samples: int) -> None:
         """Count one more step, with this many samples."""
         self.steps += 1
         self.samples += samples
+
+    def note(self, outputs: Any, reduction: str, per: str = "") -> None:
+        """Note for the provenance how the first batch was reduced, and the dtype of its outputs."""
+        if not self._noted:
+            dtype = short(outputs.dtype) if isinstance(outputs, Tensor) else ""
+            self._noted = {"reduction": reduction, "dtype": dtype, "per": per}
+
+    def is_finite(self) -> bool:
+        """Whether every element of the sum is; reads it once."""
+        return bool(self.buffer.sum().isfinite()) or bool(self.buffer.isfinite().all())  # a sum may overflow
 
     def spoil(self, why: str) -> None:
         """Say that the sum has become wrong, as by part of a gradient: `add` and `fisher` are errors from now on."""
@@ -156,25 +170,16 @@ class Totals:
         """In the sum's dtype; half precision is widened before anything is added or squared."""
         return t.to(self._dtype)
 
-    def rows(self, rows: Rows) -> Tensor:
-        """These rows of a parameter's part of the buffer, in their shape."""
-        return self.views[rows.name][rows.start : rows.stop]
-
-    def square(self, rows: Rows, gradients: Tensor) -> None:
-        """Add per-sample gradients [B, *shape], squared."""
-        into = self.rows(rows)
+    def square(self, into: Tensor, gradients: Tensor) -> None:
+        """Add per-sample gradients [B, *shape], squared, to a part of the sum [*shape]."""
         into += self.number(gradients).square().sum(0).view(into.shape)
 
-    def outer(self, rows: Rows, left: Tensor, right: Tensor) -> None:
-        """Add sum_b (left_b right_b^T)^2: left [B, G, M, T], right [B, G, K, T], for a weight of G * M * K elements."""
-        self.outer_into(self.rows(rows).view(-1), left, right)
-
-    def outer_into(self, into: Tensor, left: Tensor, right: Tensor) -> None:
-        """Like `outer`, but added to a flat buffer of the caller.
+    def outer(self, into: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add sum_b (left_b right_b^T)^2 to a weight's part of the sum: left [B, G, M, T], right [B, G, K, T].
 
         Raises:
             FiunError: an operand has no plain memory of its own.
-            LayoutError: the buffer does not have G * M * K elements.
+            LayoutError: that part does not have G * M * K elements.
 
         """
         left, right = self.number(left), self.number(right)
@@ -186,7 +191,25 @@ class Totals:
                 f"gradients of {groups} x {m} x {right.shape[2]} elements for a weight of {into.numel()}: its shape "
                 "has changed"
             )
-        self.kernels.outer_square_accumulate(left, right, into)
+        if not into.is_contiguous() and into.mT.is_contiguous():  # a weight that is used transposed
+            into, left, right = into.mT, right, left
+        if into.is_contiguous():
+            self.kernels.outer_square_accumulate(left, right, into.view(-1))
+        else:  # some of its columns
+            squares = into.new_zeros(into.shape)
+            self.kernels.outer_square_accumulate(left, right, squares.view(-1))
+            into += squares
+
+    def _warn_if_useless(self) -> None:
+        total, made = float(self.buffer.sum()), f"the Fisher over batches 0 to {self.steps - 1}"
+        if total == 0 and self.buffer.numel():
+            warn(
+                f"{made} is zero everywhere: no gradient of the loss reached the parameters, or all of them vanished",
+                EstimationWarning,
+            )
+        elif not math.isfinite(total) and not self.is_finite():
+            number = int((~self.buffer.isfinite()).sum())
+            warn(f"{number} elements of {made} are not finite, and will not be selected", EstimationWarning)
 
     def fisher(self, how: Mapping[str, str] | None = None, *, in_place: bool = False) -> Fisher:
         """The mean over the steps, or over the samples where the estimator goes by samples.
@@ -202,7 +225,8 @@ class Totals:
         self.check_right()
         number = self.samples if self._estimator in BY_SAMPLE else self.steps
         check_not_empty(number, self._empty)
-        record = Provenance(self._estimator, self.steps, self.samples, {} if how is None else how)
+        self._warn_if_useless()
+        record = Provenance(self._estimator, self.steps, self.samples, {} if how is None else how, **self._noted)
         if not in_place:
             return Fisher(self.buffer / number, self.layout, record)
         buffer = self.buffer

@@ -1,5 +1,6 @@
 """What the drop-in for SSD's class takes and refuses: constructor, helpers, dicts, batches, counting of samples."""
 
+import io
 from collections import UserDict
 
 import pytest
@@ -184,12 +185,12 @@ X, Y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     ("loader", "options", "message"),
     [
         ([], {}, "the loader is empty"),
-        ([X], {}, r"a batch is a Tensor, expected \(x, y\), \(x, _, y\)"),
+        ([X], {}, r"a batch is a Tensor, expected \(x, y\), \(x, …, y\)"),
         ([(X,)], {}, "a batch is a tuple of 1"),
-        ([(X, Y, Y, Y)], {}, "a batch is a tuple of 4, .* pass batch_fn=lambda batch"),
+        ([("x", "y", "z")], {}, "a batch is a tuple of 3, .* pass batch_fn=lambda batch"),
         ([(X, Y)], {"target_index": 2}, "target_index is 2, but a batch has 2 parts"),
         ([([X], Y)], {}, "the inputs of a batch are a list, expected a tensor"),
-        ([(X, Y, Y + 50)], {}, "batch 0: Target 5[0-3] is out of bounds.*pass target_index"),
+        ([(X, Y, Y + 50)], {}, "batch 0: target 53 is out of bounds.*pass target_index"),
         ([{"x": X}], {}, "a batch is a dict with x, without labels"),
         (
             [{"x": X, "labels": Y}],
@@ -232,7 +233,9 @@ def test_the_compat_layer_knows_only_the_public_api():
     import re
     from pathlib import Path
 
-    shared = r"(?:arguments|guards|homes|kernels|layout|memory|overlaps|estimators\.(?:claims|reading|totals)) import [^_]"
+    checks = "arguments|guards|homes|kernels|memory|naming|overlaps|provenance|scope|wrappers"
+    readers = r"estimators\.(?:claims|job|loaders|predictions|reading|totals)"
+    shared = rf"(?:{checks}|{readers}) import [^_]"
     for path in Path(ssd.__file__).parent.glob("*.py"):
         for line in re.findall(r"^\s*(?:from|import) .*", path.read_text(encoding="utf-8"), re.MULTILINE):
             assert not re.search(rf"from \.\.|fiun_fast\.(?!compat|{shared})", line), (path.name, line)
@@ -294,3 +297,83 @@ def test_a_criterion_does_not_replace_the_loss_in_a_dict():
     loader = [{"x": x, "labels": y} for x, y in data()[0]]
     found = ParameterPerturber(net("object")).calc_importance(loader, nn.MultiMarginLoss())
     assert same(found, ParameterPerturber(net("object")).calc_importance(loader))
+
+
+class Quantised(nn.Module):
+    """Frozen integer weights beside an adapter that is trained."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.ones(2, 3).to(dtype), requires_grad=False)
+        self.adapter = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T + self.adapter(x)
+
+
+@pytest.mark.parametrize("mode", ["strict", "corrected"])
+@pytest.mark.parametrize("label_free", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_frozen_integer_weights_are_left_out(dtype, label_free, mode):
+    batches = [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0])) for _ in range(2)]
+    model = Quantised(dtype)
+    pdr = ParameterPerturber(model, mode=mode, label_free=label_free, parameters={"selection_weighting": 0})
+    importances = pdr.calc_importance(batches)
+    assert list(importances) == ["adapter.weight", "adapter.bias"]
+    plain = Quantised(torch.float32)
+    expected = ParameterPerturber(plain, mode="corrected", label_free=label_free).calc_importance(batches)
+    assert all(torch.allclose(importances[name], expected[name]) for name in importances)
+    before = model.weight.clone()
+    report = pdr.modify_weight(importances, {name: value * 9 for name, value in importances.items()})
+    assert report.selected > 0
+    assert torch.equal(model.weight.float(), before.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "lay", [lambda t: t[:3].expand(4, 3), lambda t: t.as_strided((2, 3), (1, 1)), lambda t: t.view(8, 1).expand(8, 2)]
+)
+def test_elements_that_share_memory_are_refused_before_anything_is_written(lay, dtype):
+    model = nn.ParameterDict({"first": nn.Parameter(torch.ones(3, dtype=dtype))})
+    model["second"] = nn.Parameter(lay(torch.ones(8, dtype=dtype)))
+    importances = {name: torch.ones(p.shape, dtype=dtype) for name, p in model.items()}
+    louder = {name: value * 100 for name, value in importances.items()}
+    for run in (ParameterPerturber(model).modify_weight, ParameterPerturber(model, mode="corrected").modify_weight):
+        with pytest.raises(ff.LayoutError, match="parameter 'second': elements of it share memory"):
+            run(importances, louder)
+    assert model["first"].eq(1).all()
+
+
+def test_weights_of_any_strides_are_no_such():
+    for weight in (torch.rand(4, 3).t(), torch.rand(6, 6)[::2, ::3], torch.rand(2, 3, 4, 5).permute(3, 0, 2, 1)):
+        model = nn.ParameterDict({"w": nn.Parameter(weight.clone(memory_format=torch.preserve_format))})
+        model["w"].data = weight
+        importances = {"w": torch.rand(weight.shape)}
+        expected = weight * (importances["w"] / (importances["w"] * 100))
+        ParameterPerturber(model).modify_weight(importances, {"w": importances["w"] * 100})
+        assert torch.allclose(model["w"], expected)
+
+
+def test_sizes_on_disk():
+    """Entries are views of one buffer, which torch.save writes whole; clones and Fishers have their own bytes."""
+    model = nn.Sequential(nn.Linear(100, 1000), nn.Linear(1000, 3))
+    importances = ParameterPerturber(model).calc_importance([(torch.randn(4, 100), torch.tensor([0, 1, 2, 0]))])
+
+    def size(value) -> int:
+        file = io.BytesIO()
+        torch.save(value, file)
+        return file.tell()
+
+    entry = importances["1.weight"]
+    assert size(entry) > 400_000
+    assert size(entry.clone()) < entry.nbytes + 2000
+    assert size({name: value.clone() for name, value in importances.items()}) < 416_012 + 4000
+
+
+def test_a_head_may_be_kept_alone(tmp_path):
+    model = nn.Sequential(nn.Linear(100, 1000), nn.Linear(1000, 3))
+    importances = ParameterPerturber(model).calc_importance([(torch.randn(4, 100), torch.tensor([0, 1, 2, 0]))])
+    ff.Fisher.from_dict({"1.weight": importances["1.weight"]}).save(tmp_path / "head")
+    assert (tmp_path / "head").stat().st_size < 12_000 + 2000
+    assert torch.equal(ff.Fisher.load(tmp_path / "head")["1.weight"], importances["1.weight"])

@@ -167,6 +167,9 @@ def test_a_gradient_that_moved_or_was_taken_again_is_that_of_the_next_run():
     model.weight.grad = None
     gradient.refresh_(model)
     assert not gradient["weight"].any() and gradient["bias"].any()
+    turned = ff.Gradient.from_dict({"bias": torch.zeros(4), "weight": torch.ones(4, 5)})
+    turned.refresh_(model)
+    assert torch.equal(turned["bias"], model.bias.grad) and not turned["weight"].any()
 
 
 def test_refused_before_anything_is_written():

@@ -134,7 +134,7 @@ def test_sparse_inputs(layout, estimator):
     for model in (head, nn.Sequential(head, nn.Tanh(), nn.Linear(3, 3))):
         wanted = ff.estimate_fisher(model, [(x, y)], estimator=estimator).buffer
         if estimator in ("sample", "expected"):
-            with pytest.raises(ff.EstimationError, match="batch 0 holds a sparse tensor, which cannot be cut"):
+            with pytest.raises(ff.EstimationError, match="batch 0: it holds a sparse tensor, which cannot be cut"):
                 ff.estimate_fisher(model, [(sparse, y)], estimator=estimator)
         else:
             found = ff.estimate_fisher(model, [(sparse, y)], estimator=estimator).buffer

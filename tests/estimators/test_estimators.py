@@ -232,7 +232,7 @@ def test_progress_and_custom_loss(capsys):
         ),
         ({"loss_fn": lambda out, y: 1.0}, ff.EstimationError, "batch 0: the loss is a float, expected a scalar"),
         ({"loss_fn": lambda out, y: out.detach().sum()}, ff.EstimationError, "the loss does not depend on 0.weight"),
-        ({"forward_fn": lambda m, b: ((m(b[0]),), b[1])}, TypeError, "cross_entropy"),
+        ({"forward_fn": lambda m, b: ({"a": m(b[0])}, b[1])}, ff.EstimationError, "the outputs are a dict, expected a"),
         ({"backend": "warp"}, ff.BackendError, "unknown backend 'warp'"),
     ],
 )

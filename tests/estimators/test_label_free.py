@@ -51,8 +51,8 @@ def test_label_free_bad_input():
         ff.estimate_fisher(net(), batches(), estimator="label_free", loss_fn=nn.functional.cross_entropy)
     with pytest.raises(ff.EstimationError, match=r"a batch is a dict of 1, expected \(inputs, targets\)"):
         ff.estimate_fisher(net(), [{"x": 1}], estimator="label_free")
-    with pytest.raises(ff.EstimationError, match="the outputs are a tuple, expected a tensor"):
-        ff.estimate_fisher(net(), batches(), estimator="label_free", forward_fn=lambda m, b: ((m(b[0]),), b[1]))
+    with pytest.raises(ff.EstimationError, match="the outputs are a dict, expected a tensor"):
+        ff.estimate_fisher(net(), batches(), estimator="label_free", forward_fn=lambda m, b: ({"a": m(b[0])}, b[1]))
     with pytest.raises(ff.ArgumentError, match="estimator is 'sample', expected one of batch, label_free"):
         ff.FisherAccumulator(net(), estimator="sample")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from small import batches, net
+from test_sample_estimator import close, oracle
 from torch import nn
 
 import fiun_fast as ff
@@ -19,6 +22,7 @@ ESTIMATORS = ("batch", "sample", "expected", "label_free")
 # ---- models that share a part ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::fiun_fast.ScopeWarning")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("params", [None, "last", "0.*"])
 def test_models_that_share_a_part_are_estimated_as_if_alone(estimator, params):
@@ -196,3 +200,40 @@ def test_what_cannot_be_put_back_is_said_and_keeps_nothing_else_from_it():
             ff.estimate_fisher(model, batches(), "2.*", forward_fn=forward)
         assert model.calls == 0 and model.training and model[0].weight.requires_grad
         assert model[2].bias.grad is bias_grad
+
+
+class Shared(nn.Module):
+    """A layer under two names, and control flow that torch.func refuses; keeps what it has computed."""
+
+    def __init__(self, refused: bool = True) -> None:
+        super().__init__()
+        self.fc, self.head, self.refused = nn.Linear(6, 6), nn.Linear(6, 5), refused
+        self.same, self.kept, self.all, self.calls = self.fc, None, [], 0
+
+    def forward(self, x):
+        self.kept = torch.tanh(self.same(torch.tanh(self.fc(x))))
+        self.calls += 1
+        self.all.append(self.kept)
+        if self.refused and float(self.kept.detach().sum()) > 1e9:
+            return self.head(x)
+        return self.head(self.kept * self.fc.weight.sum(0).relu_())  # written to: no closed form
+
+
+@pytest.mark.filterwarnings("ignore::fiun_fast.FallbackWarning")
+@pytest.mark.parametrize("refused", [True, False], ids=["one by one", "vmap"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_shared_layer_and_what_a_forward_keeps(estimator, refused):
+    torch.manual_seed(0)
+    model = Shared(refused)
+    loader = [(torch.randn(n, 6), torch.randint(5, (n,))) for n in (4, 3)]
+    held = [(module, dict(vars(module)), dict(module._parameters)) for module in model.modules()]
+    fisher = ff.estimate_fisher(model, loader, estimator=estimator)
+    for module, attributes, parameters in held:
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[key] is value for key, value in attributes.items())
+        assert all(module._parameters[key] is p for key, p in parameters.items())
+    assert (model.kept, model.all, model.calls) == (None, [], 0)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    if estimator == "sample":
+        close(fisher, oracle(again, loader))

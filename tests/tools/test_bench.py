@@ -172,6 +172,13 @@ def test_the_pages_have_the_numbers_of_the_committed_results(tmp_path, monkeypat
         assert copy.read_text(encoding="utf-8") == text, f"{copy.name}: `make plots` was not run"
 
 
+def test_the_table_of_real_nets_is_that_of_the_results():
+    nets = load("real_nets")
+    result = json.loads(nets.TARGET.read_text(encoding="utf-8"))
+    assert f"<!-- nets -->\n{nets.table(result)}<!-- /nets -->" in nets.PAGE.read_text(encoding="utf-8")
+    assert not any(row["without_closed_form"] for row in result["networks"].values())
+
+
 def test_files_are_plain_json_with_a_row_a_line(tmp_path):
     path = tmp_path / "new" / "result.json"
     write_json(path, {"rows": [{"a": 1 / 3}, (1, float("nan"))], "settings": {7: "x"}}, digits=3)

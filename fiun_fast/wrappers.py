@@ -1,0 +1,208 @@
+"""What models and optimisers come wrapped in, and how to look through it; or why that cannot be done.
+
+Wrappers are told by the names of their classes and base classes, so that none of their packages is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .errors import ArgumentError, EstimationError, LayoutError
+
+
+class Wrapper(NamedTuple):
+    """A kind of wrapper.
+
+    Attributes:
+        key: the submodule that is wrapped; no part of a parameter's name as this package has it.
+        bypassed: the wrapped module may be called in its stead. Where it may not, its forward does more, or less.
+
+    """
+
+    key: str
+    bypassed: bool
+
+
+_DDP = "torch.nn.parallel.distributed.DistributedDataParallel"
+_FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+_OPACUS = "opacus.grad_sample.gsm_base.AbstractGradSampleModule"
+_PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
+KNOWN = {
+    _DDP: Wrapper("module", True),
+    "torch.nn.parallel.data_parallel.DataParallel": Wrapper("module", True),
+    "torch._dynamo.eval_frame.OptimizedModule": Wrapper("_orig_mod", True),
+    "torch.optim.swa_utils.AveragedModel": Wrapper("module", True),
+    "opacus.distributed.DifferentiallyPrivateDistributedDataParallel": Wrapper("module", True),
+    _OPACUS: Wrapper("_module", True),
+    "lightning.fabric.wrappers._FabricModule": Wrapper("_forward_module", True),
+    "lightning_fabric.wrappers._FabricModule": Wrapper("_forward_module", True),
+    _FSDP: Wrapper("_fsdp_wrapped_module", False),
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": Wrapper(
+        "_checkpoint_wrapped_module", False
+    ),
+    "peft.peft_model.PeftModel": Wrapper("base_model", False),
+    "peft.mixed_model.PeftMixedModel": Wrapper("base_model", False),
+    "peft.tuners.tuners_utils.BaseTuner": Wrapper("model", False),
+    _PEFT_LAYER: Wrapper("base_layer", False),
+}
+_BY_PEFT = ("base_model", "model")  # these two say something only where they stand together
+_KEYS = frozenset(wrapper.key for wrapper in KNOWN.values()) - set(_BY_PEFT)
+_INNER = ("optimizer", "original_optimizer", "base_optimizer", "base", "optim")  # where wrappers keep an optimiser
+
+
+_classes: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _known_as(kind: type) -> tuple[str, ...]:
+    """The names of a class and its base classes that are in `KNOWN`."""
+    if kind not in _classes:
+        names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+        _classes[kind] = tuple(name for name in names if name in KNOWN)
+    return _classes[kind]
+
+
+def is_wrapper(kind: type) -> bool:
+    """Whether modules of this class are wrappers."""
+    return bool(_known_as(kind))
+
+
+def wrapper_of(module: nn.Module) -> Wrapper | None:
+    """What kind of wrapper a module is; None where it is none."""
+    found = next((KNOWN[name] for name in _known_as(type(module))), None)
+    return found if found is not None and isinstance(module._modules.get(found.key), nn.Module) else None
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has added an adapter, or prompts, to the model."""
+    return any(name.startswith("peft.") for module in model.modules() for name in _known_as(type(module)))
+
+
+def is_adapted_layer(module: nn.Module) -> bool:
+    """Whether it is a layer to which PEFT has added an adapter."""
+    return _PEFT_LAYER in _known_as(type(module))
+
+
+class Unwrapped(NamedTuple):
+    """A model without its wrappers, and the names of their classes, outermost first."""
+
+    module: nn.Module
+    wrappers: tuple[str, ...]
+
+
+def unwrap(model: nn.Module) -> Unwrapped:
+    """Take off what a model may be called without: DistributedDataParallel, DataParallel, torch.compile, Opacus, ….
+
+    What then runs is this process's own part: no gradient is reduced over ranks, nothing is replicated or compiled.
+    """
+    names: list[str] = []
+    while (wrapper := wrapper_of(model)) is not None and wrapper.bypassed:
+        names.append(type(model).__name__)
+        model = model._modules[wrapper.key]  # type: ignore[assignment]
+    return Unwrapped(model, tuple(names))
+
+
+@contextmanager
+def silenced(model: nn.Module) -> Iterator[None]:
+    """Wrappers at and inside the model do nothing beside its forward and backward: no reduction, no per-sample grads.
+
+    Args:
+        model: as the user has it: some wrappers leave hooks in the modules below.
+
+    Raises:
+        EstimationError: on exit, if DistributedDataParallel has reduced gradients all the same, because it awaited the
+            backward of an earlier forward.
+
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            names = _known_as(type(module))
+            if _DDP in names:
+                stack.enter_context(module.no_sync())  # type: ignore[operator]
+                stack.enter_context(_unreduced(module))
+            elif _OPACUS in names and getattr(module, "hooks_enabled", False):
+                module.disable_hooks()  # type: ignore[operator]
+                stack.callback(module.enable_hooks)  # type: ignore[arg-type]
+        yield
+
+
+@contextmanager
+def _unreduced(module: Any) -> Iterator[None]:
+    """Notice whether the reducer of a DistributedDataParallel took gradients: it times each that it gets."""
+    before = module.reducer.get_backward_stats()
+    error: Exception | None = None
+    try:
+        yield
+    except RuntimeError as found:  # its own: a gradient came twice
+        error = found
+    if module.reducer.get_backward_stats() != before:
+        raise EstimationError(
+            "DistributedDataParallel has taken gradients for those of an earlier forward: after a forward call its "
+            "backward, or run it under torch.no_grad(), before a Fisher is estimated"
+        ) from error
+    if error is not None:
+        raise error
+
+
+def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> None:
+    """Raise a LayoutError that begins with `what` where FullyShardedDataParallel (FSDP1) has cut up parameters.
+
+    Args:
+        what: the model, for the message.
+        model: itself or any of its submodules may be such.
+        for_good: also while they are gathered for a moment, when no forward may run and no memory may move.
+
+    """
+    for path, module in model.named_modules():
+        if _FSDP not in _known_as(type(module)):
+            continue
+        if not for_good and getattr(getattr(module, "training_state", None), "name", "") == "SUMMON_FULL_PARAMS":
+            continue
+        where = f"submodule {path!r} of {what}" if path else what
+        inside = "" if for_good else ", or work inside FullyShardedDataParallel.summon_full_params(model)"
+        raise LayoutError(
+            f"{where} is a FullyShardedDataParallel (FSDP1), which keeps parameters flattened and cut up over ranks: "
+            f"pass the model before it is wrapped{inside}"
+        )
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it, as far as the name alone tells.
+
+    A module of one's own may have such a name too: to be used where a name is not known as it stands.
+    """
+    parts = [part for part in name.split(".") if part not in _KEYS]
+    if tuple(parts[:2]) == _BY_PEFT:
+        del parts[:2]
+    return ".".join(parts) or name
+
+
+def optimizer_in(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch.optim.Optimizer itself, or the one that a wrapper of it steps (Accelerate, ScheduleFreeWrapper, …).
+
+    Raises:
+        ArgumentError: it is none and has none; or is Opacus' DPOptimizer with noise.
+
+    """
+    given, seen = optimizer, set()
+    while id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        if getattr(optimizer, "noise_multiplier", 0):
+            raise ArgumentError(
+                f"optimizer is a {type(optimizer).__name__}, which adds noise to the gradients, and the noise would be "
+                "squared with them; estimate a Fisher over data, ff.estimate_fisher(model, loader)"
+            )
+        # wrappers that inherit from Optimizer without its constructor have none of its attributes
+        if isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer):
+            return optimizer
+        inside = (getattr(optimizer, key, None) for key in _INNER)
+        optimizer = next((one for one in inside if hasattr(one, "step") and hasattr(one, "param_groups")), optimizer)
+    raise ArgumentError(
+        f"optimizer is a {type(given).__name__}, expected a torch.optim.Optimizer, or a wrapper that keeps one as "
+        f"{', '.join('.' + key for key in _INNER)}"
+    )

@@ -141,7 +141,7 @@ FIUN_HD F merge_finished(F reduced, int64_t sources, F scale, Merge how) {
     return (how == Merge::mean ? reduced / F(sources) : reduced) * scale;
 }
 
-// ---- dampen: theta *= min((lam I / m)^exponent, cap) where m > alpha I -----------------------------------------------
+// ---- dampen: theta *= min((lam I / m)^exponent, cap) where m > alpha I, if signed only where g * theta < 0 -----------
 
 template <class F>
 struct Rule {
@@ -151,6 +151,14 @@ struct Rule {
 template <class F>
 FIUN_HD bool is_selected(F original, F merged, const Rule<F>& rule) {  // false where either is NaN
     return merged > rule.alpha * original;
+}
+
+// Whether g * theta < 0: signs differ, and neither is 0 or NaN. Not by the product, which may underflow to 0. In a signed
+// dampening only such elements are selected; g = sum over k of w_k g_k, as Merge::sum has it, without a scale.
+template <class F, class T>
+FIUN_HD bool is_opposed(F gradient, T theta) {
+    const auto t = widen(theta);
+    return ((gradient < 0) & (t > 0)) | ((gradient > 0) & (t < 0));
 }
 
 // For selected elements only: merged is above 0 and not NaN, original is finite.

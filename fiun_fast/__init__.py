@@ -24,7 +24,8 @@ from .errors import (
     UndoFileError,
 )
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
-from .fisher import Fisher, merge_fishers
+from .fisher import Fisher, merge_fishers, top_overlap
+from .gradient import Gradient
 from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, Shard
 from .planning import Choice, Plan, Trials
@@ -32,6 +33,7 @@ from .profile import Profiles, SelectionProfile
 from .provenance import Provenance
 from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
+from .rounds import Round, Rounds, unlearn_rounds_
 from .scope import last_layer
 from .storage import flatten_, stack_
 from .tuned import TriedPoint, Tuned
@@ -56,6 +58,7 @@ __all__ = [
     "FisherFileError",
     "FiunError",
     "ForgetRequest",
+    "Gradient",
     "InheritanceDAG",
     "Layout",
     "LayoutError",
@@ -67,6 +70,8 @@ __all__ = [
     "Provenance",
     "ProvenanceWarning",
     "Report",
+    "Round",
+    "Rounds",
     "ScopeWarning",
     "Segment",
     "SelectionProfile",
@@ -91,6 +96,8 @@ __all__ = [
     "search_alpha",
     "selection_profile",
     "stack_",
+    "top_overlap",
     "tune",
+    "unlearn_rounds_",
     "use_backend",
 ]

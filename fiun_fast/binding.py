@@ -18,6 +18,7 @@ from torch import Tensor
 from .compiling import GroupPlan, Program
 from .errors import LayoutError
 from .fisher import Fisher
+from .gradient import Gradient
 from .kernels import select
 from .kernels.interface import Backend, Histogram, Launch
 from .kernels.table import Dampening, Group, Merging, Table
@@ -32,6 +33,9 @@ class Memory(Protocol):
 
     def forget(self, request: int, device: torch.device) -> Fisher:
         """The forget Fisher of a request, over the same elements, on that device."""
+
+    def gradient(self, request: int, device: torch.device) -> Gradient:
+        """The gradient of a request that has one, laid out as its forget Fisher, on that device."""
 
     def thetas(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Tensor]]:
         """For each name the parameter of each node, contiguous, with the elements that the original Fishers have.
@@ -97,6 +101,8 @@ def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
     whole = len(segments) == len(plan.match.segments)
     names = plan.match.names if whole else tuple(segment.name for segment in segments)
     forgets = [memory.forget(k, plan.device) for k in plan.requests]
+    signed = all(program.requests[k].gradient is not None for k in plan.requests)
+    gradients = [memory.gradient(k, plan.device).buffer for k in plan.requests] if signed else None
     thetas = memory.thetas(plan.nodes, names)
     return Group(
         names=names,
@@ -109,6 +115,7 @@ def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
         nodes=np.array(plan.nodes, dtype=np.int64),
         thetas=thetas,
         addresses=np.array([list(map(Tensor.data_ptr, tensors)) for tensors in thetas], dtype=np.int64).T.copy(),
+        gradients=gradients,
     )
 
 
@@ -119,7 +126,7 @@ def _offsets(fisher: Fisher, names: Sequence[str], plan: GroupPlan, request: int
 
 
 def _check_overlaps(program: Program, memory: Memory, groups: Sequence[Group]) -> None:
-    """No parameter may lie on another, or on a Fisher: which write came first would decide the result."""
+    """No parameter may lie on another, or on a Fisher or gradient: which write came first would decide the result."""
     if not groups:
         return
     starts, ends, owners = [], [], []
@@ -140,7 +147,7 @@ def _check_overlaps(program: Program, memory: Memory, groups: Sequence[Group]) -
     check_disjoint(start, end, label)
     order = np.argsort(start)
     start, end = start[order], end[order]
-    fishers = [f for group in groups for f in group.originals] + [f for group in groups for f in group.forgets]
+    fishers = [f for group in groups for f in group.originals] + [f for group in groups for f in _requested(group)]
     begin = np.array([fisher.data_ptr() for fisher in fishers])
     stop = begin + np.array([fisher.nbytes for fisher in fishers])
     at = np.searchsorted(end, begin, side="right")  # the first parameter that ends after each Fisher begins
@@ -152,12 +159,19 @@ def _check_overlaps(program: Program, memory: Memory, groups: Sequence[Group]) -
 
 
 def _whose(program: Program, groups: Sequence[Group], k: int) -> str:
-    """Name the k-th of all originals, then forgets, of the groups."""
+    """Name the k-th of all originals, then of what the requests have, of the groups."""
     originals = [node for group in groups for node in group.nodes.tolist()]
     if k < len(originals):
         return f"the original Fisher of {program.nodes[originals[k]].name!r}"
-    buffer = [f for group in groups for f in group.forgets][k - len(originals)]
+    buffer = [f for group in groups for f in _requested(group)][k - len(originals)]
     for r, request in enumerate(program.requests):
         if request.fisher.buffer is buffer:
             return f"the forget Fisher of request {r}"
+        if request.gradient is not None and request.gradient.buffer is buffer:
+            return f"the gradient of request {r}"
     return "a forget Fisher"
+
+
+def _requested(group: Group) -> list[Tensor]:
+    """What a group has of its requests: forget Fishers, then gradients."""
+    return [*group.forgets, *(group.gradients or ())]

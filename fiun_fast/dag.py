@@ -11,8 +11,9 @@ import networkx as nx
 import torch
 
 from .arguments import check_number
-from .errors import ArgumentError, DagError
-from .fisher import Fisher
+from .errors import ArgumentError, DagError, LayoutError
+from .fisher import Fisher, check_alike
+from .gradient import Gradient
 from .scope import check_module
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -26,12 +27,15 @@ class ForgetRequest:
         origin: the node where the data entered.
         fisher: forget Fisher F of that data, taken at the origin.
         weight: w_k, what F is multiplied by before it is merged with those of other requests.
+        gradient: g_k of the loss on that data, at the origin, over the layout of F, for signed selection; all requests
+            of a plan have one, or none. Merged it is g = Σ_k w_k g_k, the gradient of Σ_k w_k (loss of request k).
 
     """
 
     origin: str
     fisher: Fisher
     weight: float = 1.0
+    gradient: Gradient | None = None
 
 
 @dataclass
@@ -232,4 +236,23 @@ def check_requests(requests: Iterable[ForgetRequest]) -> list[ForgetRequest]:
             raise ArgumentError(f"request {k} is {request!r:.80}, expected ForgetRequest(origin, Fisher)")
         request.fisher.check_memory(f"the forget Fisher of request {k}")
         check_number(f"request {k} ({request.origin!r}): weight", request.weight, request.fisher.dtype)
+        if request.gradient is not None:
+            _check_gradient(
+                f"the gradient of request {k}", request.gradient, f"the forget Fisher of request {k}", request
+            )
+    signed = [request.gradient is not None for request in listed]
+    if any(signed) and not all(signed):
+        raise ArgumentError(
+            f"request {signed.index(True)} has a gradient, request {signed.index(False)} has none: signed selection "
+            "needs one of each request; plan signed and unsigned requests apart"
+        )
     return listed
+
+
+def _check_gradient(what: str, gradient: object, beside: str, request: ForgetRequest) -> None:
+    """Raise an error where a gradient does not lie element by element beside its forget Fisher."""
+    if not isinstance(gradient, Gradient):
+        raise ArgumentError(f"{what} is a {type(gradient).__name__}, expected a fiun_fast.Gradient")
+    check_alike(request.fisher, beside, gradient, what)
+    if gradient.layout != request.fisher.layout:
+        raise LayoutError(f"{what} has the parameters of {beside} in another order")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,21 +9,21 @@ from typing import Any
 import torch
 
 from . import files, optimizer_state
-from .arguments import FISHER_DTYPES, MERGE_RULES, MergeRule, check_number, check_one_of, short
+from .arguments import MERGE_RULES, MergeRule, check_fraction, check_number, check_one_of, short
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
 from .kernels import select
-from .kernels.cpu import expect_writes
 from .kernels.table import Merging
 from .layout import Layout
-from .memory import all_plain, check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
+from .memory import check_no_mode
 from .provenance import Provenance, merged, warn_if_unlike
 from .scope import Params, select_parameters
+from .vectors import Vector, flattened
 
 UNKNOWN = Provenance()
 
 
-class Fisher:
+class Fisher(Vector):
     """The diagonal of an (empirical) Fisher information matrix: one non-negative number a parameter.
 
     Args:
@@ -40,14 +38,13 @@ class Fisher:
     """
 
     def __init__(self, buffer: torch.Tensor, layout: Layout, provenance: Provenance = UNKNOWN) -> None:
-        if not isinstance(layout, Layout):
-            raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
         if not isinstance(provenance, Provenance):
             raise ArgumentError(f"provenance is a {type(provenance).__name__}, expected a fiun_fast.Provenance")
-        check_buffer("Fisher buffer", buffer, layout)
-        self.buffer = buffer.detach()
-        self.layout = layout
+        super().__init__(buffer, layout)
         self.provenance = provenance
+
+    def _with(self, buffer: torch.Tensor) -> Fisher:
+        return Fisher(buffer, self.layout, self.provenance)
 
     @classmethod
     @denormals_kept()
@@ -61,26 +58,7 @@ class Fisher:
             FiunError: a tensor without plain memory of its own.
 
         """
-        if not isinstance(values, Mapping) or not values:
-            raise ArgumentError(f"expected a non-empty dict of name -> tensor, found {type(values).__name__}")
-        for name, value in values.items():
-            if not isinstance(value, torch.Tensor):
-                raise ArgumentError(f"{name!r} is a {type(value).__name__}, expected a tensor")
-        first, like = next(iter(values.items()))
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        for name, value in values.items():
-            if has_no_shape(value) or value.is_quantized:
-                check_addressable(repr(name), value)
-            if not value.is_floating_point():
-                raise DTypeError(f"{name!r} is {value.dtype}, expected a floating-point tensor")
-            if (torch.float64 if value.dtype == torch.float64 else torch.float32) != dtype:
-                raise DTypeError(f"{name!r} is {value.dtype}, expected {like.dtype} as {first!r}")
-        check_one_device(values, repr)
-        for name, value in values.items():
-            check_addressable(repr(name), value)
-        layout = Layout.from_tensors(values)
-        buffer = expect_writes(torch.empty(layout.numel, dtype=dtype, device=next(iter(values.values())).device))
-        torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()], out=buffer)
+        buffer, layout = flattened(values)
         check_non_negative(buffer, layout)
         return cls(buffer, layout, provenance)
 
@@ -161,59 +139,6 @@ class Fisher:
             record["how"] = dict(record["how"])
         files.write_fisher(path, self.as_dict(), record)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """View of one parameter's entries, in its shape."""
-        segment = self.layout[name]
-        self.check_memory("Fisher")
-        return self.buffer[segment.offset : segment.offset + segment.numel].view(segment.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Float32 or float64."""
-        return self.buffer.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffer lies."""
-        return self.buffer.device
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return self.layout.numel
-
-    def check_memory(self, where: str) -> None:
-        """Raise a FiunError that begins with `where`, if the buffer was replaced by one that does not fit, or freed."""
-        check_buffer(f"{where}: its buffer", vars(self).get("buffer"), self.layout)
-
-    def as_dict(self) -> dict[str, torch.Tensor]:
-        """Name -> view into the buffer, in the parameter's shape; `torch.save` of one view writes the whole buffer."""
-        self.check_memory("Fisher")
-        return self.layout.views(self.buffer)
-
-    @denormals_kept()
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Fisher:
-        """The same Fisher on another device or in float32/float64; itself where nothing changes."""
-        self.check_memory("Fisher")
-        try:
-            moved = self.buffer.to(device=device, dtype=dtype)
-        except (RuntimeError, AssertionError, TypeError) as error:  # a device that is not here, or is none
-            raise DeviceError(f"Fisher cannot be moved to {device!r}: {str(error).partition(chr(10))[0]}") from error
-        return self if moved is self.buffer else Fisher(moved, self.layout, self.provenance)
-
-    def sha256(self) -> str:
-        """SHA-256, hex: of dtype and layout as a line of JSON, then of the numbers, little-endian. Reads the buffer.
-
-        The line is `{"dtype": "float32", "layout": [["fc.weight", [10, 64]], …]}` and a newline.
-        """
-        self.check_memory("Fisher")
-        kind = short(self.dtype)
-        head = {"dtype": kind, "layout": [[segment.name, list(segment.shape)] for segment in self.layout]}
-        digest = hashlib.sha256((json.dumps(head, sort_keys=True) + "\n").encode())
-        for piece in self.buffer.split(1 << 24):  # from a GPU piece by piece
-            digest.update(piece.detach().cpu().numpy().astype(f"<f{self.buffer.itemsize}", copy=False).data)
-        return digest.hexdigest()
-
     def __repr__(self) -> str:
         p = self.provenance
         return (
@@ -266,6 +191,32 @@ def merge_fishers(
     return Fisher(out, first.layout, merged(how, records))
 
 
+def top_overlap(fisher: Fisher, other: Fisher, *, share: float = 0.01) -> float:
+    """Share (0..1) of the largest entries of one Fisher that are among the largest of the other; by chance `share`.
+
+    A check before dampening. Where the data to be forgotten and data to be kept share as many of their largest entries
+    as two halves of the data to be kept do, a diagonal cannot tell them apart, and one shot takes both.
+
+    Args:
+        fisher, other: over one layout; Fishers for each sequence or sample (`estimator="sample"`) say most.
+        share: of the elements, in (0, 1]; at least one.
+
+    Raises:
+        ArgumentError: a share out of range.
+        LayoutError, DTypeError, DeviceError: the Fishers differ; the message says in what.
+
+    """
+    share = check_fraction("share", share, "a share of the elements, in (0, 1]")
+    check_alike(fisher, "fisher", other, "other")
+    if fisher.layout != other.layout:
+        raise LayoutError("other has the parameters of fisher in another order")
+    count = max(1, int(share * fisher.numel))
+    both = [torch.zeros(fisher.numel, dtype=torch.bool, device=fisher.device) for _ in range(2)]
+    for among, one in zip(both, (fisher, other), strict=True):
+        among[one.buffer.topk(count).indices] = True
+    return int((both[0] & both[1]).sum()) / count
+
+
 def listed_fishers(what: str, fishers: Any) -> list[Fisher]:
     """One Fisher or several, as a list; an ArgumentError names `what` where it is neither."""
     if isinstance(fishers, Fisher):
@@ -275,10 +226,10 @@ def listed_fishers(what: str, fishers: Any) -> list[Fisher]:
     return list(fishers)
 
 
-def check_alike(fisher: Fisher, its_name: str, other: Fisher, name: str) -> None:
+def check_alike(fisher: Fisher, its_name: str, other: Vector, name: str) -> None:
     """Raise an error that says how `other` differs: parameters (not their order), dtype, device; or is no Fisher."""
     for who, one in ((its_name, fisher), (name, other)):
-        if not isinstance(one, Fisher):
+        if not isinstance(one, Vector):
             raise ArgumentError(f"{who} is a {type(one).__name__}, expected a fiun_fast.Fisher")
         one.check_memory(who)
     if fisher.layout != other.layout and (difference := fisher.layout.difference(other.layout, its_name, name)):
@@ -291,27 +242,6 @@ def check_alike(fisher: Fisher, its_name: str, other: Fisher, name: str) -> None
         raise DeviceError(
             f"{name} is on {other.device}, expected {fisher.device} as {its_name}: move one, fisher.to(…)"
         )
-
-
-def check_buffer(where: str, buffer: Any, layout: Layout) -> None:
-    """Raise an error that begins with `where`, unless the buffer is plain memory [layout.numel], float32 or float64."""
-    if (flaw := flaw_of(buffer)) is not None:
-        raise flaw.raised(where)
-    if buffer.dtype not in FISHER_DTYPES:
-        raise DTypeError(f"{where} is {buffer.dtype}, expected float32 or float64")
-    if buffer.dim() != 1 or buffer.numel() != layout.numel:
-        raise LayoutError(f"{where} has shape {list(buffer.shape)}, expected [{layout.numel}] for {layout!r}")
-    if not buffer.is_contiguous():
-        raise LayoutError(f"{where} is not contiguous; pass buffer.contiguous()")
-
-
-def all_fit(fishers: Sequence[Fisher]) -> bool:
-    """Whether each has the memory that its layout needs: `Fisher.check_memory` for many; False where unsure."""
-    buffers: list[Any] = [vars(fisher).get("buffer") for fisher in fishers]
-    return all_plain(buffers) and all(
-        buffer.dtype in FISHER_DTYPES and buffer.shape == (fisher.layout.numel,)
-        for buffer, fisher in zip(buffers, fishers, strict=True)
-    )
 
 
 def check_non_negative(buffer: torch.Tensor, layout: Layout) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from .compiling import ReachedNode
 from .dag import ForgetRequest, Model
 from .errors import ArgumentError, LayoutError
-from .fisher import Fisher, all_fit
+from .fisher import Fisher
+from .gradient import Gradient
 from .homes import Container, Counters, Home, Homes, all_held
 from .memory import all_plain, check_addressable, check_writable, has_no_shape
 from .naming import Names, matched
+from .vectors import Vector, all_fit
 from .wrappers import is_wrapper
 
 _IS_NESTED = attrgetter("is_nested")
+V = TypeVar("V", bound=Vector)
 
 
 class Links:
@@ -84,9 +87,9 @@ class LiveMemory:
         self.owners: dict[int, int] = {}  # id of each of them -> index of its node
         self._described: list[Described] = []
         self._place = np.zeros((len(nodes), 2), dtype=np.int64)  # of each node: which of those, and where in it
-        self._homes = Homes()  # of parameters and Fishers
-        self._fishers: set[int] = set()  # ids of those whose homes are known
-        self._copies: dict[tuple[int, torch.device], Fisher] = {}
+        self._homes = Homes()  # of parameters, Fishers and gradients
+        self._watched: set[int] = set()  # ids of the Fishers and gradients whose homes are known
+        self._copies: dict[tuple[int, torch.device], Vector] = {}  # by the id of what was copied
         self._foreign: list[tuple[str, Tensor]] = []  # parameters in memory that torch did not allocate
         self._wrapped = False  # a wrapper was met on the way to a parameter
         self._check_fishers()
@@ -175,13 +178,21 @@ class LiveMemory:
 
     def forget(self, request: int, device: torch.device) -> Fisher:
         """The forget Fisher of a request on that device, copied there if it was taken elsewhere."""
-        fisher = self._requests[request].fisher
-        self._watch([fisher])
-        if fisher.device == device:
-            return fisher
-        if (request, device) not in self._copies:
-            self._copies[request, device] = fisher.to(device)
-        return self._copies[request, device]
+        return self._there(self._requests[request].fisher, device)
+
+    def gradient(self, request: int, device: torch.device) -> Gradient:
+        """The gradient of a request that has one, likewise."""
+        gradient = self._requests[request].gradient
+        assert gradient is not None
+        return self._there(gradient, device)
+
+    def _there(self, vector: V, device: torch.device) -> V:
+        self._watch([vector])
+        if vector.device == device:
+            return vector
+        if (id(vector), device) not in self._copies:
+            self._copies[id(vector), device] = vector.to(device)
+        return self._copies[id(vector), device]  # type: ignore[return-value]
 
     def home(self, node: int, name: str) -> Home:
         """Where a described parameter lives, and how it lies there now."""
@@ -223,19 +234,23 @@ class LiveMemory:
         return f"node {self._nodes[node].name!r}, parameter {name!r}"
 
     def _check_fishers(self) -> None:
-        named = [(node.fisher, f"the original Fisher of {node.name!r}") for node in self._nodes]
-        named += [(request.fisher, f"the forget Fisher of request {k}") for k, request in enumerate(self._requests)]
-        unique = {id(fisher): (fisher, where) for fisher, where in reversed(named)}
-        if not all_fit([fisher for fisher, _ in unique.values()]):
-            for fisher, where in named:
-                fisher.check_memory(where)
+        named: list[tuple[Vector, str]] = []
+        named += [(node.fisher, f"the original Fisher of {node.name!r}") for node in self._nodes]
+        for k, request in enumerate(self._requests):
+            named.append((request.fisher, f"the forget Fisher of request {k}"))
+            if request.gradient is not None:
+                named.append((request.gradient, f"the gradient of request {k}"))
+        unique = {id(vector): (vector, where) for vector, where in reversed(named)}
+        if not all_fit([vector for vector, _ in unique.values()]):
+            for vector, where in named:
+                vector.check_memory(where)
 
-    def _watch(self, fishers: Sequence[Fisher]) -> None:
-        new = {id(fisher): fisher for fisher in fishers if id(fisher) not in self._fishers}
-        self._fishers |= new.keys()
+    def _watch(self, vectors: Sequence[Vector]) -> None:
+        new = {id(vector): vector for vector in vectors if id(vector) not in self._watched}
+        self._watched |= new.keys()
         self._layouts.add([vars(f) for f in new.values()], "layout", [f.layout for f in new.values()])
         self._homes.add(
-            [vars(fisher) for fisher in new.values()], ["buffer"] * len(new), [fisher.buffer for fisher in new.values()]
+            [vars(vector) for vector in new.values()], ["buffer"] * len(new), [vector.buffer for vector in new.values()]
         )
 
     def _places(

@@ -115,7 +115,7 @@ class Plan:
             dry_run: count only; nothing is written.
             undo: keep what is needed to restore every bit with `report.undo_()`: 4 bytes and one parameter's element
                 for each element selected.
-            audit: count each parameter, measure ‖Δθ‖ and hash every Fisher; `report.to_dict()` has it all.
+            audit: count each parameter, measure ‖Δθ‖ and hash every Fisher and gradient; `report.to_dict()` has it all.
 
         Returns:
             Counts per node, read from the device when first looked at.
@@ -280,6 +280,8 @@ class Plan:
     def profile(self, *, norms: bool = False) -> Profiles:
         """How many elements any alpha would select at each node: {node: SelectionProfile}, in one pass over the plan.
 
+        With gradients, only elements that their sign admits have a ratio; all others are among `never`.
+
         Args:
             norms: also what norm of the parameters would go (`SelectionProfile.removed`): a second pass in plain torch.
 
@@ -291,7 +293,7 @@ class Plan:
         return Profiles(dict(zip(self.nodes, found, strict=True)))
 
     def ratios(self) -> Ratios:
-        """The ratios m / I of every node: histograms and exact percentiles."""
+        """The ratios m / I of every node: histograms and exact percentiles; with gradients, those the sign admits."""
         with alone:
             self._refresh()
         return Ratios([(part.table, part.histogram()) for part in self.parts], self.nodes)
@@ -299,7 +301,10 @@ class Plan:
     def _audit(self) -> Audit:
         """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
         time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        references = [fisher for _, _, fisher in self._facts.requests] + list(self._facts.originals.values())
+        references = [
+            one for *_, fisher, gradient in self._facts.requests for one in (fisher, gradient) if one is not None
+        ]
+        references += self._facts.originals.values()
         fishers = {id(reference): fisher for reference in references if (fisher := reference()) is not None}
         digests = {id(fisher): fisher.sha256() for fisher in fishers.values()}
         figures = examine(self.parts)
@@ -343,9 +348,11 @@ class Trials:
         self._fishers = self._versions()
 
     def _versions(self) -> list[int]:
-        """Which state of their Fishers the trials began with; the log holds what these select."""
+        """Which state of their Fishers and gradients the trials began with; the log holds what these select."""
         fishers = [node.fisher for node in self.plan._nodes] + [one.fisher for one in self.plan._requests]
-        return [-1 if fisher.buffer.is_inference() else fisher.buffer._version for fisher in fishers]
+        gradients = [one.gradient for one in self.plan._requests if one.gradient is not None]
+        buffers = [vector.buffer for vector in (*fishers, *gradients)]
+        return [-1 if buffer.is_inference() else buffer._version for buffer in buffers]
 
     def run(self, *, alpha: PerNode | None = None, lam: PerNode | None = None, dry_run: bool = False) -> Report:
         """Restore what an earlier trial changed, then run the plan with these values.
@@ -378,9 +385,8 @@ class Trials:
             if plan._memory is not self.memory or self.memory.moved():
                 raise UndoError("parameters or Fishers were moved or replaced since these trials began")
             if self._versions() != self._fishers:
-                raise UndoError(
-                    "a Fisher was changed since these trials began, and their log was made with the old one"
-                )
+                what = "a Fisher or gradient" if any(one.gradient for one in plan._requests) else "a Fisher"
+                raise UndoError(f"{what} was changed since these trials began, and their log was made with the old one")
         plan._take_values(*values)
         self._changed = not dry_run
         return plan._run(dry_run)
@@ -418,6 +424,9 @@ def _facts(program: Program, parts: list[Part], known: frozenset[str], merging: 
         known,
         options,
         tuple(dict.fromkeys(part.backend.name for part in parts)),
-        tuple((r.origin, float(r.weight), weakref.ref(r.fisher)) for r in program.requests),
+        tuple(
+            (r.origin, float(r.weight), weakref.ref(r.fisher), None if r.gradient is None else weakref.ref(r.gradient))
+            for r in program.requests
+        ),
         {node.name: weakref.ref(node.fisher) for node in program.nodes},
     )

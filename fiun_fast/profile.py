@@ -15,7 +15,7 @@ from .errors import ArgumentError, DagError
 from .kernels.reference import ratio_bins
 from .kernels.table import BINS
 from .ratios import Ratios
-from .tiles import Tile
+from .tiles import Tile, admitted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ class SelectionProfile:
         counts: [bins] int64; bin b holds alphas[b] < m / I <= alphas[b + 1]. The first is 0 and all below 2^-126.
         dtype: of the Fishers.
         always: elements that every alpha selects: I = 0 < m, m infinite, or m / I of 2^128 and more.
-        never: elements that none selects: 0 / 0 or NaN.
+        never: elements that none selects: 0 / 0 or NaN, and with gradients those that the sign rules out.
         squares: [bins] float64, the sum of theta^2 of each bin's elements; None where no model was given.
         always_square, total_square: the sum of theta^2 of the elements in `always`, and of all.
 
@@ -126,7 +126,7 @@ class SelectionProfile:
         return always + float(values[bin_ + 1 :].sum()) + part * float(values[bin_])
 
     def __str__(self) -> str:
-        head = f"{self.numel:,} elements; I = 0 < F: {self.always:,}; F = I = 0 or NaN: {self.never:,}"
+        head = f"{self.numel:,} elements; I = 0 < F: {self.always:,}; never selected: {self.never:,}"
         octaves = self.counts[1:].reshape(-1, 8).sum(axis=1)
         inside = np.flatnonzero(octaves)
         lines = [head, f"F / I below 2^-126, mostly 0: {self.counts[0]:,}"]
@@ -200,7 +200,7 @@ class Profiles(Mapping[str, SelectionProfile]):
 
 
 def profiles_of(ratios: Ratios, numels: Sequence[int]) -> list[SelectionProfile]:
-    """A profile of each node, without theta; numels [nodes]."""
+    """A profile of each node, without squares; numels [nodes]."""
     counts = np.zeros((len(numels), BINS), dtype=np.int64)
     for dtype in dict.fromkeys(ratios.dtypes()):
         counts += ratios.count(dtype, np.full(len(numels), BASES[dtype]), LOWS[dtype], nearest=True)
@@ -221,7 +221,7 @@ def with_squares(profiles: Sequence[SelectionProfile], tiles: Iterable[Tile]) ->
     totals = np.zeros(len(profiles))
     for tile in tiles:
         dtype = tile.merged.dtype
-        has_bin = (tile.merged / tile.original) >= 0
+        has_bin = ((tile.merged / tile.original) >= 0) & admitted(tile)
         bins = ratio_bins(tile.original[has_bin], tile.merged[has_bin], BASES[dtype], LOWS[dtype], True)
         square = tile.theta.double() ** 2
         squares[tile.node] += torch.bincount(bins, square[has_bin], BINS).cpu().numpy()

@@ -7,7 +7,8 @@ copied, and R itself is never written down.
 
 What is in R: IEEE quotients in the Fishers' dtype that are finite. 0 / 0 is not (NaN), x / 0 is not (infinite), and
 neither is a quotient that overflows; 0 / x is, as 0, and so are subnormal quotients. Where m is infinite or NaN there
-is no finite ratio; where I is infinite and m is not, the ratio is 0.
+is no finite ratio; where I is infinite and m is not, the ratio is 0. In a signed table, elements whose gradient and
+parameter do not differ in sign have none.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DIGITS = {
 
 
 class Ratios:
-    """The ratios of every node of some work tables. Parameters are not looked at.
+    """The ratios of every node of some work tables; of signed ones, those of the elements that may be selected.
 
     Args:
         parts: tables, and a histogram of each; a node may appear in several tables.

@@ -14,6 +14,8 @@ import torch
 
 from .errors import DagError, UndoError
 from .fisher import Fisher
+from .gradient import Gradient
+from .vectors import Vector
 from .version import __version__
 
 _HEAD = ["node", "from", "alpha", "lambda", "elements", "selected", "share", "zeroed", "nonfinite"]
@@ -77,8 +79,13 @@ class Facts:
     known: frozenset[str]  # all nodes of the DAG
     options: Mapping[str, float | str]
     backends: tuple[str, ...]
-    requests: tuple[tuple[str, float, weakref.ref[Fisher]], ...]  # origin, weight, F
+    requests: tuple[tuple[str, float, weakref.ref[Fisher], weakref.ref[Gradient] | None], ...]  # origin, weight, F, g
     originals: Mapping[str, weakref.ref[Fisher]]  # node -> I
+
+    @property
+    def signed(self) -> bool:
+        """Whether the requests have gradients."""
+        return any(gradient is not None for *_, gradient in self.requests)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Audit:
 
     time: str  # when the run began, UTC, ISO 8601
     parameters: Mapping[str, tuple[ParameterReport, ...]]  # node -> its parameters
-    sha256: Mapping[int, str]  # id of a reference to a Fisher, in Facts -> digest, taken before the run
+    sha256: Mapping[int, str]  # id of a reference to a Fisher or gradient, in Facts -> digest, taken before the run
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,9 @@ class NodeReport:
         skipped: parameters left out by on_mismatch="skip".
         alpha, lam: the values used; None where the node is not touched. Alpha is infinite where `tune` left it alone.
         numel: elements compared.
-        selected: elements with m > alpha I.
+        selected: elements with m > alpha I, and in a signed run g * theta < 0.
         zeroed: selected elements that are exactly 0 afterwards.
-        nonfinite: elements whose m or I is NaN or infinite.
+        nonfinite: elements whose m, I or g is NaN or infinite.
         parameters: the same for each parameter, of an audited run.
 
     """
@@ -225,7 +232,7 @@ class Report:
 
     @property
     def nonfinite(self) -> int:
-        """Elements with a NaN or infinity in m or I, in all nodes."""
+        """Elements with a NaN or infinity in m, I or g, in all nodes."""
         return sum(n.nonfinite for n in self)
 
     def undo_(self, *, force: bool = False) -> None:
@@ -244,19 +251,19 @@ class Report:
         """Plain data, ready for json.dump: what was done, to what, by what (docs/audit.md lists the keys).
 
         Args:
-            sha256: with the SHA-256 of each Fisher. An audited run took them before it began; otherwise each is read
-                through here, as it is now, and one that is gone is None.
+            sha256: with the SHA-256 of each Fisher and gradient. An audited run took them before it began; otherwise
+                each is read through here, as it is now, and one that is gone is None.
 
         """
         audit, facts = self._audit, self._facts
 
-        def digest(reference: weakref.ref[Fisher]) -> dict[str, str | None]:
-            fisher = reference()
-            if not sha256:
+        def digest(reference: weakref.ref[Any] | None, key: str = "sha256") -> dict[str, str | None]:
+            if not sha256 or reference is None:
                 return {}
+            vector: Vector | None = reference()
             if audit is not None:
-                return {"sha256": audit.sha256.get(id(reference))}
-            return {"sha256": None if fisher is None else digests.setdefault(id(fisher), fisher.sha256())}
+                return {key: audit.sha256.get(id(reference))}
+            return {key: None if vector is None else digests.setdefault(id(vector), vector.sha256())}
 
         digests: dict[int, str] = {}
         return {
@@ -267,7 +274,11 @@ class Report:
             "dry_run": self.dry_run,
             **facts.options,
             **{key: getattr(self, key) for key in ("numel", "selected", "zeroed", "nonfinite")},
-            "requests": [{"origin": o, "weight": w, **digest(fisher)} for o, w, fisher in facts.requests],
+            "signed": facts.signed,
+            "requests": [
+                {"origin": origin, "weight": weight, **digest(fisher), **digest(gradient, "gradient_sha256")}
+                for origin, weight, fisher, gradient in facts.requests
+            ],
             "nodes": [{**_plain(node), **digest(facts.originals[node.name])} for node in self],
         }
 
@@ -286,6 +297,8 @@ class Report:
             rows = [(*row, *[""] * (len(head) - len(row))) for row in rows]  # nothing fitted: nothing was measured
         lines = [table(head, rows, left=2)] if rows else []
         lines += [f"left out of {n.name}: {', '.join(n.skipped)}" for n in nodes[:_SHOWN] if n.skipped]
+        if self._facts.signed:
+            lines.append("signed: only elements whose gradient and value differ in sign")
         if self.dry_run:
             lines.append("dry run: nothing was changed")
         return "\n".join(lines)

@@ -17,23 +17,26 @@ class Traffic:
     forget: int  # each forget Fisher once a group
     original: int  # each original Fisher once
     theta: int  # read and written
+    gradient: int = 0  # each gradient once a group
 
     @property
     def total(self) -> int:
         """Dense bytes of one run."""
-        return self.forget + self.original + self.theta
+        return self.forget + self.original + self.theta + self.gradient
 
 
 def traffic_of(parts: Sequence[Part]) -> Traffic:
     """Dense bytes of one run over these parts."""
-    forget = original = theta = 0
+    forget = original = theta = gradient = 0
     for table in (part.table for part in parts):
         length, k, n = (table.rows[:, column].astype(object) for column in (0, 2, 4))  # Python ints: no overflow
         assert table.theta_dtype is not None
-        forget += table.fisher_dtype.itemsize * int((length * k).sum())
+        merged = table.fisher_dtype.itemsize * int((length * k).sum())
+        forget += merged
+        gradient += merged if table.signed else 0
         original += table.fisher_dtype.itemsize * int((length * n).sum())
         theta += 2 * table.theta_dtype.itemsize * int((length * n).sum())
-    return Traffic(forget, original, theta)
+    return Traffic(forget, original, theta, gradient)
 
 
 def summary(parts: Sequence[Part], facts: Facts, how: str) -> str:
@@ -48,10 +51,11 @@ def summary(parts: Sequence[Part], facts: Facts, how: str) -> str:
     )
     lines = [
         f"{_count(len(facts.nodes), 'node')} of {len(facts.known):,}, {_count(elements, 'element')}, "
-        f"{_count(len(facts.requests), 'request')}, merged by {how}",
+        f"{_count(len(facts.requests), 'request')}, merged by {how}" + (", signed" if facts.signed else ""),
         f"{_count(groups, 'group')}, {_count(rows, 'contiguous run')}, {_count(len(parts), 'launch')}: {launches}",
         f"moves at most {_bytes(traffic.total)} a run: {_bytes(traffic.forget)} forget Fishers, "
-        f"{_bytes(traffic.original)} original Fishers, {_bytes(traffic.theta)} parameters read and written",
+        + (f"{_bytes(traffic.gradient)} gradients, " if facts.signed else "")
+        + f"{_bytes(traffic.original)} original Fishers, {_bytes(traffic.theta)} parameters read and written",
     ]
     left_out = {name: None for _, _, skipped, _ in facts.nodes for name in skipped}
     if left_out:

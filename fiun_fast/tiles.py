@@ -15,7 +15,7 @@ from torch import Tensor
 from .arguments import short
 from .binding import Part
 from .guards import denormals_kept
-from .kernels.reference import dampen_elements, merge_elements
+from .kernels.reference import dampen_elements, merge_elements, merged_gradient, not_finite, opposed
 from .kernels.table import Dampening
 from .report import ParameterReport
 
@@ -37,6 +37,7 @@ class Tile:
     alpha: float
     how: Dampening
     exact: bool  # m has the same bits on every backend
+    gradient: Tensor | None  # [n], merged; None: unsigned
 
 
 def tiles(parts: Iterable[Part]) -> Iterator[Tile]:
@@ -51,15 +52,24 @@ def tiles(parts: Iterable[Part]) -> Iterator[Tile]:
                 for start in range(0, numel, size):
                     stop = min(start + size, numel)
                     merged = merge_elements(group.forget(s, start, stop), group.weights, merging)
+                    gradient = merged_gradient(group, s, start, stop)
                     for n, node in enumerate(group.nodes.tolist()):
                         theta, original = group.theta(n, s, start, stop), group.original(n, s, start, stop)
                         alpha, whole = float(how.alpha[node]), group.thetas[s][n]
-                        yield Tile(node, group.names[s], whole, start, theta, original, merged, alpha, how, exact)
+                        where = (node, group.names[s], whole, start)
+                        yield Tile(*where, theta, original, merged, alpha, how, exact, gradient)
 
 
 def selection(tile: Tile) -> Tensor:
-    """Elements that a run selects, [n] bool: m > alpha I."""
-    return tile.merged > tile.original * tile.alpha
+    """Elements that a run selects, [n] bool: m > alpha I, and g * theta < 0 where there is a gradient."""
+    return (tile.merged > tile.original * tile.alpha) & admitted(tile)
+
+
+def admitted(tile: Tile) -> Tensor:
+    """Elements that the sign does not rule out, [n] bool; all of an unsigned tile."""
+    if tile.gradient is None:
+        return torch.ones_like(tile.merged, dtype=torch.bool)
+    return opposed(tile.gradient, tile.theta)
 
 
 def possible_selection(tile: Tile) -> Tensor:
@@ -67,7 +77,8 @@ def possible_selection(tile: Tile) -> Tensor:
     if tile.exact:
         return selection(tile)
     threshold, tiny = tile.original * tile.alpha, torch.finfo(tile.merged.dtype).tiny
-    return (tile.merged * (1 + 1e-5) > threshold) | ((tile.merged > 0) & (tile.merged <= tiny))
+    near = (tile.merged * (1 + 1e-5) > threshold) | ((tile.merged > 0) & (tile.merged <= tiny))
+    return near & admitted(tile)
 
 
 @torch.no_grad()
@@ -86,9 +97,9 @@ def examine(parts: Iterable[Part]) -> dict[int, list[ParameterReport]]:
         chosen, how = selection(tile), tile.how
         lam = float(how.lam[tile.node])
         new, _ = dampen_elements(tile.theta, tile.original, tile.merged, tile.alpha, lam, how.exponent, how.cap)
-        finite = tile.merged.isfinite() & tile.original.isfinite()
+        nonfinite = not_finite(tile.original, tile.merged, tile.gradient)
         change = (new.double() - tile.theta.double()).masked_fill(~chosen, 0)
-        terms = [chosen.sum(), (chosen & (new == 0)).sum(), (~finite).sum(), change.square().sum()]
+        terms = [chosen.sum(), (chosen & (new == 0)).sum(), nonfinite.sum(), change.square().sum()]
         figures = torch.stack([term.double() for term in terms])
         _, so_far = sums.get((tile.node, tile.name), (tile.parameter, None))
         sums[tile.node, tile.name] = tile.parameter, figures if so_far is None else so_far + figures
@@ -99,9 +110,9 @@ def examine(parts: Iterable[Part]) -> dict[int, list[ParameterReport]]:
     for keys in by_device.values():  # one wait a device
         for (node, name), row in zip(keys, torch.stack([sums[key][1] for key in keys]).tolist(), strict=True):
             parameter = sums[node, name][0]
-            selected, zeroed, nonfinite = (int(count) for count in row[:3])
+            selected, zeroed, infinite = (int(count) for count in row[:3])
             size = tuple(parameter.shape), short(parameter.dtype), parameter.numel()
             found.setdefault(node, []).append(
-                ParameterReport(name, *size, selected, zeroed, nonfinite, change=row[3] ** 0.5)
+                ParameterReport(name, *size, selected, zeroed, infinite, change=row[3] ** 0.5)
             )
     return found

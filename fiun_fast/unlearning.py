@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .arguments import MERGE_RULES, MergeRule, OnMismatch, check_number, check_one_of, renamed
 from .compiling import PerNode, ReachedNode, dampening, narrowest, per_node, reached_nodes, values_per_node
 from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_requests
 from .errors import ArgumentError
 from .fisher import Fisher, listed_fishers
+from .gradient import Gradient
 from .kernels.table import Merging
 from .planning import Plan
 from .profile import SelectionProfile, profiles_of
@@ -38,7 +40,8 @@ def plan(
     """Compile the unlearning of all requests in all models they reach (FIUn with MFIM, arXiv 2408.08493).
 
     In every node n with a request at itself or an ancestor: m = scale * reduce_k (w_k F_k) over those requests; where
-    m > alpha I, theta <- theta * min((lam I / m)^exponent, cap). docs/semantics.md has the edges.
+    m > alpha I, theta <- theta * min((lam I / m)^exponent, cap). Where the requests have gradients, only if also
+    g * theta < 0, g = sum_k (w_k g_k). docs/semantics.md has the edges.
 
     Args:
         dag: models, their original Fishers and who inherited from whom.
@@ -73,6 +76,7 @@ def dampen_(
     original: Fisher,
     forget: Fisher | Sequence[Fisher],
     *,
+    gradient: Gradient | Sequence[Gradient] | None = None,
     alpha: float | str = 10.0,
     lam: float = 1.0,
     exponent: float = 1.0,
@@ -92,6 +96,8 @@ def dampen_(
         model: module, or dict of tensors.
         original: Fisher over the data the model was trained on.
         forget: Fisher over the data to be forgotten; several are merged on the fly.
+        gradient: of the loss on that data, one for each forget Fisher; then only elements whose gradient and value
+            differ in sign are selected, those that raise this loss as they shrink (`ForgetRequest`).
         alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction: as in `plan`; alpha, lam and
             forget_fraction are numbers here, alpha may be "auto".
         dry_run, undo, audit: as in `Plan.run_`.
@@ -104,7 +110,7 @@ def dampen_(
 
     """
     options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
-    return _plan_of_one(model, original, forget, options).run_(dry_run=dry_run, undo=undo, audit=audit)
+    return _plan_of_one(model, original, forget, gradient, options).run_(dry_run=dry_run, undo=undo, audit=audit)
 
 
 def selection_profile(
@@ -112,6 +118,7 @@ def selection_profile(
     forget: Fisher | Sequence[Fisher],
     model: Model | None = None,
     *,
+    gradient: Gradient | Sequence[Gradient] | None = None,
     merge: MergeRule = "max",
     scale: float = 1.0,
     backend: str | None = None,
@@ -121,20 +128,25 @@ def selection_profile(
     Args:
         original: Fisher I over the data the model was trained on.
         forget: Fisher F over the data to be forgotten; several are merged on the fly.
-        model: whose parameters the Fishers belong to; for `removed` only, and costs a second pass in plain torch.
+        model: whose parameters the Fishers belong to; for `removed`, which costs a second pass in plain torch, and
+            for `gradient`.
+        gradient: as in `dampen_`; elements that the sign rules out are then among `never`.
         merge, scale: as in `plan`.
         backend: name of one; None for the default.
 
     Raises:
-        ArgumentError, LayoutError, DTypeError, DeviceError, BackendError: as `adaptive_alpha`.
+        ArgumentError: a gradient without a model, whose signs it is compared with; or as `adaptive_alpha`.
+        LayoutError, DTypeError, DeviceError, BackendError: as `adaptive_alpha`.
 
     """
     if model is None:
+        if gradient is not None:
+            raise ArgumentError("gradient= needs model=: signs are compared with those of its parameters")
         ratios = ratios_of(original, forget, merge=merge, scale=scale, backend=backend)
         return profiles_of(ratios, [original.numel])[0]
     forgets = check_fishers(original, forget)
     options = Options(merge=merge, scale=scale, backend=backend)
-    return _plan_of_one(model, original, forgets, options).profile(norms=True)["model"]
+    return _plan_of_one(model, original, forgets, gradient, options).profile(norms=True)["model"]
 
 
 @dataclass(frozen=True)
@@ -152,14 +164,36 @@ class Options:
     forget_fraction: PerNode | None = None
 
 
-def _plan_of_one(model: Model, original: Fisher, forget: Fisher | Sequence[Fisher], options: Options) -> Plan:
+def _plan_of_one(
+    model: Model,
+    original: Fisher,
+    forget: Fisher | Sequence[Fisher],
+    gradient: Gradient | Sequence[Gradient] | None,
+    options: Options,
+) -> Plan:
     """A plan for one model without a DAG; its node is called "model"."""
     check_model("model", model)
     if not isinstance(original, Fisher):
         raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
-    requests = check_requests([ForgetRequest("model", one) for one in listed_fishers("forget", forget)])
+    forgets = listed_fishers("forget", forget)
+    gradients = [None] * len(forgets) if gradient is None else _listed_gradients(gradient, len(forgets))
+    pairs = zip(forgets, gradients, strict=True)
+    requests = check_requests([ForgetRequest("model", one, gradient=its) for one, its in pairs])
     node = ReachedNode("model", model, original, tuple(range(len(requests))))
     return _made([node], requests, {}, options)
+
+
+def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> Sequence[Gradient | None]:
+    """One for each forget Fisher."""
+    if isinstance(gradient, Gradient):
+        listed = [gradient]
+    elif isinstance(gradient, (str, Mapping, torch.Tensor)) or not isinstance(gradient, Iterable):
+        raise ArgumentError(f"gradient is a {type(gradient).__name__}, expected a fiun_fast.Gradient or a list of them")
+    else:
+        listed = list(gradient)
+    if len(listed) != fishers:
+        raise ArgumentError(f"{len(listed)} gradients for {fishers} forget Fishers: one is needed for each")
+    return listed
 
 
 def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:

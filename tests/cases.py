@@ -45,6 +45,7 @@ class Case:
     cap: float = 1.0
     merge: str = "max"
     scale: float = 1.0
+    signed: bool = False  # each request with a gradient
     values: str = "random"  # or "edges": zeros, denormals, inf and NaN all over; "ties": m == alpha * I everywhere;
     # "infinite": θ is inf or -inf, and I zero
     flat: bool = False  # the parameters of a node in one contiguous run
@@ -127,6 +128,28 @@ CASES = [
         for e in (0.0, 0.5, 2.0, 3.3)
     ),
     *(Case(f"exponent-half-{_N[theta]}", shapes=SIZES, exponent=0.5, theta=theta) for theta in DTYPES[1:]),
+    Case("signed-one-model", shapes=TILES, signed=True),
+    Case("signed-weighted", TWO_ROOTS, ("a", "b", "a2", "ab", "a"), (0.5, 1.0, 3.0, 0.0, 1.0), SIZES, signed=True),
+    Case("signed-tiles-flat", DIAMOND, ("a", "c"), shapes=TILES, flat=True, shift=1, signed=True),
+    Case("signed-many-small", CHAIN, ("a", "b"), shapes=MANY, flat=True, signed=True, scale=0.5),
+    *(
+        Case(
+            f"signed-{values}-{_N[theta]}-{_N[fisher]}",
+            DIAMOND,
+            ("a", "b"),
+            shapes=SIZES,
+            theta=theta,
+            fisher=fisher,
+            values=values,
+            signed=True,
+        )
+        for theta in DTYPES
+        for fisher in (torch.float32, torch.float64)
+        for values in ("random", "edges")
+    ),
+    Case("signed-ties", values="ties", shapes=SIZES, alpha=2.0, signed=True),
+    Case("signed-exponent", CHAIN, ("a", "b"), shapes=SIZES, exponent=0.5, values="edges", signed=True),
+    Case("signed-mean", DIAMOND, ("a", "b"), (1.0, 0.25), SIZES, merge="mean", scale=1.7, signed=True),
 ]
 
 
@@ -138,6 +161,7 @@ class Problem:
     models: dict[str, dict[str, torch.Tensor]]
     originals: dict[str, ff.Fisher]
     forgets: list[ff.Fisher]
+    gradients: list[ff.Gradient | None]  # [requests]
 
     def plan(self, backend: str | None, order: list[str] | None = None) -> ff.Plan:
         """The public API, from DAG to plan; `order` is the order in which nodes are added."""
@@ -145,9 +169,14 @@ class Problem:
         for name in order or list(case.parents):
             dag.add_model(name, self.models[name], self.originals[name], parents=case.parents[name])
         weights = case.weights or (1.0,) * len(case.origins)
-        requests = [ff.ForgetRequest(o, f, w) for o, f, w in zip(case.origins, self.forgets, weights, strict=True)]
+        given = zip(case.origins, self.forgets, weights, self.gradients, strict=True)
+        requests = [ff.ForgetRequest(o, f, w, g) for o, f, w, g in given]
         numbers = {key: getattr(case, key) for key in ("alpha", "lam", "exponent", "cap", "merge", "scale")}
         return ff.plan(dag, requests, **numbers, backend=backend)
+
+    def vectors(self) -> list[ff.Fisher | ff.Gradient]:
+        """All Fishers and gradients."""
+        return [*self.originals.values(), *self.forgets, *filter(None, self.gradients)]
 
     def state(self) -> dict[tuple[str, str], torch.Tensor]:
         """A copy of every parameter."""
@@ -184,7 +213,17 @@ def build(case: Case, device: str = "cpu", seed: int | None = None) -> Problem:
     forgets = [fisher() for _ in case.origins]
     if case.values == "ties":
         forgets = [ff.Fisher(originals[o].buffer * float(case.alpha), layout) for o in case.origins]  # type: ignore[arg-type]
-    return Problem(case, {node: model() for node in case.parents}, originals, forgets)
+    models = {node: model() for node in case.parents}
+
+    def gradient() -> ff.Gradient:
+        values = torch.randn(layout.numel, dtype=torch.float64, generator=generator)
+        if case.values == "edges":
+            picks = torch.tensor([*EDGES, *(-edge for edge in EDGES)], dtype=torch.float64)
+            at = torch.rand(layout.numel, generator=generator) < 0.7
+            values = torch.where(at, picks[torch.randint(len(picks), at.shape, generator=generator)], values)
+        return ff.Gradient(values.to(device, case.fisher), layout)
+
+    return Problem(case, models, originals, forgets, [gradient() if case.signed else None for _ in case.origins])
 
 
 def place(values: Mapping[str, torch.Tensor], case: Case, device: str) -> dict[str, torch.Tensor]:
@@ -240,12 +279,18 @@ def textbook(problem: Problem, compute: torch.dtype | None = None) -> Expected:
                 if value.itemsize == 2 and not compute
                 else value.to(torch.promote_types(value.dtype, dtype))
             )
-            chosen = ssd_modify_weight(p, original, merged, alpha, lam, case.exponent, case.cap)
+            wanted = torch.ones_like(merged, dtype=torch.bool)
+            finite = merged.isfinite() & original.isfinite()
+            if case.signed:
+                slopes = [problem.gradients[k][key].cpu().to(dtype).view(-1) for k in mine]  # type: ignore[index]
+                slope = merge_textbook(slopes, [weights[k] for k in mine], "sum", 1.0)
+                wanted, finite = slope.sign() * value.double().sign() == -1, finite & slope.isfinite()
+            chosen = ssd_modify_weight(p, original, merged, alpha, lam, case.exponent, case.cap, wanted)
             value.copy_(p)
             counts[0] += int(chosen.sum())
             counts[1] += int((value[chosen] == 0).sum())
-            counts[2] += int((~(merged.isfinite() & original.isfinite())).sum())
-            near = (merged - original * alpha).abs() <= 1e-6 * merged.abs()
+            counts[2] += int((~finite).sum())
+            near = wanted & ((merged - original * alpha).abs() <= 1e-6 * merged.abs())
             result.band[node, key] = near.view(model[key].shape)
         result.counts[node] = (counts[0], counts[1], counts[2])
     return result
@@ -265,11 +310,21 @@ def merge_textbook(fishers: list[torch.Tensor], weights: list[float], how: str, 
 
 
 def ssd_modify_weight(
-    p: torch.Tensor, original: torch.Tensor, forget: torch.Tensor, alpha: float, lam: float, exponent: float, cap: float
+    p: torch.Tensor,
+    original: torch.Tensor,
+    forget: torch.Tensor,
+    alpha: float,
+    lam: float,
+    exponent: float,
+    cap: float,
+    wanted: torch.Tensor | bool = True,
 ) -> torch.Tensor:
-    """Change p as ParameterPerturber.modify_weight does, with the edges of docs/semantics.md; returns the selection."""
+    """Change p as ParameterPerturber.modify_weight does, with the edges of docs/semantics.md; returns the selection.
+
+    `wanted`: elements that may be selected.
+    """
     oimp_norm = original.mul(alpha)
-    chosen = forget > oimp_norm
+    chosen = (forget > oimp_norm) & wanted
     locations = torch.where(chosen)
     weight = original.mul(lam).div(forget)
     if exponent != 1:

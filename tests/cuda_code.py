@@ -35,9 +35,11 @@ def setting(name: str):
 ARCHS: tuple[str, ...] = setting("ARCHS")
 FLAGS: list[str] = setting("NVCC_FLAGS")
 
+FLAGS_OF = {"dampen": ("exponent", "signed"), "histogram": ("signed",)}  # what a kernel's first template arguments say
+
 # One kernel in a file of its own, because the files that exist take longer to compile.
 ONE = """#include "dampen.h"
-namespace fiun { DampenKernel one() { return common::dampen<false, float, float>; } }
+namespace fiun { DampenKernel one() { return common::dampen<false, false, float, float>; } }
 """
 
 # name -> (source, text in csrc -> what a careless change would write, further compiler options)
@@ -56,7 +58,7 @@ MUTANTS: dict[str, tuple[str, dict[str, str], list[str]]] = {
         },
         [],
     ),
-    "too few registers": ("one.cu", {"sizeof(F) == 4 ? 5 : 4": "16"}, []),
+    "too few registers": ("one.cu", {"blocks_at_once<with_sign, F>)": "16)"}, []),
     "arrays indexed at run time": ("one.cu", {"#pragma unroll\n": "#pragma unroll 1\n"}, []),
     "approximate division": ("one.cu", {}, ["-prec-div=false"]),
     "contraction": ("streams.cu", {}, ["-fmad=true"]),
@@ -134,10 +136,14 @@ def _figures(usage: str, ptx: str, code: str) -> dict[str, int]:
 
 @functools.cache
 def _short(mangled: str) -> str:
-    """As dampen<float, float, exponent>."""
+    """As dampen<float, float, exponent, signed>."""
     name = subprocess.run([str(tool("c++filt")), mangled], capture_output=True, text=True, check=True).stdout
     name = re.sub(r"^void |\(.*|fiun::|common::|\s+$", "", name, flags=re.S)
-    return re.sub(r"^(\w+)<(true|false), (.*)>$", lambda m: f"{m[1]}<{m[3]}{', exponent' * (m[2] == 'true')}>", name)
+    family, _, arguments = name.removesuffix(">").partition("<")
+    flags = [one == "true" for one in re.findall("true|false", arguments)]
+    types = [one for one in arguments.split(", ") if one and one not in ("true", "false")]
+    said = [word for word, flag in zip(FLAGS_OF.get(family, ()), flags, strict=True) if flag]
+    return f"{family}<{', '.join([*types, *said])}>" if types else family
 
 
 def every_kernel(archs: Iterable[str], csrc: Path = CSRC) -> dict[tuple[str, str], dict[str, int]]:

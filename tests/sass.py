@@ -41,6 +41,8 @@ VARIANTS: dict[str, Variant] = {
     "dampen fp32 mean": dampen_variant(FP32, FP32, "mean"),
     "dampen fp32 exponent": dampen_variant(FP32, FP32, "max", True),
     "dampen fp64": dampen_variant(FP64, FP64),
+    "dampen fp32 signed": dampen_variant(FP32, FP32, signed=True),
+    "dampen bf16 signed": dampen_variant(FP32, BF16, signed=True),
     "merge fp32": merge_variant(FP32),
     "merge fp32 sum": merge_variant(FP32, "sum"),
     "merge fp32 mean": merge_variant(FP32, "mean"),

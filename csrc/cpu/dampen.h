@@ -1,4 +1,4 @@
-// theta *= min(lam I / m, cap) where m > alpha I, on one CPU thread: included by loops.h, compiled once for each
+// theta *= min(lam I / m, cap) where m > alpha I, and if signed g theta < 0, on one CPU thread: included by loops.h, compiled once for each
 // instruction set. What is done to a line of 64 bytes is written once, over the vectors of vector.h; the edges of a row,
 // exponents other than 1 and rare pairs of dtypes go by the rules of element.h, which the compiler vectorises.
 //
@@ -23,33 +23,40 @@ struct Lane {  // integer as wide as a Fisher's element, so that comparisons add
 
 // ---- by the rules of element.h: any n, any dtypes -------------------------------------------------------------------
 
-// How many of n elements are selected; counts those that are not finite.
-template <class F>
-inline int64_t select_few(const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged, const int n,
-                          const Rule<F>& rule, Counts& counts) {
+// How many of n elements are above the threshold; counts those that are not finite. `gradient` is for signed ones only.
+template <bool with_sign, class F>
+inline int64_t select_few(const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged,
+                          const F* FIUN_RESTRICT gradient, const int n, const Rule<F>& rule, Counts& counts) {
     using Int = typename Lane<F>::type;
-    Int selected = 0, nonfinite = 0;
+    Int selected = 0, finite = 0;
     FIUN_KEEP_LOOP
     for (int j = 0; j < n; ++j) {
         selected += Int(is_selected(original[j], merged[j], rule));
-        nonfinite += 1 - (Int(is_finite(original[j])) & Int(is_finite(merged[j])));
+        Int all = Int(is_finite(original[j])) & Int(is_finite(merged[j]));
+        if constexpr (with_sign) all &= Int(is_finite(gradient[j]));
+        finite += all;
     }
-    counts.selected += selected;
-    counts.nonfinite += nonfinite;
+    counts.nonfinite += n - finite;
     return selected;
 }
 
-// At most a line, or a vector of Fishers where that is more. Returns how many came out as 0.
-template <bool with_exponent, class T, class F>
-inline int64_t dampen_few(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged,
-                          const int n, const Rule<F>& rule, bool write) {
+struct Few {
+    int64_t selected, zeroed;
+};
+
+// At most a line, or a vector of Fishers where that is more. Returns how many were selected, and came out as 0.
+template <bool with_exponent, bool with_sign, class T, class F>
+inline Few dampen_few(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT original, const F* FIUN_RESTRICT merged,
+                      const F* FIUN_RESTRICT gradient, const int n, const Rule<F>& rule, bool write) {
     using Int = typename Lane<F>::type;
     T next[line_bytes / sizeof(uint16_t)];
-    Int zeroed = 0;
+    Int selected = 0, zeroed = 0;
     FIUN_KEEP_LOOP
     for (int j = 0; j < n; ++j) {
-        const bool chosen = is_selected(original[j], merged[j], rule);
         const T now = theta[j];
+        bool chosen = is_selected(original[j], merged[j], rule);
+        if constexpr (with_sign) chosen = chosen & is_opposed(gradient[j], now);
+        selected += Int(chosen);
         if (with_exponent && !chosen) {  // the power is a call, which costs much more than a branch
             next[j] = now;
             continue;
@@ -62,14 +69,16 @@ inline int64_t dampen_few(T* FIUN_RESTRICT theta, const F* FIUN_RESTRICT origina
         FIUN_KEEP_LOOP
         for (int j = 0; j < n; ++j) theta[j] = next[j];
     }
-    return zeroed;
+    return {selected, zeroed};
 }
 
-template <class F, class Source>
-inline int64_t count_nonfinite(const F* original, const Source& merged, int64_t at, int64_t n) {
+template <bool with_sign, class F, class Source>
+inline int64_t count_nonfinite(const F* original, const Source& merged, const F* gradient, int64_t at, int64_t n) {
     int64_t count = 0;
     for (int64_t j = 0; j < n; ++j) {
-        count += 1 - (int64_t(is_finite(original[j])) & int64_t(is_finite(merged.at(at + j))));
+        int64_t all = int64_t(is_finite(original[j])) & int64_t(is_finite(merged.at(at + j)));
+        if constexpr (with_sign) all &= int64_t(is_finite(gradient[at + j]));
+        count += 1 - all;
     }
     return count;
 }
@@ -98,7 +107,7 @@ struct Running {
     Vector<F> alpha, lam;
     Vector<typename Lane<F>::type> selected{}, zeroed{};
     Bytes largest{};
-    int64_t zeroed_by_rules = 0;
+    Few by_rules{};
     void start(const Node& node) { alpha = spread(F(node.alpha)), lam = spread(F(node.lam)); }
 };
 
@@ -106,9 +115,10 @@ struct Running {
 template <class T, class F>
 constexpr int line_size = int(line_bytes / sizeof(T)) > lanes<F> ? int(line_bytes / sizeof(T)) : lanes<F>;
 
-template <bool with_exponent, class T, class F, class Source>
-FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const Source& merged, int64_t at, const Node& node,
-                                    const Common<T, F>& common, Running<F>& run) {
+// m and, if signed, g begin with the first element of a call; the line is at element `at` of these.
+template <bool with_exponent, bool with_sign, class T, class F, class Source>
+FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const Source& merged, const F* gradient, int64_t at,
+                                    const Node& node, const Common<T, F>& common, Running<F>& run) {
     constexpr int size = line_size<T, F>, parts = size / lanes<F>;
     Vector<F> i[parts], m[parts];
     decltype(greater(i[0], m[0])) chosen[parts], touched{};
@@ -119,17 +129,31 @@ FIUN_ALWAYS_INLINE void dampen_line(T* theta, const F* original, const Source& m
         chosen[p] = greater(m[p], run.alpha * i[p]);
         touched = either(touched, chosen[p]);
         run.largest = larger_bytes(larger_bytes(run.largest, i[p]), m[p]);
+        if constexpr (with_sign) run.largest = larger_bytes(run.largest, positive(load(gradient + at + p * lanes<F>)));
     }
     FIUN_PREFETCH(original + ahead * size);
     if (!any(touched)) return;
     FIUN_PREFETCH(theta + ahead * size);
-    FIUN_UNROLL
-    for (int p = 0; p < parts; ++p) run.selected = counted(run.selected, chosen[p]);
+    if constexpr (with_sign && has_vectors<T, F>) {
+        decltype(greater(i[0], m[0])) left{};
+        FIUN_UNROLL
+        for (int p = 0; p < parts; ++p) {
+            const auto admitted = opposed(load(gradient + at + p * lanes<F>), widened(theta + p * lanes<F>));
+            chosen[p] = both(chosen[p], admitted);
+            left = either(left, chosen[p]);
+        }
+        if (!any(left)) return;
+    }
     if constexpr (with_exponent || !has_vectors<T, F>) {
         F room[size];
-        run.zeroed_by_rules += dampen_few<with_exponent>(theta, original, merged.some(at, size, room), size,
-                                                         common.rule(node), common.how.write);
+        const Few few = dampen_few<with_exponent, with_sign>(theta, original, merged.some(at, size, room),
+                                                             with_sign ? gradient + at : nullptr, size,
+                                                             common.rule(node), common.how.write);
+        run.by_rules.selected += few.selected;
+        run.by_rules.zeroed += few.zeroed;
     } else {
+        FIUN_UNROLL
+        for (int p = 0; p < parts; ++p) run.selected = counted(run.selected, chosen[p]);
         FIUN_UNROLL
         for (int p = 0; p < parts; ++p) {
             T* const t = theta + p * lanes<F>;
@@ -153,9 +177,9 @@ struct Stream {
 };
 
 // Several streams in turns, so that more memory is on its way at any time. The lines of more than one are whole turns.
-template <int count, bool with_exponent, class T, class F, class Source>
-inline void dampen_lines(const Stream<T, F> (&streams)[count], const Source& merged, const int64_t lines,
-                         const Dampening& how) {
+template <int count, bool with_exponent, bool with_sign, class T, class F, class Source>
+inline void dampen_lines(const Stream<T, F> (&streams)[count], const Source& merged, const F* gradient,
+                         const int64_t lines, const Dampening& how) {
     constexpr int64_t size = line_size<T, F>, step = count == 1 ? 1 : turn;
     const Common<T, F> common{how};
     Running<F> runs[count];
@@ -166,25 +190,27 @@ inline void dampen_lines(const Stream<T, F> (&streams)[count], const Source& mer
             const Stream<T, F> stream = streams[s];
             FIUN_KEEP_LOOP
             for (int64_t at = from; at < from + step * size; at += size) {
-                dampen_line<with_exponent>(stream.theta + at, stream.original + at, merged, stream.at + at,
-                                           *stream.node, common, runs[s]);
+                dampen_line<with_exponent, with_sign>(stream.theta + at, stream.original + at, merged, gradient,
+                                                      stream.at + at, *stream.node, common, runs[s]);
             }
         }
     }
     for (int s = 0; s < count; ++s) {
         Counts& counts = streams[s].node->counts;
-        counts.selected += total(runs[s].selected);
-        counts.zeroed += total(runs[s].zeroed) + runs[s].zeroed_by_rules;
+        counts.selected += total(runs[s].selected) + runs[s].by_rules.selected;
+        counts.zeroed += total(runs[s].zeroed) + runs[s].by_rules.zeroed;
         if (beyond_finite<F>(runs[s].largest)) {
-            counts.nonfinite += count_nonfinite(streams[s].original, merged, streams[s].at, lines * size);
+            counts.nonfinite +=
+                count_nonfinite<with_sign>(streams[s].original, merged, gradient, streams[s].at, lines * size);
         }
     }
 }
 
 // n elements of `count` nodes whose parameters lie alike within their lines: several nodes side by side, or a node as
 // several stretches; what is left, line by line.
-template <bool with_exponent, class T, class F, class Source>
-inline void dampen_alike(Node* nodes, int count, const Source& merged, int64_t n, const Dampening& how) {
+template <bool with_exponent, bool with_sign, class T, class F, class Source>
+inline void dampen_alike(Node* nodes, int count, const Source& merged, const F* gradient, int64_t n,
+                         const Dampening& how) {
     constexpr int64_t size = line_size<T, F>, worth_it = 64;  // lines of a stretch
     const int64_t to_line = int64_t(-reinterpret_cast<uintptr_t>(nodes[0].theta) % line_bytes) / int64_t(sizeof(T));
     const int64_t head = to_line < n ? to_line : n, lines = (n - head) / size;
@@ -200,8 +226,11 @@ inline void dampen_alike(Node* nodes, int count, const Source& merged, int64_t n
         if (from == to) return;
         F room[size];
         const F* const m = merged.some(from, int(to - from), room);
-        if (select_few(original, m, int(to - from), rule, node.counts) == 0) return;
-        node.counts.zeroed += dampen_few<with_exponent>(theta, original, m, int(to - from), rule, how.write);
+        const F* const g = with_sign ? gradient + from : nullptr;
+        if (select_few<with_sign>(original, m, g, int(to - from), rule, node.counts) == 0) return;
+        const Few few = dampen_few<with_exponent, with_sign>(theta, original, m, g, int(to - from), rule, how.write);
+        node.counts.selected += few.selected;
+        node.counts.zeroed += few.zeroed;
     };
     for (int i = 0; i < count; ++i) edge(nodes[i], 0, head);
     for (int i = 0, step; i < count; i += step) {
@@ -212,32 +241,35 @@ inline void dampen_alike(Node* nodes, int count, const Source& merged, int64_t n
         if (!with_exponent && (together || each >= worth_it)) {  // powers take longer than memory
             Stream<T, F> streams[side_by_side];
             for (int s = 0; s < side_by_side; ++s) streams[s] = together ? stream(i + s, 0) : stream(i, s * each);
-            dampen_lines<side_by_side, with_exponent>(streams, merged, each, how);
+            dampen_lines<side_by_side, with_exponent, with_sign>(streams, merged, gradient, each, how);
             done = together ? each : side_by_side * each;
         }
         for (int s = 0; s < step && done < lines; ++s) {
             const Stream<T, F> one[] = {stream(i + s, done)};
-            dampen_lines<1, with_exponent>(one, merged, lines - done, how);
+            dampen_lines<1, with_exponent, with_sign>(one, merged, gradient, lines - done, how);
         }
     }
     for (int i = 0; i < count; ++i) edge(nodes[i], head + lines * size, n);
 }
 
 // Those nodes side by side whose parameters lie alike.
-template <bool with_exponent, class T, class F, class Source>
-inline void dampen_from(Node* nodes, int count, const Source& merged, int64_t n, const Dampening& how) {
+template <bool with_exponent, bool with_sign, class T, class F, class Source>
+inline void dampen_from(Node* nodes, int count, const Source& merged, const F* gradient, int64_t n,
+                        const Dampening& how) {
     const auto offset = [&](int i) { return reinterpret_cast<uintptr_t>(nodes[i].theta) % line_bytes; };
     int same = 1;
     while (same < count && offset(same) == offset(0)) ++same;
-    if (same == count) return dampen_alike<with_exponent, T, F>(nodes, count, merged, n, how);
-    for (int i = 0; i < count; ++i) dampen_alike<with_exponent, T, F>(nodes + i, 1, merged, n, how);
+    if (same == count) return dampen_alike<with_exponent, with_sign, T, F>(nodes, count, merged, gradient, n, how);
+    for (int i = 0; i < count; ++i) dampen_alike<with_exponent, with_sign, T, F>(nodes + i, 1, merged, gradient, n, how);
 }
 
 template <class T, class F>
-void dampen(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how) {
-    const Merged<F> source{static_cast<const F*>(merged)};
-    const auto from = how.exponent == 1 ? dampen_from<false, T, F, Merged<F>> : dampen_from<true, T, F, Merged<F>>;
-    from(nodes, count, source, n, how);
+void dampen(Node* nodes, int count, const void* merged, const void* gradient, int64_t n, const Dampening& how) {
+    using M = Merged<F>;
+    const M source{static_cast<const F*>(merged)};
+    const auto plain = how.exponent == 1 ? dampen_from<false, false, T, F, M> : dampen_from<true, false, T, F, M>;
+    const auto with_sign = how.exponent == 1 ? dampen_from<false, true, T, F, M> : dampen_from<true, true, T, F, M>;
+    (gradient == nullptr ? plain : with_sign)(nodes, count, source, static_cast<const F*>(gradient), n, how);
 }
 
 // The same, merging on the way: m never leaves the registers. False, and nothing done, where that is not to be had: GCC 12
@@ -253,9 +285,11 @@ bool dampen_merging(Node* nodes, int count, const Sources& sources, int64_t offs
     if constexpr (merges_on_the_way && has_vectors<T, F>) {
         if (how.exponent != 1 || sources.count > sources_in_registers) return false;
         if (Merge(sources.how) == Merge::max) {
-            dampen_from<false, T, F>(nodes, count, Merging<Merge::max, F>(sources, offset), n, how);
+            dampen_from<false, false, T, F>(nodes, count, Merging<Merge::max, F>(sources, offset),
+                                            static_cast<const F*>(nullptr), n, how);
         } else {
-            dampen_from<false, T, F>(nodes, count, Merging<Merge::sum, F>(sources, offset), n, how);
+            dampen_from<false, false, T, F>(nodes, count, Merging<Merge::sum, F>(sources, offset),
+                                            static_cast<const F*>(nullptr), n, how);
         }
         return true;
     }

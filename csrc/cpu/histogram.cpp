@@ -83,39 +83,55 @@ struct Work {
     const Kernels& kernels;
     const Table& table;
     const Merging& merging;
+    int theta_kind;
     const int64_t* bases;
     int low;
     bool nearest;
     int64_t* counts;
     std::vector<Item> items;
-    std::vector<double> scratch;  // [threads, tile]; nothing is allocated on the threads, where nothing may throw
+    std::vector<double> scratch;  // [threads, 2, tile]; nothing is allocated on the threads, where nothing may throw
     std::vector<uint32_t> own;    // [threads, Bins::own_size]
 
     void operator()(int64_t number, int thread) {
         const int64_t bytes = kind_bytes[table.fisher_kind];
         const MergeLoop merge = kernels.merge[table.fisher_kind];
         const HistogramLoop find = kernels.histogram[table.fisher_kind];
-        char* const tile_of_mine = reinterpret_cast<char*>(scratch.data() + thread * tile);
+        const AdmitLoop admit = kernels.admit[theta_kind][table.fisher_kind];
+        char* const merged_here = reinterpret_cast<char*>(scratch.data() + thread * 2 * tile);
+        char* const gradient_here = merged_here + tile * bytes;
         int32_t where[block];
         Bins mine(counts, own.data() + thread * Bins::own_size);
         const Item& item = items[size_t(number)];
         const int64_t* row = table.rows + 5 * item.row;
         const int64_t* sources = table.sources + row[1];
         const double* weights = table.weights + row[1];
-        const bool merges = row[2] > 1 || weights[0] != 1 || merging.scale != 1;
+        const int64_t* gradients = table.gradients == nullptr ? nullptr : table.gradients + row[1];
+        const bool adds = row[2] > 1 || weights[0] != 1, merges = adds || merging.scale != 1;
         for (int64_t at = item.from; at < item.to;) {
             const int64_t n = merges ? std::min(tile, item.to - at) : item.to - at;
             const char* merged = reinterpret_cast<const char*>(sources[0]) + at * bytes;
             if (merges) {
-                merge(tile_of_mine, sources, weights, row[2], at, n, merging.how, merging.scale);
-                merged = tile_of_mine;
+                merge(merged_here, sources, weights, row[2], at, n, merging.how, merging.scale);
+                merged = merged_here;
+            }
+            const char* gradient = nullptr;
+            if (gradients != nullptr) {
+                gradient = reinterpret_cast<const char*>(gradients[0]) + at * bytes;
+                if (adds) {
+                    merge(gradient_here, gradients, weights, row[2], at, n, int(common::Merge::sum), 1);
+                    gradient = gradient_here;
+                }
             }
             for (int64_t t = item.first; t < item.last; ++t) {
                 const int64_t* target = table.targets + 3 * (row[3] + t);
+                const char* theta = reinterpret_cast<const char*>(target[0]) + at * kind_bytes[theta_kind];
                 const char* original = reinterpret_cast<const char*>(target[1]) + at * bytes;
                 for (int64_t b = 0; b < n; b += block) {
                     const int64_t m = std::min(block, n - b);
                     find(original + b * bytes, merged + b * bytes, m, low, bases[target[2]], nearest, where);
+                    if (gradient != nullptr) {
+                        admit(theta + b * kind_bytes[theta_kind], gradient + b * bytes, m, where);
+                    }
                     mine.add(target[2], where, m);
                 }
             }
@@ -126,11 +142,11 @@ struct Work {
 
 }  // namespace
 
-void run_histogram(const Kernels& kernels, const Table& table, const Merging& merging, const int64_t* bases, int low,
-                   bool nearest, int64_t* counts, int threads) {
-    Work work{kernels, table, merging, bases, low, nearest, counts, cut(table, threads), {}, {}};
+void run_histogram(const Kernels& kernels, const Table& table, const Merging& merging, int theta_kind,
+                   const int64_t* bases, int low, bool nearest, int64_t* counts, int threads) {
+    Work work{kernels, table, merging, theta_kind, bases, low, nearest, counts, cut(table, threads), {}, {}};
     threads = int(std::min<int64_t>(threads, int64_t(work.items.size())));
-    work.scratch.resize(size_t(threads * tile));
+    work.scratch.resize(size_t(threads * 2 * tile));
     work.own.resize(size_t(threads * Bins::own_size));
     share_out(int64_t(work.items.size()), threads, work);
 }

@@ -35,9 +35,10 @@ struct Sources {
 };
 constexpr int sources_in_registers = 4;
 
-// merged [n]; `count` nodes, up to nodes_at_once
-using DampenLoop = void (*)(Node* nodes, int count, const void* merged, int64_t n, const Dampening& how);
-// the same, of sources that are merged as they are read, from `offset` elements on; false, and nothing done, where more
+// merged [n]; gradient [n], or null: unsigned; `count` nodes, up to nodes_at_once
+using DampenLoop = void (*)(Node* nodes, int count, const void* merged, const void* gradient, int64_t n,
+                            const Dampening& how);
+// the same, unsigned, of sources that are merged as they are read, from `offset` elements on; false, and nothing done, where more
 // than sources_in_registers or where it would not be faster
 using DampenMergingLoop = bool (*)(Node* nodes, int count, const Sources& sources, int64_t offset, int64_t n,
                                    const Dampening& how);
@@ -49,6 +50,8 @@ using AccumulateLoop = void (*)(void* into, void* gradient, int64_t n, bool squa
 // bins [n]: of merged [n] / original [n], element.h has the rule
 using HistogramLoop = void (*)(const void* original, const void* merged, int64_t n, int low, int64_t base, bool nearest,
                                int32_t* bins);
+// bins [n]: histogram_bins where theta [n] and gradient [n] do not have opposite signs
+using AdmitLoop = void (*)(const void* theta, const void* gradient, int64_t n, int32_t* bins);
 
 // into [n] += sum of squares of `rows` rows [n] of products, `stride` elements apart
 using AddSquaresLoop = void (*)(void* into, const void* products, int64_t rows, int64_t stride, int64_t n);
@@ -71,6 +74,7 @@ struct Kernels {
     MergeLoop merge[fisher_kinds];
     AccumulateLoop accumulate[theta_kinds][fisher_kinds];
     HistogramLoop histogram[fisher_kinds];
+    AdmitLoop admit[theta_kinds][fisher_kinds];
     AddSquaresLoop add_squares[fisher_kinds];
     OuterSquareLoop outer_square;
     int outer_rows, outer_columns;  // of a tile that fits into registers

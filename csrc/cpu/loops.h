@@ -59,6 +59,13 @@ void histogram(const void* original, const void* merged, int64_t n, int low, int
     for (int64_t j = 0; j < n; ++j) bins[j] = int32_t(ratio_bin(i[j], m[j], low, first, nearest));
 }
 
+template <class T, class F>
+void admit(const void* theta, const void* gradient, int64_t n, int32_t* bins) {
+    const T* FIUN_RESTRICT t = static_cast<const T*>(theta);
+    const F* FIUN_RESTRICT g = static_cast<const F*>(gradient);
+    for (int64_t j = 0; j < n; ++j) bins[j] = is_opposed(g[j], t[j]) ? bins[j] : int32_t(histogram_bins);
+}
+
 extern const Kernels kernels;
 const Kernels kernels = {
     FIUN_ISA_NAME,
@@ -76,6 +83,10 @@ const Kernels kernels = {
      {accumulate<bf16, float>, accumulate<bf16, double>},
      {accumulate<fp16, float>, accumulate<fp16, double>}},
     {histogram<float>, histogram<double>},
+    {{admit<float, float>, admit<float, double>},
+     {admit<double, float>, admit<double, double>},
+     {admit<bf16, float>, admit<bf16, double>},
+     {admit<fp16, float>, admit<fp16, double>}},
     {add_squares<float>, add_squares<double>},
     outer_square,
     tile_rows,

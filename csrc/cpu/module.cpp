@@ -38,10 +38,11 @@ T* at(int64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-std::unique_ptr<DampenLaunch> prepare_dampen(int64_t rows, int64_t row_count, int64_t sources, int64_t weights,
-                                             int64_t targets, int fisher_kind, int merge, double scale, int theta_kind,
-                                             int64_t alpha, int64_t lam, double exponent, double cap, int threads) {
-    const Table table{at<int64_t>(rows),   row_count,            at<int64_t>(sources),
+std::unique_ptr<DampenLaunch> prepare_dampen(int64_t rows, int64_t row_count, int64_t sources, int64_t gradients,
+                                             int64_t weights, int64_t targets, int fisher_kind, int merge, double scale,
+                                             int theta_kind, int64_t alpha, int64_t lam, double exponent, double cap,
+                                             int threads) {
+    const Table table{at<int64_t>(rows),   row_count,            at<int64_t>(sources), at<int64_t>(gradients),
                       at<double>(weights), at<int64_t>(targets), fisher_kind};
     const Limits limits{theta_kind, at<double>(alpha), at<double>(lam), exponent, cap};
     const py::gil_scoped_release free_gil;  // not around py::init, which writes to tables of pybind11
@@ -61,13 +62,13 @@ void accumulate(int64_t pairs, int64_t pair_count, bool square, bool zero, int t
     run_accumulate(choose(isa), at<int64_t>(pairs), pair_count, square, zero, threads);
 }
 
-void histogram(int64_t rows, int64_t row_count, int64_t sources, int64_t weights, int64_t targets, int fisher_kind,
-               int merge, double scale, int64_t bases, int low, bool nearest, int64_t counts, int threads,
-               const std::string& isa) {
-    const Table table{at<int64_t>(rows),   row_count,            at<int64_t>(sources),
+void histogram(int64_t rows, int64_t row_count, int64_t sources, int64_t gradients, int64_t weights, int64_t targets,
+               int fisher_kind, int merge, double scale, int theta_kind, int64_t bases, int low, bool nearest,
+               int64_t counts, int threads, const std::string& isa) {
+    const Table table{at<int64_t>(rows),   row_count,            at<int64_t>(sources), at<int64_t>(gradients),
                       at<double>(weights), at<int64_t>(targets), fisher_kind};
-    run_histogram(choose(isa), table, Merging{merge, scale}, at<int64_t>(bases), low, nearest, at<int64_t>(counts),
-                  threads);
+    run_histogram(choose(isa), table, Merging{merge, scale}, theta_kind, at<int64_t>(bases), low, nearest,
+                  at<int64_t>(counts), threads);
 }
 
 void outer_square(int64_t left, int64_t right, int64_t into, int64_t samples, int64_t positions, int64_t m, int64_t k,
@@ -94,16 +95,16 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("use_openmp", &use_openmp, arg("parallel"), arg("thread_number"));
     module.def("expect_writes", &expect_writes, arg("address"), arg("bytes"));
     py::class_<DampenLaunch>(module, "DampenLaunch")
-        .def(py::init(&prepare_dampen), arg("rows"), arg("row_count"), arg("sources"), arg("weights"), arg("targets"),
-             arg("fisher_kind"), arg("merge"), arg("scale"), arg("theta_kind"), arg("alpha"), arg("lam"),
+        .def(py::init(&prepare_dampen), arg("rows"), arg("row_count"), arg("sources"), arg("gradients"),
+             arg("weights"), arg("targets"), arg("fisher_kind"), arg("merge"), arg("scale"), arg("theta_kind"), arg("alpha"), arg("lam"),
              arg("exponent"), arg("cap"), arg("threads"))
         .def("run", &run_prepared, free_gil, arg("counts"), arg("dry_run"), arg("isa") = "")
         .def_property_readonly("threads", &DampenLaunch::threads);
     module.def("merge", &merge, free_gil, arg("sources"), arg("weights"), arg("count"), arg("out"), arg("n"),
                arg("fisher_kind"), arg("how"), arg("scale"), arg("threads"), arg("isa") = "");
-    module.def("histogram", &histogram, free_gil, arg("rows"), arg("row_count"), arg("sources"), arg("weights"),
-               arg("targets"), arg("fisher_kind"), arg("merge"), arg("scale"), arg("bases"), arg("low"), arg("nearest"),
-               arg("counts"), arg("threads"), arg("isa") = "");
+    module.def("histogram", &histogram, free_gil, arg("rows"), arg("row_count"), arg("sources"), arg("gradients"),
+               arg("weights"), arg("targets"), arg("fisher_kind"), arg("merge"), arg("scale"), arg("theta_kind"),
+               arg("bases"), arg("low"), arg("nearest"), arg("counts"), arg("threads"), arg("isa") = "");
     module.def("accumulate", &accumulate, free_gil, arg("pairs"), arg("pair_count"), arg("square"), arg("zero"),
                arg("threads"), arg("isa") = "");
     module.def("outer_square", &outer_square, free_gil, arg("left"), arg("right"), arg("into"), arg("samples"),

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "../element.h"
 #include "pool.h"
 
 #ifdef __linux__
@@ -35,8 +36,11 @@ struct Item {  // elements [from, to) of a row, for targets [first, last) of the
     int64_t row, from, to, first, last;
 };
 
+// Whether the sources of a row are more than one, or weighted: then their gradients have to be added up.
+bool adds(const Table& table, const int64_t* row) { return row[2] > 1 || table.weights[row[1]] != 1; }
+
 bool needs_merge(const Table& table, const Merging& merging, const int64_t* row) {
-    return row[2] > 1 || table.weights[row[1]] != 1 || merging.scale != 1;
+    return adds(table, row) || merging.scale != 1;
 }
 
 // Adds up the counts of one node and passes them on when another node's turn comes.
@@ -93,18 +97,19 @@ struct DampenLaunch::Schedule {
 
     Schedule(const Table& table, const Merging& merging, int theta_kind, int threads) {
         const int64_t fisher = kind_bytes[table.fisher_kind];
-        const int64_t node = 2 * kind_bytes[theta_kind] + fisher;  // bytes per element, and K * fisher once per tile
+        const int64_t node = 2 * kind_bytes[theta_kind] + fisher;  // bytes per element, and those of the sources once per tile
+        const int64_t source = table.gradients == nullptr ? fisher : 2 * fisher;
         int64_t total = 0;
         for (int64_t r = 0; r < table.row_count; ++r) {
             const int64_t* row = table.rows + 5 * r;
-            total += row[0] * (row[4] * node + row[2] * fisher);
+            total += row[0] * (row[4] * node + row[2] * source);
         }
         const int64_t unit = unit_bytes(total, threads);
 
         int64_t in_unit = unit;  // so that the first item opens a unit
         for (int64_t r = 0; r < table.row_count; ++r) {
             const int64_t* row = table.rows + 5 * r;
-            const int64_t numel = row[0], nodes = row[4], bytes = nodes * node + row[2] * fisher;
+            const int64_t numel = row[0], nodes = row[4], bytes = nodes * node + row[2] * source;
             merges |= needs_merge(table, merging, row);
             const int64_t step = tile * std::max<int64_t>(1, unit / (bytes * tile));
             for (int64_t from = 0; from < numel; from += step) {
@@ -118,7 +123,7 @@ struct DampenLaunch::Schedule {
                     }
                     const int64_t last = std::min(first + share, nodes);
                     items.push_back({r, from, to, first, last});
-                    in_unit += (to - from) * ((last - first) * node + row[2] * fisher);
+                    in_unit += (to - from) * ((last - first) * node + row[2] * source);
                 }
             }
         }
@@ -144,7 +149,8 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
     const DampenLoop dampen = kernels.dampen[limits_.theta_kind][table_.fisher_kind];
     const DampenMergingLoop dampen_merging = kernels.dampen_merging[limits_.theta_kind][table_.fisher_kind];
     const MergeLoop merge = kernels.merge[table_.fisher_kind];
-    const int64_t scratch_bytes = schedule.merges ? tile * fisher_bytes : 0;
+    const bool with_sign = table_.gradients != nullptr;
+    const int64_t scratch_bytes = schedule.merges ? (with_sign ? 2 : 1) * tile * fisher_bytes : 0;
     // of this run alone; nothing is allocated on the threads, where nothing may throw
     const std::unique_ptr<double[]> scratch(new double[size_t(threads * scratch_bytes / int64_t(sizeof(double)))]);
 
@@ -152,6 +158,7 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
 
     auto do_unit = [&](int64_t u, int thread) {
         char* const mine = reinterpret_cast<char*>(scratch.get()) + thread * scratch_bytes;
+        char* const gradient_of_mine = mine + tile * fisher_bytes;  // where there are gradients
         Tally tally(counts);
         for (int64_t i = schedule.units[u]; i < schedule.units[u + 1]; ++i) {
             const Item& item = schedule.items[i];
@@ -173,20 +180,32 @@ void DampenLaunch::run(const Kernels& kernels, int64_t* counts, bool write) cons
                 }
                 return true;
             };
+            const auto beside = [&](int64_t at) {  // the first gradient of a signed row, from element `at` on
+                return reinterpret_cast<const char*>(table_.gradients[row[1]]) + at * fisher_bytes;
+            };
             const int64_t length = item.to - item.from;
             if (!needs_merge(table_, merging_, row)) {
                 const char* const merged = reinterpret_cast<const char*>(sources.addresses[0]) + item.from * fisher_bytes;
-                apply(item.from, [&](Node* nodes, int count) { return dampen(nodes, count, merged, length, how), true; });
+                const char* const gradient = with_sign ? beside(item.from) : nullptr;
+                apply(item.from, [&](Node* nodes, int count) {
+                    return dampen(nodes, count, merged, gradient, length, how), true;
+                });
                 continue;
             }
             const auto while_merging = [&](Node* nodes, int count) {
                 return dampen_merging(nodes, count, sources, item.from, length, how);
             };
-            if (item.last - item.first <= merges_again && apply(item.from, while_merging)) continue;
+            if (!with_sign && item.last - item.first <= merges_again && apply(item.from, while_merging)) continue;
             for (int64_t at = item.from; at < item.to; at += tile) {
                 const int64_t n = std::min(tile, item.to - at);
                 merge(mine, sources.addresses, sources.weights, sources.count, at, n, sources.how, sources.scale);
-                apply(at, [&](Node* nodes, int count) { return dampen(nodes, count, mine, n, how), true; });
+                const char* gradient = with_sign ? beside(at) : nullptr;
+                if (with_sign && adds(table_, row)) {
+                    const int sum = int(common::Merge::sum);
+                    merge(gradient_of_mine, table_.gradients + row[1], sources.weights, sources.count, at, n, sum, 1);
+                    gradient = gradient_of_mine;
+                }
+                apply(at, [&](Node* nodes, int count) { return dampen(nodes, count, mine, gradient, n, how), true; });
             }
         }
     };

@@ -19,9 +19,10 @@ std::vector<const Kernels*> usable_kernels();
 struct Table {
     const int64_t* rows;  // [row_count, 5]: length, first source, K, first target, N
     int64_t row_count;
-    const int64_t* sources;  // addresses of forget Fishers at the start of their row
-    const double* weights;   // one per source
-    const int64_t* targets;  // [.., 3]: address of theta (0 where there is none), address of the original Fisher, node
+    const int64_t* sources;    // addresses of forget Fishers at the start of their row
+    const int64_t* gradients;  // of the gradients beside them; null: unsigned
+    const double* weights;     // one per source
+    const int64_t* targets;    // [.., 3]: address of theta (0 where there is none), address of the original Fisher, node
     int fisher_kind;
 };
 
@@ -73,9 +74,10 @@ void run_accumulate(const Kernels& kernels, const int64_t* pairs, int64_t pair_c
                     int threads);
 
 // Adds the histograms of m / I over the table's rows to counts [nodes, histogram_bins]; bases [nodes]. `low` and
-// `nearest` are those of ratio_bin in element.h.
-void run_histogram(const Kernels& kernels, const Table& table, const Merging& merging, const int64_t* bases, int low,
-                   bool nearest, int64_t* counts, int threads);
+// `nearest` are those of ratio_bin in element.h. With gradients only elements count that their sign admits, for which the
+// parameters are read, of kind `theta_kind`.
+void run_histogram(const Kernels& kernels, const Table& table, const Merging& merging, int theta_kind,
+                   const int64_t* bases, int low, bool nearest, int64_t* counts, int threads);
 
 void run_outer_square(const Kernels& kernels, const OuterSquare& work, int threads);
 

@@ -172,6 +172,13 @@ inline bool any(bool mask) { return mask; }
 
 #endif
 
+// Where a and b have opposite signs, and neither is 0 or NaN.
+template <class V>
+inline auto opposed(V a, V b) {
+    const V zero{};
+    return either(both(greater(zero, a), greater(b, zero)), both(greater(a, zero), greater(zero, b)));
+}
+
 // ---- sums and bits -------------------------------------------------------------------------------------------------
 
 // A fused multiply-add where the instruction set has one; only sums that may differ by it are computed so.

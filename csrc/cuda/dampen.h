@@ -1,5 +1,6 @@
 // The dampening kernel. A warp takes a tile, merges its forget Fishers once, keeps the result in registers and applies it
-// to the tile's nodes one after another. Parameters are read and written only in units that hold something selected.
+// to the tile's nodes one after another. Parameters are read and written only in units that hold something selected; with
+// gradients they are read wherever something is above the threshold, because their sign decides as well.
 #pragma once
 
 #include "lanes.h"
@@ -8,17 +9,22 @@
 namespace fiun {
 namespace FIUN_ISA {
 
-// One node's parameters where `chosen` has a bit, one bit per element; returns how many became 0.
-template <bool with_exponent, int unit, int units, class T, class F>
-FIUN_DEVICE int dampen_units(T* theta, const F (&original)[units][unit], const F (&merged)[units][unit],
-                             const Rule<F>& rule, unsigned chosen, bool write) {
+// One node's parameters in the units where `chosen` has a bit, one bit per element; 0 in the others.
+template <int unit, int units, class T>
+FIUN_DEVICE void load_theta(const T* theta, unsigned chosen, T (&values)[units][unit]) {
     constexpr unsigned whole = (1u << unit) - 1;
-    T values[units][unit];
 #pragma unroll
     for (int u = 0; u < units; ++u) {
         clear(values[u]);
         if (chosen >> (u * unit) & whole) load<false>(theta + u * warp_threads * unit, values[u]);
     }
+}
+
+// Dampens the values loaded from theta where `chosen` has a bit; returns how many became 0.
+template <bool with_exponent, int unit, int units, class T, class F>
+FIUN_DEVICE int dampen_units(T* theta, T (&values)[units][unit], const F (&original)[units][unit],
+                             const F (&merged)[units][unit], const Rule<F>& rule, unsigned chosen, bool write) {
+    constexpr unsigned whole = (1u << unit) - 1;
     int zeroed = 0;
 #pragma unroll
     for (int u = 0; u < units; ++u) {
@@ -49,7 +55,7 @@ FIUN_DEVICE void load_original(const Target* target, int64_t at, int left, F (&o
     }
 }
 
-template <bool with_exponent, int unit, int units, class T, class F>
+template <bool with_exponent, bool with_sign, int unit, int units, class T, class F>
 FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
     const int lane = lane_index();
     const Target* const targets = args.targets + tile.first_target;
@@ -64,6 +70,11 @@ FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
         merge_units<true>(args.sources + tile.first_source, static_cast<const F*>(args.weights) + tile.first_source,
                           tile.sources, Merge(args.merge), at, left, merged);
         finish_units(tile.sources, F(args.scale), Merge(args.merge), merged);
+        F gradient[units][unit];
+        if constexpr (with_sign) {
+            merge_units<true>(args.gradients + tile.first_source, static_cast<const F*>(args.weights) + tile.first_source,
+                              tile.sources, Merge::sum, at, left, gradient);
+        }
 #pragma unroll 1
         for (int n = 0; n < tile.targets; ++n) {
             F original[units][unit];
@@ -76,15 +87,23 @@ FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
 #pragma unroll
                 for (int i = 0; i < unit; ++i) {
                     chosen |= unsigned(is_selected(original[u][i], merged[u][i], rule)) << (u * unit + i);
-                    nonfinite += !(is_finite(original[u][i]) && is_finite(merged[u][i]));
+                    bool finite = is_finite(original[u][i]) && is_finite(merged[u][i]);
+                    if constexpr (with_sign) finite = finite && is_finite(gradient[u][i]);
+                    nonfinite += !finite;
                 }
+            }
+            T values[units][unit];
+            if constexpr (with_sign) {
+                load_theta(reinterpret_cast<const T*>(__ldg(&targets[n].theta)) + at, chosen, values);
+                chosen &= opposed_units(gradient, values);
             }
             // at most 256 of each, so that one reduction serves both
             const unsigned both = __reduce_add_sync(0xffffffffu, unsigned(__popc(chosen)) | nonfinite << 16);
             unsigned zeroed = 0;
             if (both & 0xffff) {
                 T* theta = reinterpret_cast<T*>(__ldg(&targets[n].theta)) + at;
-                zeroed = dampen_units<with_exponent>(theta, original, merged, rule, chosen, args.write);
+                if constexpr (!with_sign) load_theta(theta, chosen, values);
+                zeroed = dampen_units<with_exponent>(theta, values, original, merged, rule, chosen, args.write);
                 zeroed = __reduce_add_sync(0xffffffffu, zeroed);
             }
             if (lane == n) {
@@ -101,24 +120,30 @@ FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
     if (nonfinite_here) atomicAdd(counts + 2, nonfinite_here);
 }
 
-template <bool with_exponent, class T, class F>
-__global__ void __launch_bounds__(block_threads, sizeof(F) == 4 ? 5 : 4) dampen(const __grid_constant__ DampenArgs args) {
+// Blocks that share a multiprocessor, by what registers there are for: more of them would spill.
+template <bool with_sign, class F>
+constexpr int blocks_at_once = sizeof(F) == 4 ? (with_sign ? 4 : 5) : (with_sign ? 2 : 4);
+
+template <bool with_exponent, bool with_sign, class T, class F>
+__global__ void __launch_bounds__(block_threads, blocks_at_once<with_sign, F>)
+    dampen(const __grid_constant__ DampenArgs args) {
     for (int64_t t = warp_index(); t < args.tile_count; t += warp_total()) {
         const Tile tile = args.tiles[t];
         if (tile.vector) {
-            dampen_tile<with_exponent, Shape<T, F>::unit, Shape<T, F>::units, T, F>(args, tile);
+            dampen_tile<with_exponent, with_sign, Shape<T, F>::unit, Shape<T, F>::units, T, F>(args, tile);
         } else {
-            dampen_tile<with_exponent, 1, scalar_lane_elements, T, F>(args, tile);
+            dampen_tile<with_exponent, with_sign, 1, scalar_lane_elements, T, F>(args, tile);
         }
     }
 }
 
-template <class F>
+template <bool with_sign, class F>
 DampenKernel dampen_kernel(int theta_kind, bool with_exponent) {
-    static constexpr DampenKernel kernels[theta_kinds][2] = {{dampen<false, float, F>, dampen<true, float, F>},
-                                                             {dampen<false, double, F>, dampen<true, double, F>},
-                                                             {dampen<false, bf16, F>, dampen<true, bf16, F>},
-                                                             {dampen<false, fp16, F>, dampen<true, fp16, F>}};
+    static constexpr DampenKernel kernels[theta_kinds][2] = {
+        {dampen<false, with_sign, float, F>, dampen<true, with_sign, float, F>},
+        {dampen<false, with_sign, double, F>, dampen<true, with_sign, double, F>},
+        {dampen<false, with_sign, bf16, F>, dampen<true, with_sign, bf16, F>},
+        {dampen<false, with_sign, fp16, F>, dampen<true, with_sign, fp16, F>}};
     return kernels[theta_kind][with_exponent];
 }
 

@@ -3,7 +3,7 @@
 namespace fiun {
 
 DampenKernel dampen_kernel_f64(int theta_kind, bool with_exponent) {
-    return common::dampen_kernel<double>(theta_kind, with_exponent);
+    return common::dampen_kernel<false, double>(theta_kind, with_exponent);
 }
 
 }  // namespace fiun

@@ -123,6 +123,20 @@ FIUN_DEVICE void finish_units(int64_t sources, F scale, Merge how, F (&merged)[u
     }
 }
 
+// ---- signs ----------------------------------------------------------------------------------------------------------
+
+// One bit per element whose gradient and parameter have opposite signs.
+template <int unit, int units, class T, class F>
+FIUN_DEVICE unsigned opposed_units(const F (&gradient)[units][unit], const T (&values)[units][unit]) {
+    unsigned opposed = 0;
+#pragma unroll
+    for (int u = 0; u < units; ++u) {
+#pragma unroll
+        for (int i = 0; i < unit; ++i) opposed |= unsigned(is_opposed(gradient[u][i], values[u][i])) << (u * unit + i);
+    }
+    return opposed;
+}
+
 // ---- spans ---------------------------------------------------------------------------------------------------------
 
 // All tiles of this warp. body.enter(s) announces a span; body.template step<unit, units>(at, left) works on the lane's

@@ -24,22 +24,24 @@ T* at(int64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-void dampen(int device, int64_t tiles, int64_t tile_count, int64_t sources, int64_t weights, int64_t targets,
-            int64_t limits, int64_t counts, int theta_kind, int fisher_kind, int merge, double scale,
+void dampen(int device, int64_t tiles, int64_t tile_count, int64_t sources, int64_t gradients, int64_t weights,
+            int64_t targets, int64_t limits, int64_t counts, int theta_kind, int fisher_kind, int merge, double scale,
             double exponent, double cap, bool dry_run, int64_t stream) {
-    const DampenArgs args{at<Tile>(tiles), tile_count,          at<int64_t>(sources), at<void>(weights),
-                          at<Target>(targets), at<void>(limits), at<int64_t>(counts),  scale,
-                          exponent,        cap,                 merge,                !dry_run};
+    const DampenArgs args{at<Tile>(tiles),  tile_count,          at<int64_t>(sources), at<int64_t>(gradients),
+                          at<void>(weights), at<Target>(targets), at<void>(limits),     at<int64_t>(counts),
+                          scale,            exponent,            cap,                  merge,
+                          !dry_run};
     run_dampen(device, theta_kind, fisher_kind, args, stream);
 }
 
-void histogram(int device, int64_t tiles, int64_t runs, int64_t run_count, int64_t sources, int64_t weights,
-               int64_t targets, int64_t bases, int64_t counts, int fisher_kind, int merge, double scale,
-               int low, bool nearest, int64_t stream) {
-    const HistogramArgs args{at<Tile>(tiles),     at<int64_t>(runs),  run_count,           at<int64_t>(sources),
-                             at<void>(weights),   at<Target>(targets), at<int64_t>(bases), at<int64_t>(counts),
-                             scale,               merge,              low,                 nearest};
-    run_histogram(device, fisher_kind, args, stream);
+void histogram(int device, int64_t tiles, int64_t runs, int64_t run_count, int64_t sources, int64_t gradients,
+               int64_t weights, int64_t targets, int64_t bases, int64_t counts, int theta_kind, int fisher_kind,
+               int merge, double scale, int low, bool nearest, int64_t stream) {
+    const HistogramArgs args{at<Tile>(tiles),        at<int64_t>(runs),  run_count,           at<int64_t>(sources),
+                             at<int64_t>(gradients), at<void>(weights),  at<Target>(targets), at<int64_t>(bases),
+                             at<int64_t>(counts),    scale,              merge,               low,
+                             nearest};
+    run_histogram(device, theta_kind, fisher_kind, args, stream);
 }
 
 void merge(int device, int64_t sources, int64_t weights, int64_t count, int64_t out, int64_t n, int fisher_kind, int how,
@@ -71,15 +73,17 @@ PYBIND11_MODULE(FIUN_CUDA_MODULE, module, py::mod_gil_not_used()) {
         return py::make_tuple(shape.unit, shape.step);
     }, arg("theta_kind"), arg("fisher_kind"));
     module.def("resident_warps", &resident_warps, free_gil, arg("device"), arg("theta_kind"), arg("fisher_kind"),
-               arg("with_exponent"));
+               arg("with_exponent"), arg("with_sign"));
     module.def("dampen", &dampen, free_gil, arg("device"), arg("tiles"), arg("tile_count"), arg("sources"),
-               arg("weights"), arg("targets"), arg("limits"), arg("counts"), arg("theta_kind"),
+               arg("gradients"), arg("weights"), arg("targets"), arg("limits"), arg("counts"), arg("theta_kind"),
                arg("fisher_kind"), arg("merge"), arg("scale"), arg("exponent"), arg("cap"), arg("dry_run"),
                arg("stream"));
-    module.def("histogram_warps", &histogram_warps, free_gil, arg("device"), arg("fisher_kind"));
+    module.def("histogram_warps", &histogram_warps, free_gil, arg("device"), arg("theta_kind"), arg("fisher_kind"),
+               arg("with_sign"));
     module.def("histogram", &histogram, free_gil, arg("device"), arg("tiles"), arg("runs"), arg("run_count"),
-               arg("sources"), arg("weights"), arg("targets"), arg("bases"), arg("counts"),
-               arg("fisher_kind"), arg("merge"), arg("scale"), arg("low"), arg("nearest"), arg("stream"));
+               arg("sources"), arg("gradients"), arg("weights"), arg("targets"), arg("bases"), arg("counts"),
+               arg("theta_kind"), arg("fisher_kind"), arg("merge"), arg("scale"), arg("low"), arg("nearest"),
+               arg("stream"));
     module.def("merge", &merge, free_gil, arg("device"), arg("sources"), arg("weights"), arg("count"), arg("out"),
                arg("n"), arg("fisher_kind"), arg("how"), arg("scale"), arg("stream"));
     module.def("accumulate", &accumulate, free_gil, arg("device"), arg("pairs"), arg("pair_count"), arg("square"),

@@ -108,8 +108,14 @@ void number_tiles(Walk<most>& walk, const Span* spans, int count, int step, int6
     walk.tile_count = tiles;
 }
 
-DampenKernel dampen_kernel(int theta_kind, int fisher_kind, bool with_exponent) {
-    return (fisher_kind == f32 ? dampen_kernel_f32 : dampen_kernel_f64)(theta_kind, with_exponent);
+DampenKernel dampen_kernel(int theta_kind, int fisher_kind, bool with_exponent, bool with_sign) {
+    const auto of_f32 = with_sign ? dampen_signed_kernel_f32 : dampen_kernel_f32;
+    const auto of_f64 = with_sign ? dampen_signed_kernel_f64 : dampen_kernel_f64;
+    return (fisher_kind == f32 ? of_f32 : of_f64)(theta_kind, with_exponent);
+}
+
+HistogramKernel chosen_histogram(int theta_kind, int fisher_kind, bool with_sign) {
+    return with_sign ? histogram_signed_kernel(theta_kind, fisher_kind) : histogram_kernel(fisher_kind);
 }
 
 }  // namespace
@@ -141,27 +147,28 @@ TileShape tile_shape(int theta_kind, int fisher_kind) {
     return {unit_elements(wide, narrow), lane_elements(wide) * warp_threads};
 }
 
-int resident_warps(int device, int theta_kind, int fisher_kind, bool with_exponent) {
+int resident_warps(int device, int theta_kind, int fisher_kind, bool with_exponent, bool with_sign) {
     const OnDevice on(device);
-    return resident_blocks(device, dampen_kernel(theta_kind, fisher_kind, with_exponent)) * block_warps;
+    return resident_blocks(device, dampen_kernel(theta_kind, fisher_kind, with_exponent, with_sign)) * block_warps;
 }
 
 void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& args, int64_t stream) {
     if (args.tile_count == 0) return;
     const OnDevice on(device);
-    const DampenKernel kernel = dampen_kernel(theta_kind, fisher_kind, args.exponent != 1);
+    const DampenKernel kernel = dampen_kernel(theta_kind, fisher_kind, args.exponent != 1, args.gradients != nullptr);
     launch("launch of dampen", kernel, device, args.tile_count, args, stream);
 }
 
-int histogram_warps(int device, int fisher_kind) {
+int histogram_warps(int device, int theta_kind, int fisher_kind, bool with_sign) {
     const OnDevice on(device);
-    return resident_blocks(device, histogram_kernel(fisher_kind)) * block_warps;
+    return resident_blocks(device, chosen_histogram(theta_kind, fisher_kind, with_sign)) * block_warps;
 }
 
-void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t stream) {
+void run_histogram(int device, int theta_kind, int fisher_kind, const HistogramArgs& args, int64_t stream) {
     if (args.run_count == 0) return;
     const OnDevice on(device);
-    launch("launch of histogram", histogram_kernel(fisher_kind), device, args.run_count, args, stream);
+    const HistogramKernel kernel = chosen_histogram(theta_kind, fisher_kind, args.gradients != nullptr);
+    launch("launch of histogram", kernel, device, args.run_count, args, stream);
 }
 
 void run_merge(int device, int fisher_kind, const int64_t* sources, const double* weights, int64_t count, int merge,

@@ -18,7 +18,10 @@ using SquaresKernel = void (*)(SquaresArgs);
 
 DampenKernel dampen_kernel_f32(int theta_kind, bool with_exponent);
 DampenKernel dampen_kernel_f64(int theta_kind, bool with_exponent);
+DampenKernel dampen_signed_kernel_f32(int theta_kind, bool with_exponent);  // with gradients
+DampenKernel dampen_signed_kernel_f64(int theta_kind, bool with_exponent);
 HistogramKernel histogram_kernel(int fisher_kind);
+HistogramKernel histogram_signed_kernel(int theta_kind, int fisher_kind);
 MergeKernel merge_kernel(int fisher_kind);
 AccumulateKernel accumulate_kernel(int gradient_kind, int fisher_kind);
 SquaresKernel squares_kernel(int fisher_kind);
@@ -34,14 +37,15 @@ struct TileShape {
 TileShape tile_shape(int theta_kind, int fisher_kind);
 
 // Warps of `dampen` that fit on the device at once. Loads the kernel, so that a launch may be captured in a graph.
-int resident_warps(int device, int theta_kind, int fisher_kind, bool with_exponent);
+int resident_warps(int device, int theta_kind, int fisher_kind, bool with_exponent, bool with_sign);
 
 void run_dampen(int device, int theta_kind, int fisher_kind, const DampenArgs& args, int64_t stream);
 
 // Warps of `histogram` that fit on the device at once.
-int histogram_warps(int device, int fisher_kind);
+int histogram_warps(int device, int theta_kind, int fisher_kind, bool with_sign);
 
-void run_histogram(int device, int fisher_kind, const HistogramArgs& args, int64_t stream);
+// theta_kind: read where there are gradients
+void run_histogram(int device, int theta_kind, int fisher_kind, const HistogramArgs& args, int64_t stream);
 
 // sources [count], weights [count]: in host memory, as `pairs` below
 void run_merge(int device, int fisher_kind, const int64_t* sources, const double* weights, int64_t count, int merge,

@@ -40,8 +40,9 @@ struct Target {
 struct DampenArgs {
     const Tile* tiles;
     int64_t tile_count;
-    const int64_t* sources;  // addresses of forget Fishers at the start of their row
-    const void* weights;     // one per source, in the Fishers' dtype, as all numbers below
+    const int64_t* sources;    // addresses of forget Fishers at the start of their row
+    const int64_t* gradients;  // of the gradients beside them; null: unsigned
+    const void* weights;       // one per source, in the Fishers' dtype, as all numbers below
     const Target* targets;
     const void* limits;  // alpha and lambda of each target
     int64_t* counts;     // [nodes, 3]: selected, zeroed, nonfinite; added to
@@ -57,7 +58,8 @@ struct HistogramArgs {
     const Tile* tiles;    // in the order of the nodes
     const int64_t* runs;  // [run_count + 1]: the first tile of each, and the end
     int64_t run_count;
-    const int64_t* sources;  // as in DampenArgs, the next two as well
+    const int64_t* sources;  // as in DampenArgs, the next three as well
+    const int64_t* gradients;
     const void* weights;
     const Target* targets;
     const int64_t* bases;  // [nodes]

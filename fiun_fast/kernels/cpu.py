@@ -108,8 +108,11 @@ class _Geometry:
         fisher = kind(NAME, table.fisher_dtype, FISHER_KINDS)
         rows, sources, targets = (_packed(array, np.int64) for array in (table.rows, table.sources, table.targets))
         weights = _packed(table.weights, np.float64)
-        self._kept = table.groups, rows, sources, weights, targets
-        addresses = (rows.ctypes.data, len(rows), *(array.ctypes.data for array in (sources, weights, targets)))
+        gradients = None if table.gradients is None else _packed(table.gradients, np.int64)
+        self._kept = table.groups, rows, sources, gradients, weights, targets
+        beside = 0 if gradients is None else gradients.ctypes.data
+        of_sources = (sources.ctypes.data, beside, weights.ctypes.data)
+        addresses = (rows.ctypes.data, len(rows), *of_sources, targets.ctypes.data)
         self.arguments = (*addresses, fisher, MERGE_RULES.index(merging.how), merging.scale)
 
 
@@ -144,12 +147,13 @@ class CpuHistogram(Histogram):
 
     def __init__(self, table: Table, merging: Merging) -> None:
         self._geometry = _Geometry(table, merging)
+        self._theta = kind(NAME, table.theta_dtype, KINDS) if table.signed else 0  # looked at where there are signs
 
     def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:
         """Add to the counts of every node."""
         assert counts.shape == (len(bases), BINS)
         bases = _packed(bases, np.int64)
-        numbers = (bases.ctypes.data, low, nearest, counts.data_ptr(), torch.get_num_threads(), isa())
+        numbers = (self._theta, bases.ctypes.data, low, nearest, counts.data_ptr(), torch.get_num_threads(), isa())
         extension().histogram(*self._geometry.arguments, *numbers)
 
 

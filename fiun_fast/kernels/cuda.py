@@ -162,7 +162,7 @@ class CudaLaunch(Launch):
         module, device = extension.module(), _index(table.device)
         theta = kind(extension.backend, table.theta_dtype, KINDS)
         fisher = kind(extension.backend, table.fisher_dtype, FISHER_KINDS)
-        warps = extension.call(module.resident_warps, device, theta, fisher, dampening.exponent != 1)
+        warps = extension.call(module.resident_warps, device, theta, fisher, dampening.exponent != 1, table.signed)
         unit, step = module.tile_shape(theta, fisher)
         tiles = warp_tiles(table, unit, step, warps, module.tile_targets)
         self._extension, self._table, self._dampening = extension, table, dampening
@@ -171,13 +171,14 @@ class CudaLaunch(Launch):
             (
                 tiles.view(np.uint8),
                 table.sources,
+                *gradients_of(table),
                 table.weights.astype(number_type(table.fisher_dtype)),
                 table.targets,
                 dampening.limits(table),
             ),
         )
         tiles_at, *others = (tensor.data_ptr() for tensor in self._tables.tensors)
-        self._before = (device, tiles_at, len(tiles), *others)
+        self._before = (device, tiles_at, len(tiles), *with_gradients(table, others))
         numbers = (merging.scale, dampening.exponent, dampening.cap)
         self._after = (theta, fisher, MERGE_RULES.index(merging.how), *numbers)
 
@@ -192,13 +193,26 @@ class CudaLaunch(Launch):
         self._tables.tensors[-1].copy_(torch.from_numpy(self._dampening.limits(self._table)))
 
 
+def gradients_of(table: Table) -> list[np.ndarray]:
+    """Their addresses, to be uploaded after the sources; none of an unsigned table."""
+    return [] if table.gradients is None else [table.gradients]
+
+
+def with_gradients(table: Table, uploaded: Sequence[int]) -> list[int]:
+    """Addresses of uploaded arrays, the sources first, as kernels take them: 0 in the place of gradients for none."""
+    return list(uploaded) if table.signed else [uploaded[0], 0, *uploaded[1:]]
+
+
 class CudaHistogram(Histogram):
     """One kernel for all nodes of a table; each node reads its forget Fishers."""
 
     def __init__(self, extension: CudaExtension, table: Table, merging: Merging) -> None:
         module, device = extension.module(), _index(table.device)
         fisher = kind(extension.backend, table.fisher_dtype, FISHER_KINDS)
-        warps = extension.call(module.histogram_warps, device, fisher)
+        theta = (
+            kind(extension.backend, table.theta_dtype, KINDS) if table.signed else 0
+        )  # looked at where there are signs
+        warps = extension.call(module.histogram_warps, device, theta, fisher, table.signed)
         unit, step = module.tile_shape(fisher, fisher)
         tiles = warp_tiles(table, unit, step, warps, 1)
         order, runs = by_node(table.targets[tiles["first_target"], 2], warps)
@@ -209,13 +223,14 @@ class CudaHistogram(Histogram):
                 tiles[order].view(np.uint8),
                 runs,
                 table.sources,
+                *gradients_of(table),
                 table.weights.astype(number_type(table.fisher_dtype)),
                 table.targets,
             ),
         )
         tiles_at, runs_at, *others = (tensor.data_ptr() for tensor in self._tables.tensors)
-        self._before = (device, tiles_at, runs_at, len(runs) - 1, *others)
-        self._after = (fisher, MERGE_RULES.index(merging.how), merging.scale)
+        self._before = (device, tiles_at, runs_at, len(runs) - 1, *with_gradients(table, others))
+        self._after = (theta, fisher, MERGE_RULES.index(merging.how), merging.scale)
 
     def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:
         """Add to the counts of every node."""

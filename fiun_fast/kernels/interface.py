@@ -35,7 +35,10 @@ class Launch(ABC):
 
 
 class Histogram(ABC):
-    """A prepared count of the ratios m / I of every node of a table. Parameters are not touched."""
+    """A prepared count of the ratios m / I of every node of a table; of a signed one, where the sign admits it.
+
+    Parameters are read for their sign alone, and not written.
+    """
 
     @abstractmethod
     def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ..guards import denormals_kept
 from .interface import Backend, Histogram, Launch
-from .table import BINS, Dampening, Merging, Table
+from .table import BINS, Dampening, Group, Merging, Table
 
 
 def merge_elements(sources: Sequence[torch.Tensor], weights: Sequence[float], merging: Merging) -> torch.Tensor:
@@ -27,6 +27,24 @@ def merge_elements(sources: Sequence[torch.Tensor], weights: Sequence[float], me
     return merged if merging.scale == 1 else merged * merging.scale
 
 
+def opposed(gradient: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Where g * theta < 0, [n] bool: signs differ, and neither is 0 or NaN. No product, which could underflow to 0."""
+    return ((gradient < 0) & (theta > 0)) | ((gradient > 0) & (theta < 0))
+
+
+def merged_gradient(group: Group, s: int, start: int = 0, stop: int | None = None) -> torch.Tensor | None:
+    """g = sum_k (w_k g_k) of elements start..stop of segment s, in the order of the sources; None: unsigned."""
+    if group.gradients is None:
+        return None
+    return merge_elements(group.gradient(s, start, stop), group.weights, Merging("sum"))
+
+
+def not_finite(original: torch.Tensor, merged: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """Where m, I or, if there is one, g is NaN or infinite, [n] bool."""
+    finite = merged.isfinite() & original.isfinite()
+    return ~finite if gradient is None else ~(finite & gradient.isfinite())
+
+
 def dampen_elements(
     theta: torch.Tensor,  # [n] fp32, fp64, bf16 or fp16
     original: torch.Tensor,  # [n] fp32 or fp64
@@ -35,12 +53,15 @@ def dampen_elements(
     lam: float,
     exponent: float,
     cap: float,
+    gradient: torch.Tensor | None = None,  # [n] like original; None: unsigned
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Textbook chain of SSD (arXiv 2308.07707) and FIUn (arXiv 2408.08493).
+    """Textbook chain of SSD (arXiv 2308.07707) and FIUn (arXiv 2408.08493), with the sign asked for if there is one.
 
     Returns: the dampened theta [n], to be used only where selected, and the selection [n], bool.
     """
     selected = merged > original * alpha
+    if gradient is not None:
+        selected &= opposed(gradient, theta)
     factor = original * lam / merged
     if exponent != 1:
         factor = (factor**exponent).masked_fill(original == 0, 0)
@@ -72,13 +93,14 @@ class _Dampening(Launch):
         for group in self._table.groups:
             for s in range(len(group.numels)):
                 merged = merge_elements(group.forget(s), group.weights, self._merging)
+                gradient = merged_gradient(group, s)
                 for n, node in enumerate(group.nodes.tolist()):
                     theta, original = group.theta(n, s), group.original(n, s)
                     new, selected = dampen_elements(
-                        theta, original, merged, how.alpha[node], how.lam[node], how.exponent, how.cap
+                        theta, original, merged, how.alpha[node], how.lam[node], how.exponent, how.cap, gradient
                     )
-                    finite = merged.isfinite() & original.isfinite()
-                    counts[node] += torch.stack([selected.sum(), (selected & (new == 0)).sum(), (~finite).sum()])
+                    nonfinite = not_finite(original, merged, gradient)
+                    counts[node] += torch.stack([selected.sum(), (selected & (new == 0)).sum(), nonfinite.sum()])
                     if not dry_run:
                         with torch.inference_mode() if theta.is_inference() else torch.no_grad():
                             theta.copy_(torch.where(selected, new, theta))
@@ -93,8 +115,13 @@ class _Histogram(Histogram):
         for group in self._table.groups:
             for s in range(len(group.numels)):
                 merged = merge_elements(group.forget(s), group.weights, self._merging)
+                gradient = merged_gradient(group, s)
                 for n, node in enumerate(group.nodes.tolist()):
-                    bins = ratio_bins(group.original(n, s), merged, int(bases[node]), low, nearest)
+                    original, its = group.original(n, s), merged
+                    if gradient is not None:
+                        here = opposed(gradient, group.theta(n, s))
+                        original, its = original[here], merged[here]
+                    bins = ratio_bins(original, its, int(bases[node]), low, nearest)
                     counts[node] += torch.bincount(bins, minlength=BINS)
 
 

@@ -52,6 +52,8 @@ def phases(table: Table, unit: int) -> tuple[np.ndarray, np.ndarray]:
         return (addresses + np.repeat(head, count) * size) % min(16, unit * size)
 
     source = off(table.sources[ranges(first_source, sources)], sources, fisher)
+    if table.gradients is not None:
+        source += off(table.gradients[ranges(first_source, sources)], sources, fisher)
     addresses = table.targets[ranges(first_target, targets)]
     target = np.sum([off(addresses[:, column], targets, size) for column, size in sizes.items()], axis=0)
     fits = np.add.reduceat(source, np.cumsum(sources) - sources) == 0
@@ -142,8 +144,8 @@ def program_tiles(table: Table, programs: int, block: int) -> np.ndarray:
 
 
 def bytes_moved(tiles: np.ndarray, table: Table) -> int:
-    """Bytes of F, I and theta that `program_tiles` load and store where every 16 bytes have something selected."""
-    length, sources, targets = tiles[:, 1], tiles[:, 3], tiles[:, 5]
+    """Bytes of F, I, g and theta that `program_tiles` load and store where every 16 bytes have something selected."""
+    length, sources, targets = tiles[:, 1], tiles[:, 3] * (2 if table.signed else 1), tiles[:, 5]
     theta = 0 if table.theta_dtype is None else table.theta_dtype.itemsize
     return int((table.fisher_dtype.itemsize * length * (sources + targets) + 2 * theta * length * targets).sum())
 
@@ -200,7 +202,8 @@ class DeviceTables:
         # Blocking copies: whichever stream launches later finds the tables there.
         self.tensors = [upload(array, table.device) for array in arrays]
         self._device = table.device
-        self._read = [*self.tensors, *(forget for group in table.groups for forget in group.forgets)]
+        sources = [source for group in table.groups for source in (*group.forgets, *(group.gradients or ()))]
+        self._read = [*self.tensors, *sources]
         self._uploaded_on = stream(table.device)
 
     def hold_for_stream(self, counts: torch.Tensor) -> int:

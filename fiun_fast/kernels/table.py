@@ -37,11 +37,22 @@ class Group:
     nodes: np.ndarray  # [N] int64, index of each node in alpha, lam and counts
     thetas: list[list[torch.Tensor]] | None = None  # [S][N] parameters, contiguous; None: Fishers only
     addresses: np.ndarray | None = None  # [N, S] int64, of the parameters
+    gradients: list[torch.Tensor] | None = (
+        None  # [K] flat, element by element beside the forget Fishers; None: unsigned
+    )
 
     def forget(self, s: int, start: int = 0, stop: int | None = None) -> list[torch.Tensor]:
         """Elements start..stop of segment s in every forget Fisher: K views, [stop - start]."""
         stop = int(self.numels[s]) if stop is None else stop
         return [f[o + start : o + stop] for f, o in zip(self.forgets, self.forget_offsets[:, s].tolist(), strict=True)]
+
+    def gradient(self, s: int, start: int = 0, stop: int | None = None) -> list[torch.Tensor]:
+        """The same of every gradient: K views, [stop - start]."""
+        assert self.gradients is not None, "an unsigned table has no gradients"
+        stop = int(self.numels[s]) if stop is None else stop
+        return [
+            g[o + start : o + stop] for g, o in zip(self.gradients, self.forget_offsets[:, s].tolist(), strict=True)
+        ]
 
     def original(self, n: int, s: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements start..stop of segment s in the original Fisher of the group's n-th node: a view."""
@@ -70,6 +81,7 @@ class Table:
     sources: np.ndarray  # [sum K] int64: address of each forget Fisher at the start of the row
     weights: np.ndarray  # [sum K] float64: w_k of each source
     targets: np.ndarray  # [sum N, 3] int64: address of theta, address of I, node
+    gradients: np.ndarray | None = None  # [sum K] int64: address of the gradient beside each source; None: unsigned
 
     @classmethod
     def pack(
@@ -77,6 +89,11 @@ class Table:
     ) -> Table:
         """The table of these groups; all their tensors are on `device` and of these dtypes."""
         return cls(device, theta_dtype, fisher_dtype, groups, *pack_rows(groups))
+
+    @property
+    def signed(self) -> bool:
+        """Whether only elements are selected whose gradient and parameter have opposite signs."""
+        return self.gradients is not None
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Dampening:
-    """theta *= min((lam I / m)^exponent, cap) where m > alpha I.
+    """theta *= min((lam I / m)^exponent, cap) where m > alpha I, in a signed table only where g * theta < 0 as well.
 
     `alpha` and `lam` may be written to between launches; `Launch.refresh` tells a backend that keeps copies.
     """
@@ -110,14 +127,14 @@ def number_type(fisher_dtype: torch.dtype) -> type[np.floating]:
     return np.float32 if fisher_dtype == torch.float32 else np.float64
 
 
-def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Coalesce each group's segments into rows and write the address tables.
 
     Returns:
-        rows [R, 5], sources [sum K], weights [sum K], targets [sum N, 3] as in `Table`.
+        rows [R, 5], sources [sum K], weights [sum K], targets [sum N, 3], gradients [sum K] or None, as in `Table`.
 
     """
-    rows, sources, weights, targets = [], [], [], []
+    rows, sources, weights, targets, gradients = [], [], [], [], []
     first_source = first_target = 0
     for group in groups:
         size = group.forgets[0].element_size()
@@ -141,6 +158,11 @@ def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
         row[:, 4] = n
         rows.append(row)
         sources.append(forget[:, starts].T.reshape(-1))
+        if (
+            group.gradients is not None
+        ):  # its segments lie as those of the forget Fisher, so that they coalesce as these do
+            gradient = np.array([[g.data_ptr()] for g in group.gradients]) + group.forget_offsets * size
+            gradients.append(gradient[:, starts].T.reshape(-1))
         weights.append(np.tile(np.asarray(group.weights, dtype=np.float64), r))
         target = np.zeros((r, n, 3), dtype=np.int64)
         if group.addresses is not None:
@@ -150,4 +172,5 @@ def pack_rows(groups: list[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
         targets.append(target.reshape(-1, 3))
         first_source += k * r
         first_target += n * r
-    return np.concatenate(rows), np.concatenate(sources), np.concatenate(weights), np.concatenate(targets)
+    arrays = (np.concatenate(one) for one in (rows, sources, weights, targets))
+    return (*arrays, np.concatenate(gradients) if gradients else None)  # type: ignore[return-value]

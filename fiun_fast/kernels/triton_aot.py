@@ -39,10 +39,12 @@ class Variant:
 _ADDRESS = 1 << 40  # any number that needs 64 bits
 
 
-def dampen_variant(fisher: torch.dtype, theta: torch.dtype, how: str = "max", power: bool = False) -> Variant:
-    """The dampening kernel for these dtypes; `power`: the exponent is not 1."""
-    arguments = (torch.int64, torch.int64, fisher, torch.int64, fisher, fisher, torch.int64, 1)
-    return Variant("dampen", arguments, host.dampen_constants(fisher, theta, how, power))
+def dampen_variant(
+    fisher: torch.dtype, theta: torch.dtype, how: str = "max", power: bool = False, signed: bool = False
+) -> Variant:
+    """The dampening kernel for these dtypes; `power`: the exponent is not 1; `signed`: with gradients."""
+    arguments = (torch.int64, torch.int64, torch.int64, fisher, torch.int64, fisher, fisher, torch.int64, 1)
+    return Variant("dampen", arguments, host.dampen_constants(fisher, theta, how, power, signed))
 
 
 def merge_variant(dtype: torch.dtype, how: str = "max") -> Variant:

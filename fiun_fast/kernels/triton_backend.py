@@ -18,7 +18,7 @@ from .interface import Backend, Histogram, Launch
 from .schedule import DeviceTables, program_tiles, ranges, stream, upload_ordered
 from .table import Dampening, Merging, Table, number_type
 
-LIMITS = 4  # where alpha and lambda are among the uploaded tables
+LIMITS = 5  # where alpha and lambda are among the uploaded tables
 CACHE_SIZE = 32
 
 _pairs_seen: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -43,14 +43,15 @@ class TritonLaunch(Launch):
             (
                 self.tiles,
                 table.sources,
+                table.sources if table.gradients is None else table.gradients,
                 table.weights.astype(number),
                 table.targets,
                 dampening.limits(table),
                 np.array([merging.scale, dampening.exponent, dampening.cap]).astype(number),
             ),
         )
-        power = dampening.exponent != 1
-        self._constants = host.dampen_constants(table.fisher_dtype, table.theta_dtype, merging.how, power)
+        power, dtypes = dampening.exponent != 1, (table.fisher_dtype, table.theta_dtype)
+        self._constants = host.dampen_constants(*dtypes, merging.how, power, table.signed)
 
     def run(self, counts: torch.Tensor, dry_run: bool = False) -> None:
         """Dampen every node of the table, or only count."""

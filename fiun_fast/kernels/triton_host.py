@@ -162,12 +162,14 @@ def _common(*dtypes: torch.dtype) -> dict[str, Any]:
     return {"BLOCK": block_size(), "VECTOR": vector_width(*dtypes), "SOFT": interpreted()}
 
 
-def dampen_constants(fisher: torch.dtype, theta: torch.dtype, how: str, power: bool) -> dict[str, Any]:
+def dampen_constants(
+    fisher: torch.dtype, theta: torch.dtype, how: str, power: bool, signed: bool = False
+) -> dict[str, Any]:
     """Compile-time arguments of the kernel `dampen`."""
     wide = torch.float32 if theta.itemsize == 2 else torch.promote_types(fisher, theta)
     types = {"FISHER": triton_type(fisher), "THETA": triton_type(theta), "COMPUTE": triton_type(wide)}
-    step = block_size() // 2 if power or wide == torch.float64 else block_size()
-    return types | {"MERGE": how, "POWER": power, "STEP": step} | _common(fisher, theta)
+    step = block_size() // 2 if power or signed or wide == torch.float64 else block_size()
+    return types | {"MERGE": how, "POWER": power, "SIGNED": signed, "STEP": step} | _common(fisher, theta)
 
 
 def merge_constants(dtype: torch.dtype, how: str) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def tile_of(length, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _widen(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
+def widen(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
+    """In the wider DTYPE."""
     if SOFT and x.dtype == tl.bfloat16:
         wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -84,6 +85,12 @@ def merge_sources(
 
 
 @triton.jit
+def opposed(slope, theta):
+    """Where slope * theta < 0: signs differ, neither is 0 or NaN; both of one shape, each in its dtype."""
+    return ((slope < 0) & (theta > 0)) | ((slope > 0) & (theta < 0))
+
+
+@triton.jit
 def _count(flags):
     return tl.sum(tl.sum(flags.to(tl.int32), axis=1), axis=0)
 
@@ -96,9 +103,9 @@ def _tally(counter, amount):
 
 @triton.jit
 def _dampen_tile(
-    tile, start, length, sources, weights, targets, limits, numbers, counts, write,
+    tile, start, length, sources, gradients, weights, targets, limits, numbers, counts, write,
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
+    SIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     offsets, mask = tile_of(length, BLOCK, VECTOR)
     first_source, source_count = tl.load(tile + 2), tl.load(tile + 3).to(tl.int32)
@@ -108,6 +115,11 @@ def _dampen_tile(
         sources + first_source, weights + first_source, start, source_count, scale, offsets, mask,
         FISHER, MERGE, VECTOR, FLUSHES,
     )  # fmt: skip
+    if SIGNED:
+        slope = merge_sources(
+            gradients + first_source, weights + first_source, start, source_count, 1.0, offsets, mask,
+            FISHER, "sum", VECTOR, FLUSHES,
+        )  # fmt: skip
     for n in range(0, target_count):
         target = targets + (first_target + n) * 3
         limit = limits + (first_target + n) * 2
@@ -118,6 +130,13 @@ def _dampen_tile(
         original = tl.load(original, mask=mask, other=0.0, eviction_policy="evict_first")
         selected = merged > original * alpha  # never true in the padding, where both are 0
         finite = (tl.abs(merged) < float("inf")) & (tl.abs(original) < float("inf"))
+        if SIGNED:
+            # theta is asked for its sign where a 16-byte access holds something above the threshold
+            asked = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
+            asked = tl.broadcast_to(asked, [BLOCK // VECTOR, VECTOR])
+            value = tl.load(pointer_to(theta_address, start, THETA, VECTOR) + offsets, mask=asked, other=0.0)
+            selected = selected & opposed(slope, widen(value, COMPUTE, SOFT))
+            finite = finite & (tl.abs(slope) < float("inf"))
         both = _count(selected.to(tl.int32) + tl.where(finite, 0, 65536))  # one reduction for two counts
         counter = counts + node * 3
         _tally(counter, both & 65535)
@@ -127,7 +146,10 @@ def _dampen_tile(
             touched = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
             touched = tl.broadcast_to(touched, [BLOCK // VECTOR, VECTOR])
             theta = pointer_to(theta_address, start, THETA, VECTOR) + offsets
-            before = tl.load(theta, mask=touched)
+            if SIGNED:
+                before = value
+            else:
+                before = tl.load(theta, mask=touched)
             factor = divide(original * lam, merged, FISHER, FLUSHES)
             if POWER:
                 # in float64 the logarithm's error, times a large exponent, stays far below a float32 ulp
@@ -136,16 +158,17 @@ def _dampen_tile(
                 factor = tl.where(merged == float("inf"), 0.0, tl.minimum(factor, cap))
             else:
                 factor = tl.where(factor == factor, tl.minimum(factor, cap), 0.0)  # infinity by infinity is 0
-            after = _narrow(_widen(before, COMPUTE, SOFT) * factor.to(COMPUTE), THETA, SOFT)
+            after = _narrow(widen(before, COMPUTE, SOFT) * factor.to(COMPUTE), THETA, SOFT)
             if write != 0:
                 tl.store(theta, tl.where(selected, after, before), mask=touched)
-            _tally(counter + 1, _count(selected & (_widen(after, COMPUTE, SOFT) == 0)))
+            _tally(counter + 1, _count(selected & (widen(after, COMPUTE, SOFT) == 0)))
 
 
 @triton.jit(do_not_specialize=["write"])
 def dampen(
     tiles,  # [T, 7] int64: start, length, first source, K, first target, N, aligned
     sources,  # [sum K] int64 addresses
+    gradients,  # [sum K] int64 addresses, read where SIGNED
     weights,  # [sum K] FISHER
     targets,  # [sum N, 3] int64: address of theta, address of I, node
     limits,  # [sum N, 2] FISHER: alpha, lambda
@@ -153,6 +176,7 @@ def dampen(
     counts,  # [nodes, 3] int64, added to
     write,  # 0: count only
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
+    SIGNED: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
 ):  # fmt: skip
     """One program per tile: merge its forget Fishers once, then dampen its share of the group's nodes.
@@ -164,20 +188,20 @@ def dampen(
     if tl.load(tile + 6) != 0:
         if STEP == BLOCK:
             _dampen_tile(
-                tile, start, length, sources, weights, targets, limits, numbers, counts, write,
-                FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK, VECTOR, SOFT, FLUSHES,
+                tile, start, length, sources, gradients, weights, targets, limits, numbers, counts, write,
+                FISHER, THETA, COMPUTE, MERGE, POWER, SIGNED, BLOCK, VECTOR, SOFT, FLUSHES,
             )  # fmt: skip
         else:
             for done in range(0, length, STEP):
                 _dampen_tile(
-                    tile, start + done, tl.minimum(length - done, STEP), sources, weights, targets, limits, numbers,
-                    counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, STEP, VECTOR, SOFT, FLUSHES,
+                    tile, start + done, tl.minimum(length - done, STEP), sources, gradients, weights, targets, limits,
+                    numbers, counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, SIGNED, STEP, VECTOR, SOFT, FLUSHES,
                 )  # fmt: skip
     else:
         for done in range(0, length, BLOCK // 2):  # in halves: an address for each element takes twice the registers
             _dampen_tile(
-                tile, start + done, tl.minimum(length - done, BLOCK // 2), sources, weights, targets, limits, numbers,
-                counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, BLOCK // 2, 1, SOFT, FLUSHES,
+                tile, start + done, tl.minimum(length - done, BLOCK // 2), sources, gradients, weights, targets, limits,
+                numbers, counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, SIGNED, BLOCK // 2, 1, SOFT, FLUSHES,
             )  # fmt: skip
 
 
@@ -223,7 +247,7 @@ def _accumulate_tile(
     offsets, mask = tile_of(count, BLOCK, VECTOR)
     g_pointer = pointer_to(gradient, start, GRADIENT, VECTOR) + offsets
     into_pointer = pointer_to(into, start, INTO, VECTOR) + offsets
-    g = _widen(tl.load(g_pointer, mask=mask, eviction_policy="evict_first"), INTO, SOFT)
+    g = widen(tl.load(g_pointer, mask=mask, eviction_policy="evict_first"), INTO, SOFT)
     total = tl.load(into_pointer, mask=mask)
     tl.store(into_pointer, total + (g * g if SQUARE else tl.abs(g)), mask=mask)
     if ZERO:

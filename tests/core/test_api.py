@@ -22,7 +22,9 @@ POSITIONAL = {
     "search_alpha": 3,
     "selection_profile": 3,
     "stack_": 2,
+    "top_overlap": 2,
     "tune": 3,
+    "unlearn_rounds_": 5,
 }
 
 

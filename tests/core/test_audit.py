@@ -12,7 +12,16 @@ from torch import nn
 import fiun_fast as ff
 from fiun_fast import tiles
 
-PICKED = ("diamond-two-origins", "tiles", "edges-fp32-fp32", "edges-bf16-fp64", "per-node", "mean-fp32", "exponent-2")
+PICKED = (
+    "diamond-two-origins",
+    "tiles",
+    "edges-fp32-fp32",
+    "edges-bf16-fp64",
+    "per-node",
+    "mean-fp32",
+    "exponent-2",
+    "signed-edges-fp16-fp32",
+)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in PICKED], ids=lambda case: case.id)

@@ -45,6 +45,11 @@ class Window:
     def forget(self, request: int, device: torch.device) -> ff.Fisher:
         return self._part(self._problem.forgets[request]).to(device)
 
+    def gradient(self, request: int, device: torch.device) -> ff.Gradient:
+        whole = self._problem.gradients[request]
+        pieces = [whole[name].reshape(-1)[start:stop] for name, (start, stop) in self._ranges.items()]
+        return ff.Gradient(torch.cat(pieces), self._layout).to(device)
+
     def thetas(self, nodes, names) -> list[list[torch.Tensor]]:
         return [[self._theta(self._nodes[i].name, name) for i in nodes] for name in names]
 
@@ -69,15 +74,17 @@ WINDOWS = [
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("theta", [torch.float32, torch.bfloat16])
-def test_windows_add_up(backend, theta):
+@pytest.mark.parametrize("signed", [False, True])
+def test_windows_add_up(backend, theta, signed):
     if backend not in ff.available_backends():
         pytest.skip(f"backend {backend} cannot be used here")
-    problem = build(Case("windows", DIAMOND, ("a", "b"), shapes=SIZES, theta=theta, values="edges"))
+    problem = build(Case("windows", DIAMOND, ("a", "b"), shapes=SIZES, theta=theta, values="edges", signed=signed))
     expected = textbook(problem)
     dag = ff.InheritanceDAG()
     for name, parents in problem.case.parents.items():
         dag.add_model(name, problem.models[name], problem.originals[name], parents=parents)
-    requests = [ff.ForgetRequest(o, f) for o, f in zip(problem.case.origins, problem.forgets, strict=True)]
+    given = zip(problem.case.origins, problem.forgets, problem.gradients, strict=True)
+    requests = [ff.ForgetRequest(o, f, gradient=g) for o, f, g in given]
     nodes = reached_nodes(dag, requests)
 
     def describe(nodes, names):

@@ -15,6 +15,7 @@ CASES = [
     Case("edges-fp64", DIAMOND, ("a", "b"), shapes=SIZES, fisher=torch.float64, values="edges"),
     Case("half", FAN, ("root", "child1"), (0.5, 1.0), shapes=SIZES, theta=torch.float16, scale=0.3),
     Case("tiles", shapes=TILES, fisher=torch.float64, flat=True),
+    Case("signed", DIAMOND, ("a", "b"), (1.0, 0.5), SIZES, theta=torch.bfloat16, values="edges", signed=True),
 ]
 
 
@@ -27,6 +28,9 @@ def brute_force(problem, node: str) -> tuple[np.ndarray, np.ndarray]:
     merged = torch.stack(terms).amax(0) if len(terms) > 1 else terms[0]
     merged[torch.stack(terms).isnan().any(0)] = torch.nan
     theta = torch.cat([t.reshape(-1).double() for t in problem.models[node].values()])
+    if case.signed:
+        slope = sum(problem.gradients[k].buffer * weights[k] for k in reached.get(node, [0]))
+        merged = merged.masked_fill(slope.sign() * theta.sign() != -1, torch.nan)
     return (merged * case.scale / problem.originals[node].buffer).double().cpu().numpy(), theta.cpu().numpy()
 
 
@@ -77,8 +81,11 @@ def test_alpha_of_a_share_is_the_smallest_edge_that_selects_no_more(backend, cas
 
 
 def test_norm_removed_is_that_of_dampening(backend):
-    case = Case("norm", DIAMOND, ("a", "b"), shapes=TILES)
-    problem = build(case, backend.device)
+    for signed in (False, True):
+        check_norm(backend, build(Case("norm", DIAMOND, ("a", "b"), shapes=TILES, signed=signed), backend.device))
+
+
+def check_norm(backend, problem):
     plan = problem.plan(backend.name)
     profiles = plan.profile(norms=True)
     before = {node: brute_force(problem, node)[1] for node in plan.nodes}

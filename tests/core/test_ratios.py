@@ -29,7 +29,8 @@ def matters(case: Case) -> tuple:
     """What a histogram depends on; of cases that agree in it, one is enough."""
     shapes, parents = tuple(case.shapes.items()), tuple(case.parents.items())
     values = case.values if case.values == "edges" else "random"
-    return (parents, case.origins, case.weights, shapes, case.fisher, case.scale, values, case.flat, case.shift)
+    signs = case.signed and case.theta  # theta is read for its sign alone
+    return (parents, case.origins, case.weights, shapes, case.fisher, case.scale, values, case.flat, case.shift, signs)
 
 
 EXACT = list({matters(case): case for case in CASES if case.exact}.values())
@@ -37,14 +38,25 @@ FEW = [case for case in EXACT if (case.values == "edges" and len(case.parents) =
 
 
 def ratios(problem: Problem, node: str) -> np.ndarray:
-    """R before anything is left out: m / I of all elements of a node, in the Fishers' dtype."""
+    """R before anything is left out but by sign: m / I of the elements of a node, in the Fishers' dtype; else NaN."""
     case = problem.case
     mine = [k for k, origin in enumerate(case.origins) if reaches(case.parents, origin, node)]
     weights = case.weights or (1.0,) * len(case.origins)
     fishers = [problem.forgets[k].buffer.cpu() for k in mine]
     merged = merge_textbook(fishers, [weights[k] for k in mine], case.merge, case.scale)
     with np.errstate(all="ignore"):
-        return merged.numpy() / problem.originals[node].buffer.cpu().numpy()
+        found = merged.numpy() / problem.originals[node].buffer.cpu().numpy()
+    if case.signed:
+        found[~opposed(problem, node, mine).cpu().numpy()] = np.nan
+    return found
+
+
+def opposed(problem: Problem, node: str, mine: list[int]) -> torch.Tensor:
+    """Where the sum of the gradients and the parameter have opposite signs, [n] bool."""
+    weights = problem.case.weights or (1.0,) * len(problem.case.origins)
+    slope = merge_textbook([problem.gradients[k].buffer for k in mine], [weights[k] for k in mine], "sum", 1.0)
+    theta = torch.cat([t.reshape(-1).double() for t in problem.models[node].values()])
+    return slope.sign() * theta.sign() == -1
 
 
 def bins_of(found: np.ndarray, base: int, low: int, nearest: bool) -> np.ndarray:
@@ -112,7 +124,8 @@ def network(problem: Problem) -> tuple[ff.InheritanceDAG, list[ff.ForgetRequest]
     for name, parents in case.parents.items():
         dag.add_model(name, problem.models[name], problem.originals[name], parents=parents)
     weights = case.weights or (1.0,) * len(case.origins)
-    return dag, [ff.ForgetRequest(o, f, w) for o, f, w in zip(case.origins, problem.forgets, weights, strict=True)]
+    given = zip(case.origins, problem.forgets, weights, problem.gradients, strict=True)
+    return dag, [ff.ForgetRequest(*each) for each in given]
 
 
 values = st.one_of(
@@ -305,7 +318,7 @@ import sass
 from unittest import mock
 from fiun_fast.kernels import triton_aot, triton_histogram, triton_kernels
 fp32, int64 = torch.float32, torch.int64
-arguments = (int64, int64, int64, fp32, int64, fp32, int64, int64, 20, 1)
+arguments = (int64, int64, int64, int64, fp32, int64, fp32, int64, int64, 20, 1)
 variant = triton_aot.Variant("histogram", arguments, triton_histogram.constants(fp32, "max"))
 with mock.patch.object(triton_kernels, "histogram", triton_histogram.histogram, create=True):
     print(json.dumps(sass.figures(triton_aot.compile_variant(variant, "cuda:90"))))

@@ -27,6 +27,8 @@ PICKED = (
     "mean-fp32",
     "sum-edges",
     "exponent-2",
+    "signed-edges-bf16-fp32",
+    "signed-mean",
 )
 CHOSEN = [case for case in CASES if case.id in PICKED]
 

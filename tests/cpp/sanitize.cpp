@@ -97,13 +97,14 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
     const int64_t row_count = 1 + below(4), nodes = 1 + below(5);
     const double exponent = below(3) == 0 ? 0.5 : 1.0, scale = below(2) ? 1.0 : 0.75, cap = 1.0;
     const auto how = common::Merge(below(3));
+    const bool with_sign = below(2);
     std::vector<double> alpha, lam, weights;
     for (int64_t n = 0; n < nodes; ++n) {
         alpha.push_back(double(below(8)) / 4);
         lam.push_back(double(below(8)) / 4);
     }
-    std::vector<int64_t> rows, sources, targets, counts(size_t(3 * nodes), 5), expected = counts;
-    std::vector<std::vector<Block<F>>> forgets(static_cast<size_t>(row_count)), originals = forgets;
+    std::vector<int64_t> rows, sources, beside, targets, counts(size_t(3 * nodes), 5), expected = counts;
+    std::vector<std::vector<Block<F>>> forgets(static_cast<size_t>(row_count)), gradients = forgets, originals = forgets;
     std::vector<std::vector<Block<T>>> thetas(static_cast<size_t>(row_count));
     for (int64_t r = 0; r < row_count; ++r) {
         const int64_t length = some_length(), k_count = 1 + below(3);
@@ -113,6 +114,9 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
             for (F& value : forgets[r].back().all) value = fisher_value<F>();
             weights.push_back(below(2) ? 1.0 : 0.5);
             sources.push_back(forgets[r].back().address());
+            gradients[r].emplace_back(length, below(4));
+            fill_bits(gradients[r].back());
+            beside.push_back(gradients[r].back().address());
         }
         for (int64_t n = 0; n < nodes; ++n) {
             originals[r].emplace_back(length, below(4));
@@ -122,7 +126,7 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
             for (int64_t v : {thetas[r].back().address(), originals[r].back().address(), n}) targets.push_back(v);
         }
     }
-    const auto forgets_before = forgets, originals_before = originals;
+    const auto forgets_before = forgets, gradients_before = gradients, originals_before = originals;
     auto wanted = thetas;
     for (int64_t r = 0; r < row_count; ++r) {
         for (int64_t n = 0; n < nodes; ++n) {
@@ -131,8 +135,11 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
                 const F m = merged_element(forgets[r], &weights[rows[5 * r + 1]], i, how, scale);
                 const F original = originals[r][n].data()[i];
                 T& theta = wanted[r][n].data()[i];
-                expected[3 * n + 2] += !(common::is_finite(m) && common::is_finite(original));
+                const F slope = merged_element(gradients[r], &weights[rows[5 * r + 1]], i, common::Merge::sum, 1);
+                expected[3 * n + 2] += !(common::is_finite(m) && common::is_finite(original) &&
+                                         (!with_sign || common::is_finite(slope)));
                 if (!common::is_selected(original, m, rule)) continue;
+                if (with_sign && !common::is_opposed(slope, theta)) continue;
                 const F factor = exponent == 1 ? common::dampening<false>(original, m, rule)
                                                : common::dampening<true>(original, m, rule);
                 const T damped = common::dampened(theta, factor);
@@ -142,7 +149,8 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
             }
         }
     }
-    const Table table{rows.data(), row_count, sources.data(), weights.data(), targets.data(), kind_of<F>()};
+    const Table table{rows.data(),    row_count,      sources.data(), with_sign ? beside.data() : nullptr,
+                      weights.data(), targets.data(), kind_of<F>()};
     const Limits limits{kind_of<T>(), alpha.data(), lam.data(), exponent, cap};
     DampenLaunch(table, Merging{int(how), scale}, limits, threads).run(kernels, counts.data(), write);
     expect(counts == expected, "counts", kernels);
@@ -157,6 +165,7 @@ void check_dampen(const Kernels& kernels, int threads, bool write) {
         }
         for (size_t k = 0; k < forgets[r].size(); ++k) {
             expect(forgets[r][k].same(forgets_before[r][k]), "a forget Fisher", kernels);
+            expect(gradients[r][k].same(gradients_before[r][k]), "a gradient", kernels);
         }
     }
 }
@@ -220,27 +229,35 @@ void check_accumulate(const Kernels& kernels, int threads) {
     }
 }
 
-template <class F>
+template <class T, class F>
 void check_histogram(const Kernels& kernels, int threads) {
     using Int = typename common::BitsOf<F>::type;
     const int64_t nodes = 1 + below(4), length = below(3) ? some_length() : 200000, count = 1 + below(3);
     const int low = sizeof(F) == 4 ? 20 : 52;
     const bool nearest = below(2);
+    const bool with_sign = below(2);
     const double scale = below(2) ? 1.0 : 0.3;
-    std::vector<Block<F>> forgets, originals;
-    std::vector<int64_t> sources, targets, bases, rows{length, 0, count, 0, nodes};
+    std::vector<Block<F>> forgets, gradients, originals;
+    std::vector<Block<T>> thetas;
+    std::vector<int64_t> sources, beside, targets, bases, rows{length, 0, count, 0, nodes};
     std::vector<double> weights;
     for (int64_t k = 0; k < count; ++k) {
         forgets.emplace_back(length, below(4));
         for (F& value : forgets.back().all) value = fisher_value<F>();
         sources.push_back(forgets.back().address());
+        gradients.emplace_back(length, below(4));
+        fill_bits(gradients.back());
+        beside.push_back(gradients.back().address());
         weights.push_back(below(2) ? 1.0 : 0.1);
     }
     for (int64_t n = 0; n < nodes; ++n) {
+        thetas.emplace_back(length, below(40));
+        fill_bits(thetas.back());
         originals.emplace_back(length, below(4));
         for (F& value : originals.back().all) value = fisher_value<F>();
         bases.push_back(below(2) ? 0 : below(1500));
-        for (int64_t v : {int64_t(0), originals.back().address(), n}) targets.push_back(v);
+        const int64_t theta = with_sign ? thetas.back().address() : 0;
+        for (int64_t v : {theta, originals.back().address(), n}) targets.push_back(v);
     }
     std::vector<int64_t> counts(size_t(nodes * common::histogram_bins), 5), expected = counts;
     for (int64_t n = 0; n < nodes; ++n) {
@@ -248,13 +265,17 @@ void check_histogram(const Kernels& kernels, int threads) {
             const F m = merged_element(forgets, weights.data(), i, common::Merge::max, scale);
             const F ratio = m / originals[n].data()[i];
             if (!(ratio >= 0)) continue;
+            const F slope = merged_element(gradients, weights.data(), i, common::Merge::sum, 1);
+            if (with_sign && !common::is_opposed(slope, thetas[n].data()[i])) continue;
             int64_t bin = int64_t(common::bit_cast<Int>(common::absolute(ratio)) >> low) - bases[n];
             if (nearest) bin = bin < 0 ? 0 : bin < common::histogram_bins ? bin : common::histogram_bins - 1;
             if (bin >= 0 && bin < common::histogram_bins) ++expected[size_t(n * common::histogram_bins + bin)];
         }
     }
-    const Table table{rows.data(), 1, sources.data(), weights.data(), targets.data(), kind_of<F>()};
-    run_histogram(kernels, table, Merging{int(common::Merge::max), scale}, bases.data(), low, nearest, counts.data(), threads);
+    const Table table{rows.data(),    1,              sources.data(), with_sign ? beside.data() : nullptr,
+                      weights.data(), targets.data(), kind_of<F>()};
+    run_histogram(kernels, table, Merging{int(common::Merge::max), scale}, kind_of<T>(), bases.data(), low, nearest,
+                  counts.data(), threads);
     expect(counts == expected, "histogram", kernels);
 }
 
@@ -316,7 +337,7 @@ void check(const Kernels& kernels, int rounds) {
         check_accumulate<T, F>(kernels, threads);
         if (kind_of<T>() == f32 && kind_of<F>() == f32) check_outer_square(kernels, threads);
         if (kind_of<T>() == kind_of<F>()) check_merge<F>(kernels, threads);
-        if (kind_of<T>() == kind_of<F>()) check_histogram<F>(kernels, threads);
+        check_histogram<T, F>(kernels, threads);
     }
 }
 

@@ -91,6 +91,13 @@ class Cases:
             forget.buffer = torch.where(where < 0.1, tie, torch.where(where < 0.2, near, forget.buffer))
         self.models = {node: self._model(draw, generator, kinds, run) for node in self.parents}
         self.reached = [node for node in self.parents if any(reaches(self.parents, o, node) for o in self.origins)]
+        self.gradients: list[ff.Gradient | None] = [None] * len(self.origins)
+        if draw.random() < 0.4:
+            self.gradients = [self._gradient(draw.randrange(8), generator) for _ in self.origins]
+
+    def _gradient(self, shift: int, generator: torch.Generator) -> ff.Gradient:
+        edges = [*THETA_EDGES, *EDGES]
+        return ff.Gradient(mixed(self.layout.numel + shift, self.kind, edges, generator)[shift:], self.layout)
 
     def _shape(self, draw: random.Random) -> tuple[int, ...]:
         if draw.random() < 0.02:
@@ -126,7 +133,8 @@ class Cases:
         dag = ff.InheritanceDAG()
         for node, parents in self.parents.items():
             dag.add_model(node, models[node], self.originals[node], parents=list(parents))
-        requests = [ff.ForgetRequest(o, f, w) for o, f, w in zip(self.origins, self.forgets, self.weights)]
+        given = zip(self.origins, self.forgets, self.weights, self.gradients)
+        requests = [ff.ForgetRequest(*each) for each in given]
         numbers = {"alpha": self.alpha, "lam": self.lam, "cap": self.cap, "merge": self.merge, "scale": self.scale}
         return ff.plan(dag, requests, **numbers, backend=backend)  # type: ignore[arg-type]
 
@@ -136,22 +144,27 @@ class Cases:
         merged = merge_textbook(
             [self.forgets[k].buffer for k in its], [self.weights[k] for k in its], self.merge, self.scale
         )
+        slopes = [gradient.buffer for k in its if (gradient := self.gradients[k]) is not None]
+        slope = merge_textbook(slopes, [self.weights[k] for k in its], "sum", 1.0) if slopes else None
         original, counts, found = self.originals[node].buffer, [0, 0, 0], {}
         for kind, names in self.by_dtype(node).items():
             at = torch.cat([torch.arange(s.offset, s.offset + s.numel) for s in map(self.layout.__getitem__, names)])
             value = torch.cat([self.models[node][name].reshape(-1) for name in names])
             wide = torch.float32 if kind.itemsize == 2 else torch.promote_types(kind, self.kind)
             computed = value.to(wide)
-            chosen = ssd_modify_weight(
-                computed, original[at], merged[at], self.alpha[node], self.lam[node], 1.0, self.cap
-            )
+            wanted: Tensor | bool = True
+            finite = merged[at].isfinite() & original[at].isfinite()
+            if slope is not None:
+                wanted, finite = slope[at].sign() * value.double().sign() == -1, finite & slope[at].isfinite()
+            numbers = (self.alpha[node], self.lam[node], 1.0, self.cap)
+            chosen = ssd_modify_weight(computed, original[at], merged[at], *numbers, wanted)
             after = torch.where(chosen, computed.to(kind), value)
             after.view(INTEGER[kind.itemsize]).copy_(
                 torch.where(chosen, *(t.view(INTEGER[kind.itemsize]) for t in (computed.to(kind), value)))
             )
             counts[0] += int(chosen.sum())
             counts[1] += int((after[chosen] == 0).sum())
-            counts[2] += int((~(merged[at].isfinite() & original[at].isfinite())).sum())
+            counts[2] += int((~finite).sum())
             found[kind] = after
         return found, (counts[0], counts[1], counts[2])
 

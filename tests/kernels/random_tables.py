@@ -52,6 +52,7 @@ def work(
     theta: torch.dtype | None = torch.float32,
     fisher: torch.dtype = torch.float32,
     edges: bool = True,
+    signed: bool = False,
     shift: int = 0,
     device: str = "cpu",
     seed: int = 0,
@@ -66,6 +67,10 @@ def work(
             found = torch.where(torch.rand(found.shape, generator=generator) < 0.4, edge, found)
         return found.to(device, dtype)[shift:]
 
+    def either_sign(values: torch.Tensor) -> torch.Tensor:
+        negative = torch.rand(values.shape, generator=generator) < 0.5
+        return values.copy_(torch.where(negative.to(device), -values, values))
+
     def group(its_nodes: Sequence[int], k: int, sizes: Sequence[int]) -> Group:
         numels = np.array(sizes, dtype=np.int64)
         offsets = np.cumsum(numels) - numels
@@ -78,7 +83,12 @@ def work(
         names = tuple(f"p{s}" for s in range(len(sizes)))
         places = np.tile(offsets, (k, 1))
         its = np.array(its_nodes, dtype=np.int64)
-        return Group(names, numels, forgets, places, WEIGHTS[:k], originals, offsets, its, thetas, addresses)
+        gradients = [either_sign(values(total, fisher)) for _ in range(k)] if signed else None
+        if signed and thetas is not None:
+            for tensor in (tensor for column in thetas for tensor in column):
+                either_sign(tensor)
+        of_nodes = (originals, offsets, its, thetas, addresses)
+        return Group(names, numels, forgets, places, WEIGHTS[:k], *of_nodes, gradients)
 
     table = Table.pack(torch.device(device), theta, fisher, [group(*each) for each in groups])
     return Work(table, nodes)

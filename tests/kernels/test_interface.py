@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,24 @@ def test_a_table_is_dampened_as_in_the_reference(backend, theta, fisher, how):
             assert (counts - expected).abs().max() <= 2
             differ = sum(int((~torch.isclose(a, b, rtol=1e-2)).sum()) for a, b in zip(thetas, wanted, strict=True))
             assert differ <= 2
+
+
+@pytest.mark.parametrize("fisher", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("theta", DTYPES, ids=str)
+def test_ratios_of_a_signed_table_are_counted_as_in_the_reference(backend, theta, fisher):
+    """Of the elements whose gradient and parameter have opposite signs, whatever the parameters are aligned to."""
+    low, merging, bases = (20 if fisher == torch.float32 else 52), Merging("sum", 0.75), np.zeros(7, dtype=np.int64)
+    for shift in (0, 3):
+        problem = work(GROUPS, 7, theta=theta, fisher=fisher, signed=True, shift=shift, device=backend.device)
+        unsigned = replace(
+            problem.table, gradients=None, groups=[replace(g, gradients=None) for g in problem.table.groups]
+        )
+        found, expected, everything = problem.bins(), problem.bins(), problem.bins()
+        backend.kernels.histogram(problem.table, merging).run(found, bases, low, False)
+        REFERENCE.histogram(problem.table, merging).run(expected, bases, low, False)
+        backend.kernels.histogram(unsigned, merging).run(everything, bases, low, False)
+        assert torch.equal(found, expected)
+        assert 0.3 * everything.sum() < found.sum() < 0.6 * everything.sum()
 
 
 @pytest.mark.parametrize("theta", [torch.float32, None], ids=str)

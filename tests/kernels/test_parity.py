@@ -57,15 +57,15 @@ def check(problem: Problem, expected: Expected, report, exact: bool) -> None:
 def test_every_case_is_as_in_the_textbook(backend, case):
     problem = build(case, backend.device)
     expected, before = textbook(problem), problem.state()
-    fishers = [f.buffer.clone() for f in (*problem.originals.values(), *problem.forgets)]
+    fishers = [f.buffer.clone() for f in problem.vectors()]
     plan = problem.plan(backend.name)
     counted = plan.run_(dry_run=True).to_dict()["nodes"]
     assert all(same_bits(t, before[key]) for key, t in problem.state().items()), "a dry run wrote"
     report = plan.run_()
     assert report.to_dict()["nodes"] == counted
     check(problem, expected, report, case.exact)
-    after = [f.buffer for f in (*problem.originals.values(), *problem.forgets)]
-    assert all(map(same_bits, fishers, after)), "a Fisher was changed"
+    after = [f.buffer for f in problem.vectors()]
+    assert all(map(same_bits, fishers, after)), "a Fisher or gradient was changed"
 
 
 def test_infinite_weights_become_nan_where_the_original_fisher_is_zero(backend):
@@ -132,6 +132,7 @@ def problems(draw) -> Problem:
         cap=draw(numbers),
         weights=tuple(draw(numbers) for _ in origins),
         scale=draw(numbers),
+        signed=draw(st.booleans()),
         flat=draw(st.booleans()),
         shift=draw(st.integers(0, 3)),
         seed=draw(st.integers(0, 2**31)),
@@ -139,6 +140,8 @@ def problems(draw) -> Problem:
     problem = build(case)
     for fisher in (*problem.originals.values(), *problem.forgets):
         _scatter(draw(st.lists(fisher_values, max_size=12)), fisher.buffer, case.seed)
+    for gradient in filter(None, problem.gradients):
+        _scatter(draw(st.lists(theta_values, max_size=12)), gradient.buffer, case.seed)
     for i, tensor in enumerate(t for model in problem.models.values() for t in model.values()):
         _scatter(draw(st.lists(theta_values, max_size=3)), tensor, case.seed + i)
     return problem
@@ -160,6 +163,7 @@ def test_random_problems_are_as_in_the_textbook(backend, problem):
         {node: {k: t.to(backend.device) for k, t in model.items()} for node, model in before.items()},
         {node: fisher.to(backend.device) for node, fisher in problem.originals.items()},
         [fisher.to(backend.device) for fisher in problem.forgets],
+        [None if g is None else g.to(backend.device) for g in problem.gradients],
     )
     if backend.device == "cpu":
         moved = problem  # keeps the memory layout that was drawn

@@ -33,7 +33,12 @@ WIDTHS = {
     "accumulate fp32 zeroing": (8, 8),
     "accumulate one fp32": (8, 4),
 }
-LEAST_WIDTHS = {"dampen fp32 exponent": (8, 2), "dampen fp64": (16, 4)}  # some compilers unroll the loop over sources
+LEAST_WIDTHS = {  # some compilers unroll the loop over sources
+    "dampen fp32 exponent": (8, 2),
+    "dampen fp64": (16, 4),
+    "dampen fp32 signed": (14, 2),
+    "dampen bf16 signed": (12, 1),
+}
 
 
 @pytest.fixture(scope="session")

@@ -162,15 +162,16 @@ def traffic(monkeypatch):
     return moved, watch
 
 
-def fan(n, k, numel, forget):
-    """A plan of N nodes that share K forget Fishers over a flat layout."""
+def fan(n, k, numel, forget, gradients=None):
+    """A plan of N nodes that share K forget Fishers, and gradients if there are some, over a flat layout."""
     layout, generator = ff.Layout({"w": (numel,)}), torch.Generator().manual_seed(0)
     dag = ff.InheritanceDAG()
     models = [{"w": torch.randn(numel, generator=generator)} for _ in range(n)]
     originals = [ff.Fisher(torch.ones(numel), layout) for _ in range(n)]
     for i in range(n):
         dag.add_model(f"n{i}", models[i], fisher=originals[i], parents=["n0"] if i else [])
-    requests = [ff.ForgetRequest("n0", ff.Fisher(forget.clone(), layout)) for _ in range(k)]
+    beside = [None] * k if gradients is None else [ff.Gradient(gradient, layout) for gradient in gradients]
+    requests = [ff.ForgetRequest("n0", ff.Fisher(forget.clone(), layout), gradient=beside[i]) for i in range(k)]
     plan = ff.plan(dag, requests, alpha=10.0, backend="triton")
     return plan, [m["w"] for m in models], [o.buffer for o in originals], [r.fisher.buffer for r in requests]
 
@@ -213,6 +214,23 @@ def test_theta_moves_only_where_16_bytes_hold_something_selected(traffic, share)
     assert moved["load", "theta"] == moved["store", "theta"] == 16 * touched * n
     assert moved["load", "F"] == 2 * 4 * numel
     assert moved["load", "I"] == n * 4 * numel
+
+
+def test_a_signed_run_reads_g_once_and_theta_where_something_is_above_the_threshold(traffic):
+    moved, watch = traffic
+    numel, n, k = 40_000, 3, 2
+    generator = torch.Generator().manual_seed(2)
+    above = torch.rand(numel, generator=generator) < 0.3
+    gradients = [torch.randn(numel, generator=generator) for _ in range(k)]
+    plan, thetas, originals, forgets = fan(n, k, numel, torch.where(above, 50.0, 0.0), gradients)
+    watch("theta", thetas), watch("I", originals), watch("F", forgets), watch("g", gradients)
+    selected = [above & ((gradients[0] + gradients[1]).sign() * theta.sign() == -1) for theta in thetas]
+    report = plan.run_()
+    assert [node.selected for node in report] == [int(one.sum()) for one in selected]
+    assert moved["load", "g"] == moved["load", "F"] == k * 4 * numel
+    assert moved["load", "I"] == n * 4 * numel
+    assert moved["load", "theta"] == 16 * int(above.view(-1, 4).any(1).sum()) * n
+    assert moved["store", "theta"] == sum(16 * int(one.view(-1, 4).any(1).sum()) for one in selected)
 
 
 def test_a_dry_run_stores_nothing(traffic):

@@ -210,7 +210,9 @@ def loops(found: dict[str, Any]) -> str:
         heads += [f"{isa}, {place}" for isa in taken if isa != "copy"]
     text = f"{describe(found['environment'])}; a copy takes {_copies(found)}:\n\n{markdown(heads, rows, left=1)}\n"
     two = [[name, *(f"{ms:g} ms" for ms in taken.values())] for name, taken in found["milliseconds_by_threads"].items()]
-    threads = [f"{count} thread{'s' * (count != '1')}" for count in next(iter(found["milliseconds_by_threads"].values()))]
+    threads = [
+        f"{count} thread{'s' * (count != '1')}" for count in next(iter(found["milliseconds_by_threads"].values()))
+    ]
     return text + markdown(["least of 22 runs", *threads], two, left=1)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import LayoutError
 from .memory import Place, cpu_extension, place_of, places, torch_functions, version_function
 
 Container = Mapping[str, Any]
@@ -113,16 +114,34 @@ class Counters:
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
         self._places: Any = None
-        if version_function() and not any(map(Tensor.is_inference, tensors)):
+        if version_function() and all(map(_has_version, tensors)):
             self._places = places()
             self._places.take(tensors)
 
     def count_up(self) -> None:
-        """Once for each tensor."""
+        """Once for each tensor.
+
+        Raises:
+            LayoutError: one has no version counter; nothing was written to any.
+
+        """
         if self._places is None:
-            torch.autograd.graph.increment_version(self._tensors)
+            try:
+                torch.autograd.graph.increment_version(self._tensors)
+            except RuntimeError as error:
+                raise LayoutError(
+                    "a parameter was made under torch.inference_mode and moved outside it (.to(), flatten_, …): it "
+                    "has no version counter; make it anew, nn.Parameter(p.detach().clone()), or run in inference_mode"
+                ) from error
         else:
             self._places.count_up(self._tensors, version_function(), torch.get_num_threads())
+
+
+def _has_version(tensor: Tensor) -> bool:
+    try:
+        return tensor._version >= 0
+    except RuntimeError:  # of inference_mode, or made there and moved elsewhere
+        return False
 
 
 def _get(container: Container, key: str) -> object:

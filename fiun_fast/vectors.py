@@ -14,7 +14,7 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
 from .kernels.cpu import expect_writes
 from .layout import Layout
-from .memory import all_plain, check_addressable, check_one_device, flaw_of, has_no_shape
+from .memory import all_plain, check_addressable, check_no_mode, check_one_device, flaw_of, has_no_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,6 +127,7 @@ def flattened(values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]
         ArgumentError, DTypeError, DeviceError, FiunError: as `Fisher.from_dict`, but for negative entries.
 
     """
+    check_no_mode()
     if not isinstance(values, Mapping) or not values:
         raise ArgumentError(f"expected a non-empty dict of name -> tensor, found {type(values).__name__}")
     for name, value in values.items():

@@ -132,14 +132,23 @@ class Places {
         constexpr int64_t chunk = 1024;
         const auto one_up = reinterpret_cast<void (*)(void* const& impl)>(function);
         const int64_t n = PyList_GET_SIZE(tensors.ptr());
+        std::atomic<bool> refused{false};
         auto count = [&](int64_t part, int) {
             const int64_t from = part * chunk, to = from + chunk < n ? from + chunk : n;
-            for (int64_t i = from; i < to; ++i) {
-                void* const impl = word(PyList_GET_ITEM(tensors.ptr(), i), field_);
-                one_up(impl);
+            try {
+                for (int64_t i = from; i < to; ++i) {
+                    void* const impl = word(PyList_GET_ITEM(tensors.ptr(), i), field_);
+                    one_up(impl);
+                }
+            } catch (...) {  // nothing may leave a thread
+                refused = true;
             }
         };
-        if (field_ != 0) return share_out((n + chunk - 1) / chunk, threads, count);
+        if (field_ != 0) {
+            share_out((n + chunk - 1) / chunk, threads, count);
+            if (refused) throw std::runtime_error("torch refused to count a version up");
+            return;
+        }
         for (int64_t i = 0; i < n; ++i) {
             void* const now = impl(PyList_GET_ITEM(tensors.ptr(), i));
             one_up(now);

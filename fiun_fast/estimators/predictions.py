@@ -199,18 +199,39 @@ def _probabilities(o: Tensor, y: Tensor) -> Predictions | None:
 
 
 def apart(loss: Tensor, outputs: Any, labels: Any) -> Predictions | Elementwise | None:
-    """A model's own mean loss taken apart: the one known loss of its outputs and labels that has the same value.
+    """A model's own mean loss taken apart: the known loss of its outputs and labels with the same value and slope.
 
     Known are cross entropy of [B, C], of every position of [B, T, V] and of the next one (causal language models), mean
-    squared error, and binary cross entropy. None: the value is that of none of these, or of more than one.
+    squared error, and binary cross entropy. None: it is none of these, or may be more than one. Values alone do not
+    tell: where all logits are 0, as those of a new head, a smoothed or a scaled cross entropy has that of a plain one.
     """
     if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor) or not outputs.is_floating_point():
         return None
     known, value, close = list(_known(outputs, labels)), float(loss.detach()), 1e-2 if loss.dtype in HALF else CLOSE
     with torch.no_grad():
         values = _of_tokens(known) or [float(one.mean()) for one in known]
-    right = [one for one, mean in zip(known, values, strict=True) if abs(mean - value) <= close * abs(value)]
-    return right[0] if len(right) == 1 else None
+    right = [i for i, mean in enumerate(values) if abs(mean - value) <= close * abs(value)]
+    if right and loss.requires_grad:
+        right = _same_slope(loss, outputs, labels, right, 10 * close)
+    return known[right[0]] if len(right) == 1 else None
+
+
+def _same_slope(loss: Tensor, outputs: Tensor, labels: Tensor, candidates: Sequence[int], close: float) -> list[int]:
+    """Those of the known losses that have the loss's gradient at the outputs."""
+    (found,) = (
+        torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True) if outputs.requires_grad else (None,)
+    )
+    if found is None:  # what the model returned is not what it took the loss of
+        return []
+    right = []
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        known = list(_known(leaf, labels))
+        for i in candidates:
+            (wanted,) = torch.autograd.grad(known[i].mean(), leaf)
+            if bool((found - wanted).abs().max() <= close * wanted.abs().max()):
+                right.append(i)
+    return right
 
 
 def _known(outputs: Tensor, labels: Tensor) -> Iterator[Predictions | Elementwise]:

@@ -165,7 +165,7 @@ class Reading:
             raise EstimationError(
                 f"the targets of a batch are a {type(y).__name__}, expected a tensor; pass {self.advice}"
             )
-        if any(_goes_with(part, x) for part in parts[1:] if part is not y):
+        if any(_goes_with(part, x) or _is_mask(part, x) for part in parts[1:] if part is not y):
             raise _companion(parts)
         return x, y
 
@@ -330,10 +330,17 @@ def _goes_with(part: Any, x: Any) -> bool:
     return _is_tokens(x) and _is_tokens(part) and part.shape == x.shape
 
 
-def _looks_like_a_mask(part: Any, x: Any) -> bool:
-    if in_transform() or not _goes_with(part, x):
+def _is_mask(part: Any, x: Any) -> bool:
+    """Whether a part of a batch says yes or no to each token of [B, T], or each step of [B, T, D]."""
+    if not isinstance(part, Tensor) or not (_is_tokens(x) or (isinstance(x, Tensor) and x.dim() == 3)):
         return False
-    return bool(((part == 0) | (part == 1)).all()) and not bool((x <= 1).all())
+    if part.dim() < 2 or len(part) != len(x) or part.numel() != x.shape[0] * x.shape[1]:
+        return False
+    return part.dtype == torch.bool or (not in_transform() and bool(((part == 0) | (part == 1)).all()))
+
+
+def _looks_like_a_mask(part: Any, x: Any) -> bool:
+    return not in_transform() and _is_mask(part, x) and not bool((x <= 1).all())
 
 
 def _companion(parts: Iterable[Any]) -> EstimationError:

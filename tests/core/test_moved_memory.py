@@ -143,6 +143,24 @@ def test_versions_of_inference_tensors_do_not_stop_a_run(watch):
     assert not model["weight"].any()
 
 
+def test_parameters_without_a_version_counter_are_named_before_anything_is_written(watch):
+    with torch.inference_mode():
+        models = [nn.Linear(3, 1, bias=False) for _ in range(2048)]
+    ff.stack_(models)  # outside: they are of that mode no longer, and have no counter either
+    original = ff.Fisher.from_dict({"weight": torch.ones(1, 3)})
+    forget = ff.Fisher.from_dict({"weight": torch.full((1, 3), 20.0)})
+    dag = ff.InheritanceDAG()
+    for i, model in enumerate(models):
+        dag.add_model(str(i), model, fisher=original, parents=["0"] if i else [])
+    plan = ff.plan(dag, [ff.ForgetRequest("0", forget)], alpha=1.0, lam=0.0)
+    with pytest.raises(ff.LayoutError, match="made under torch.inference_mode and moved"):
+        plan.run_()
+    assert all(bool(model.weight.any()) for model in models)
+    with torch.inference_mode():
+        plan.run_()
+    assert not any(bool(model.weight.any()) for model in models)
+
+
 def test_tensors_that_were_exchanged_inside_their_objects_are_noticed(watch):
     models = [{"weight": torch.zeros(3)} for _ in range(1500)]
     homes_of = homes.Homes()

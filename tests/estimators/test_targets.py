@@ -195,3 +195,54 @@ def test_tokens():
         for targets in (y, y[..., None]):
             found = ff.estimate_fisher(model, [(x, targets)], estimator=estimator)
             assert torch.allclose(found.buffer, wanted.buffer, rtol=1e-5)
+
+
+class OwnLossOfAZeroHead(torch.nn.Module):
+    """All logits are 0, where many losses have the value of a plain cross entropy, and none its gradient."""
+
+    def __init__(self, own: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.own, self.body, self.head = own, torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        logits = self.head(torch.tanh(self.body(x)))
+        return SimpleNamespace(logits=logits, loss=self.own(logits, labels))
+
+
+@pytest.mark.filterwarnings("ignore::fiun_fast.FallbackWarning")
+@pytest.mark.parametrize(
+    "own",
+    [
+        cross_entropy,
+        lambda o, y: cross_entropy(o, y, label_smoothing=0.3),
+        lambda o, y: cross_entropy(o / 4, y),
+        lambda o, y: cross_entropy(o, y) + 3e-6 * torch.sin(1e5 * o).mean(),
+        lambda o, y: cross_entropy(o, y) + o.mean(),
+    ],
+)
+def test_a_loss_that_only_has_the_value_of_a_known_one_is_not_taken_for_it(own):
+    model, x, y = OwnLossOfAZeroHead(own), torch.randn(7, 5), torch.randint(0, 3, (7,))
+    found = ff.estimate_fisher(model, [{"x": x, "labels": y}], estimator="sample")
+    twin = copy.deepcopy(model).double()
+    wanted = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    for i in range(7):
+        gradients = torch.autograd.grad(twin(x[i : i + 1].double(), y[i : i + 1]).loss, list(twin.parameters()))
+        for total, gradient in zip(wanted.values(), gradients, strict=True):
+            total += gradient**2 / 7
+    for name, value in wanted.items():
+        assert torch.allclose(found[name].double(), value, rtol=1e-4, atol=1e-9), name
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (torch.randn(4, 5, 3), torch.rand(4, 5) < 0.7, torch.zeros(4, dtype=torch.int64)),
+        (torch.randint(2, 9, (4, 5)), torch.ones(4, 5), torch.zeros(4, dtype=torch.int64)),
+        (torch.randint(2, 9, (4, 5)), torch.ones(4, 1, 1, 5, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)),
+    ],
+)
+def test_masks_of_any_dtype_beside_the_inputs_are_not_dropped(parts):
+    with pytest.raises(ff.EstimationError, match="batch 0: .* has an entry for each token"):
+        ff.estimate_fisher(torch.nn.Linear(3, 2), [parts])

@@ -47,7 +47,7 @@ def main(seed=0):
 
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for x, y in [batch for _ in range(12) for batch in batches(train, 64)]:
+    for x, y in [batch for _ in range(15) for batch in batches(train, 64)]:
         optimizer.zero_grad()
         cross_entropy(model(x), y, label_smoothing=0.1).backward()
         optimizer.step()

@@ -50,6 +50,19 @@ def test_every_example_runs(page, tmp_path, monkeypatch):
         assert f"]({FIRST.name})" in page.read_text(encoding="utf-8"), "what do its examples begin with?"
 
 
+def test_readme_shows_what_its_first_example_prints(capsys):
+    """To three points: other versions of torch round otherwise."""
+    shown = re.search(r"^```text\n(.*?)\n```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
+    exec(compile(blocks(README)[0], str(README), "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out.strip()
+    number = r"\d+\.\d+"
+    assert re.sub(number, "", printed) == re.sub(number, "", shown)
+    found, said = (list(map(float, re.findall(number, text))) for text in (printed, shown))
+    assert found == pytest.approx(said, abs=3)
+    assert said[1] < 3 < 90 < said[0]
+    assert said[3] > said[2] - 2
+
+
 def test_every_promise_of_the_safety_page_has_a_test_that_exists():
     rows = [line for line in (DOCS / "safety.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     promises = [row for row in rows if not row.startswith(("| promise", "| ---"))]

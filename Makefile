@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
 
-.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs fuzz sanitize sanitize-quick memcheck clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs fuzz sanitize sanitize-quick neon memcheck clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -70,6 +70,9 @@ sanitize: install  ## the C++ and CUDA sources under the sanitizers, on the CPU,
 
 sanitize-quick: install  ## the cpu extension under the sanitizers with a part of the Python tests, two minutes
 	$(BIN)/python tests/sanitize_python.py --quick
+
+neon:  ## the C++ sources for arm64 against the scalar rules; Debian: g++-aarch64-linux-gnu, qemu-user
+	sh tests/cpp/neon.sh
 
 memcheck: install  ## the CUDA kernels under compute-sanitizer; needs an NVIDIA GPU
 	sh tests/memcheck.sh $(BIN)/python

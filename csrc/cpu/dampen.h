@@ -273,8 +273,8 @@ void dampen(Node* nodes, int count, const void* merged, const void* gradient, in
 }
 
 // The same, merging on the way: m never leaves the registers. False, and nothing done, where that is not to be had: GCC 12
-// cannot compile it for the baseline (an internal error).
-#if defined(FIUN_AVX512) || defined(FIUN_AVX2)
+// cannot compile it for SSE2 (an internal error).
+#if defined(FIUN_AVX512) || defined(FIUN_AVX2) || defined(__aarch64__)
 constexpr bool merges_on_the_way = true;
 #else
 constexpr bool merges_on_the_way = false;

@@ -21,7 +21,7 @@ from .homes import Container, Counters, Home, Homes, all_held
 from .memory import all_plain, check_addressable, check_writable, has_no_shape
 from .naming import Names, matched
 from .vectors import Vector, all_fit
-from .wrappers import is_wrapper
+from .wrappers import check_not_merged, is_wrapper
 
 _IS_NESTED = attrgetter("is_nested")
 V = TypeVar("V", bound=Vector)
@@ -286,6 +286,12 @@ class LiveMemory:
     ) -> list[Container | None]:
         """Where the modules at that path keep their parameters; None where there is no module."""
         its = self._owners(owners, path)
+        above = path if self._wrapped else ""
+        while above:
+            for i, module in zip(nodes, owners[above], strict=True):
+                if module is not None:
+                    check_not_merged(f"the model of node {self._nodes[i].name!r}", above, module)
+            above = above.rpartition(".")[0]
         if any(isinstance(owner, torch.jit.ScriptModule) for owner in its):
             i = next(i for i, o in zip(nodes, its, strict=True) if isinstance(o, torch.jit.ScriptModule))
             raise ArgumentError(

@@ -150,7 +150,9 @@ def _unreduced(module: Any) -> Iterator[None]:
 
 
 def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> None:
-    """Raise a LayoutError that begins with `what` where FullyShardedDataParallel (FSDP1) has cut up parameters.
+    """Raise a LayoutError that begins with `what` where parameters are not where a forward takes them from.
+
+    FullyShardedDataParallel (FSDP1) has cut them up, or a PEFT adapter is merged into the layer below.
 
     Args:
         what: the model, for the message.
@@ -159,7 +161,10 @@ def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> No
 
     """
     for path, module in model.named_modules():
-        if _FSDP not in _known_as(type(module)):
+        known = _known_as(type(module))
+        if _PEFT_LAYER in known:
+            check_not_merged(what, path, module)
+        if _FSDP not in known:
             continue
         if not for_good and getattr(getattr(module, "training_state", None), "name", "") == "SUMMON_FULL_PARAMS":
             continue
@@ -168,6 +173,15 @@ def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> No
         raise LayoutError(
             f"{where} is a FullyShardedDataParallel (FSDP1), which keeps parameters flattened and cut up over ranks: "
             f"pass the model before it is wrapped{inside}"
+        )
+
+
+def check_not_merged(what: str, path: str, module: nn.Module) -> None:
+    """Raise a LayoutError that begins with `what` where that submodule's PEFT adapter is merged into its layer."""
+    if is_adapted_layer(module) and module.merged:
+        raise LayoutError(
+            f"{what}: the adapter of {path!r} is merged into the layer, so that changing either would leave the other "
+            "behind; call model.unmerge_adapter() first, or model.merge_and_unload() and pass what it returns"
         )
 
 

@@ -236,3 +236,22 @@ def test_fabric():
     assert torch.equal(fisher.buffer, ff.estimate_fisher(plain, batches(), estimator="sample").buffer)
     assert fisher.layout == ff.Layout.from_module(plain)
     assert train(model, optimizer, closures=False).steps == 3
+
+
+def test_an_adapter_that_is_merged_is_refused():
+    """Dampening would not reach the outputs, and taking the adapter out again would leave the base changed."""
+    model = adapted(language_model())
+    layout = ff.Layout.from_module(model)
+    fisher = ff.Fisher(torch.ones(layout.numel), layout)
+    model.merge_adapter()
+    before = copy.deepcopy(model.state_dict())
+    for use in (
+        lambda: ff.Layout.from_module(model),
+        lambda: ff.estimate_fisher(model, [{"input_ids": torch.zeros(2, 3, dtype=torch.int64)}], estimator="expected"),
+        lambda: ff.dampen_(model, fisher, fisher, alpha=0.5),
+    ):
+        with pytest.raises(ff.LayoutError, match=r"c_attn' is merged into the layer.*unmerge_adapter\(\)"):
+            use()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.unmerge_adapter()
+    assert ff.Layout.from_module(model) == layout

@@ -216,3 +216,8 @@ def test_a_file_imports_from_its_own_floor_and_lower_ones_only():
             continue
         for name in imported(path) - {"fiun_fast", "fiun_fast.version"}:
             assert floor_of(MODULES[name]) <= floor_of(path), f"{path.name} imports {name}, which is above it"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert {name for name in names if names.count(name) > 1} == set()  # pytest imports them by that name

@@ -179,6 +179,12 @@ def test_the_table_of_real_nets_is_that_of_the_results():
     assert not any(row["without_closed_form"] for row in result["networks"].values())
 
 
+def test_the_tables_of_costs_are_those_of_the_results():
+    costs = load("cpu_time")
+    result = json.loads(costs.TARGET.read_text(encoding="utf-8"))
+    assert f"<!-- cost -->\n{costs.tables(result)}<!-- /cost -->" in costs.PAGE.read_text(encoding="utf-8")
+
+
 def test_files_are_plain_json_with_a_row_a_line(tmp_path):
     path = tmp_path / "new" / "result.json"
     write_json(path, {"rows": [{"a": 1 / 3}, (1, float("nan"))], "settings": {7: "x"}}, digits=3)

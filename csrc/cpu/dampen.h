@@ -1,6 +1,7 @@
-// theta *= min(lam I / m, cap) where m > alpha I, and if signed g theta < 0, on one CPU thread: included by loops.h, compiled once for each
-// instruction set. What is done to a line of 64 bytes is written once, over the vectors of vector.h; the edges of a row,
-// exponents other than 1 and rare pairs of dtypes go by the rules of element.h, which the compiler vectorises.
+// theta *= min(lam I / m, cap) where m > alpha I, and if signed g theta < 0, on one CPU thread: included by loops.h,
+// compiled once for each instruction set. What is done to a line of 64 bytes is written once, over the vectors of
+// vector.h; the edges of a row, exponents other than 1 and rare pairs of dtypes go by the rules of element.h, which the
+// compiler vectorises.
 //
 // A line costs few instructions only if nothing is reduced on the way: selected and zeroed elements are counted by lane,
 // and the largest bit pattern that was met says at the end whether anything was not finite.

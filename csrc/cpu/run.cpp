@@ -97,7 +97,7 @@ struct DampenLaunch::Schedule {
 
     Schedule(const Table& table, const Merging& merging, int theta_kind, int threads) {
         const int64_t fisher = kind_bytes[table.fisher_kind];
-        const int64_t node = 2 * kind_bytes[theta_kind] + fisher;  // bytes per element, and those of the sources once per tile
+        const int64_t node = 2 * kind_bytes[theta_kind] + fisher;  // bytes per element; those of the sources once per tile
         const int64_t source = table.gradients == nullptr ? fisher : 2 * fisher;
         int64_t total = 0;
         for (int64_t r = 0; r < table.row_count; ++r) {

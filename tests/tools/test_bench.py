@@ -179,6 +179,24 @@ def test_the_table_of_real_nets_is_that_of_the_results():
     assert not any(row["without_closed_form"] for row in result["networks"].values())
 
 
+def test_cases_that_were_not_measured_are_kept_from_the_same_commit_only(tmp_path):
+    def record(commit, *cases):
+        rows = [results.Row(case, case, "cpu", "ours", "cpu", 1, 1.0, 1.0, 1.0, 5, 1.0) for case in cases]
+        return results.Record(
+            "tiny", {"commit": commit}, rows, [{"case": case, "variant": "x", "why": "y"} for case in cases]
+        )
+
+    path = tmp_path / "partial.json"
+    record("one", "a", "c", "gone").save(path)
+    again = record("one", "b", "c")
+    assert again.keep(path, ["a", "b", "c"]) == ["a"]
+    assert again.cases == ["a", "b", "c"]
+    assert sorted(entry["case"] for entry in again.skipped) == ["a", "b", "c"]
+    other = record("two", "b")
+    assert other.keep(path, ["a", "b", "c"]) == [] and other.cases == ["b"]
+    assert other.keep(tmp_path / "none.json", ["a", "b"]) == []
+
+
 def test_the_tables_of_costs_are_those_of_the_results():
     costs = load("cpu_time")
     result = json.loads(costs.TARGET.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small import Tied
 from torch import nn
 
 import fiun_fast as ff
@@ -11,16 +12,6 @@ import fiun_fast as ff
 
 def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 10))
-
-
-class Tied(nn.Module):
-    """A language model's habit: the head's weight is the embedding's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embedding.weight
 
 
 def test_offsets_follow_the_module():

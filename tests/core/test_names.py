@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small import net
+from small import Tied, net
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
@@ -207,14 +207,6 @@ def test_what_is_ambiguous_is_not_guessed():
         ff.dampen_(model, one, fisher)
     with pytest.raises(ff.LayoutError, match="the model has no parameter 'module.3.weight'"):
         ff.dampen_(model, *[ff.Fisher.from_dict({"module.3.weight": torch.ones(5, 6)})] * 2)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embedding.weight
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

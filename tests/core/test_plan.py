@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from small import Tied
 from torch import nn
 
 import fiun_fast as ff
@@ -287,13 +288,6 @@ def test_alike_nodes_of_unlike_kinds_and_dtypes():
 
 
 def test_tied_parameters_are_dampened_once():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(7, 5)
-            self.head = nn.Linear(5, 7, bias=False)
-            self.head.weight = self.embedding.weight
-
     model = Tied()
     original, forget = fisher_of(model, 1), fisher_of(model, 2)
     expected = textbook(model, original, forget.buffer, 0.5, 1.0)

@@ -10,6 +10,7 @@ from operator import index
 import torch
 
 from .errors import ArgumentError, LayoutError
+from .memory import flaw_of_kind
 from .naming import matched, near
 from .scope import Params, select_parameters
 
@@ -114,12 +115,20 @@ class Layout:
 
     @classmethod
     def from_module(cls, model: torch.nn.Module, params: Params = None) -> Layout:
-        """Layout of a module's parameters; see `select_parameters` for `params` and the errors."""
+        """Layout of a module's parameters, also on meta; see `select_parameters` for `params` and the errors."""
         return cls({name: p.shape for name, p in select_parameters(model, params).items()})
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Layout:
-        """Layout of a dict of tensors, in the order of the dict."""
+        """Layout of a dict of tensors, in the order of the dict.
+
+        Raises:
+            LayoutError: one is no dense tensor of its own shape: a DTensor, sparse, nested, lazy, ….
+
+        """
+        for name, t in tensors.items():
+            if (flaw := flaw_of_kind(t)) is not None:
+                raise flaw.raised(f"{name!r}")
         return cls({name: t.shape for name, t in tensors.items()})
 
     def __getitem__(self, name: str) -> Segment:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .arguments import THETA_DTYPES, short
 from .errors import ArgumentError, DTypeError, LayoutError, ScopeWarning, warn
+from .memory import flaw_of_kind
 from .naming import Names, near
 from .wrappers import check_gathered, is_adapted, is_adapted_layer, plain_name, unwrap
 
@@ -43,8 +44,8 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
 
     Raises:
         LayoutError: a pattern matches nothing (the message lists near names), a submodule or parameter is not the
-            model's, nothing is selected, a selected parameter has no shape yet, or the model is cut up by
-            FullyShardedDataParallel (FSDP1).
+            model's, nothing is selected, a selected parameter has no shape yet or is no dense tensor (a DTensor,
+            sparse, nested, …), or the model is cut up by FullyShardedDataParallel (FSDP1).
         DTypeError: a selected parameter is not float32, float64, bfloat16 or float16.
         ArgumentError: `params` or `model` is of another type.
 
@@ -57,8 +58,8 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
     if not selected:
         raise LayoutError(_nothing(model, names, none_trained=params is None))
     for name, p in selected.items():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise LayoutError(f"parameter {name!r} has no shape yet: run the lazy module once on a batch")
+        if (flaw := flaw_of_kind(p)) is not None:
+            raise flaw.raised(f"parameter {name!r}")
         if p.dtype not in THETA_DTYPES:
             raise DTypeError(f"parameter {name!r} is {p.dtype}, expected one of {', '.join(map(short, THETA_DTYPES))}")
     return selected

@@ -29,7 +29,7 @@ from fiun_fast.wrappers import check_gathered
 from .dampening import Kept, Numbers, dampen, dampen_in_half_precision
 from .differences import differences
 from .helpers import Helpers
-from .importances import Importances, flat_zeros, mfim, named_as, published, streamed, values_of
+from .importances import Importances, check_averaged, flat_zeros, mfim, named_as, published, streamed, values_of
 from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, given, is_device
 from .passes import NORMALIZE, Batches, Pass
 
@@ -246,7 +246,7 @@ class ParameterPerturber(Helpers):
         check_gathered("model", self.model, for_good=True)
         parameters = dict(self.model.named_parameters())
         for name, p in parameters.items():
-            check_addressable(f"parameter {name!r}", p)
+            check_averaged(f"parameter {name!r}", p)
         check_no_inference(parameters.items())
         if not any(p.requires_grad for p in parameters.values()):
             raise ff.LayoutError(f"no parameter of {type(self.model).__name__} requires grad: no gradient will arrive")

@@ -132,6 +132,7 @@ class Trace:
 
     uses: list[Use] = field(default_factory=list)
     strange: dict[str, str] = field(default_factory=dict)  # parameter -> the unknown function that used it
+    ragged: bool = False  # samples lie one behind the other in a tensor, and another says where they begin
 
 
 class Watch(TorchFunctionMode):
@@ -170,6 +171,8 @@ class Watch(TorchFunctionMode):
         given = tensors((args, kwargs))
         touched = [t for t in given if id(t) in self._made]
         name = getattr(func, "__name__", str(func))
+        if func is functional.embedding_bag and any(t.dim() == 1 and not t.is_floating_point() for t in given):
+            self.trace.ragged = True
         content = [] if name in OF_SHAPE else given[:1] if name in OF_FIRST else given
         tainted = self._calls.stage == 1 and any(id(t) in self._tainted for t in content)
         result = self._touched(func, name, args, kwargs, touched, tainted) if touched else func(*args, **kwargs)

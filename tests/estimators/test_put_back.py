@@ -150,8 +150,9 @@ def test_a_model_that_changes_itself_is_put_back(change, fails):
         return out, batch[1]
 
     if fails:
-        with pytest.raises(KeyError, match="the user's own"):
+        with pytest.raises(ff.EstimationError, match="batch 0: forward_fn raises KeyError: .the user's own") as caught:
             ff.estimate_fisher(model, batches(), forward_fn=forward)
+        assert isinstance(caught.value.__cause__, KeyError)
     else:
         fisher = ff.estimate_fisher(model, batches(), forward_fn=forward)
         assert torch.allclose(fisher.buffer, ff.estimate_fisher(net(), batches()).buffer, rtol=1e-5)
@@ -181,7 +182,7 @@ def test_parameters_that_a_forward_replaces():
 
 def test_what_cannot_be_put_back_is_said_and_keeps_nothing_else_from_it():
     for fails, error, text in (
-        (True, KeyError, "the user's own"),
+        (True, ff.EstimationError, "batch 0: forward_fn raises KeyError: .the user's own"),
         (False, ff.EstimationError, "not all of the model could be put back as it was: .*size"),
     ):
         model = net()

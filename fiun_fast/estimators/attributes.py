@@ -53,16 +53,21 @@ class Attributes:
     def put_back(self) -> None:
         """Every attribute is the object that it was, every container holds what it did."""
         for held, before in self._objects.values():
-            now = vars(held)
-            if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
-                now.clear()
-                now.update(before)
+            now = vars(held)  # never empty meanwhile: a signal may come between
+            for key in now.keys() - before.keys():
+                del now[key]
+            now.update(before)
         for held, before in self._containers.values():
             if isinstance(held, list):
                 held[:] = before
-            elif list(held) != list(before) or isinstance(held, dict):
+            elif not isinstance(held, dict) or not _same(held, before):
                 held.clear()
                 (held.extend if isinstance(held, deque) else held.update)(before)
+
+
+def _same(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    """Whether two dicts hold the same objects, in the same order."""
+    return [(id(key), id(value)) for key, value in a.items()] == [(id(key), id(value)) for key, value in b.items()]
 
 
 def _is_config(key: str, value: Any) -> bool:

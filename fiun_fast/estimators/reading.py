@@ -304,9 +304,12 @@ def check_scalar(loss: Any, expected: str = "a scalar tensor") -> Tensor:
 
 def check_measurable(outputs: Any) -> None:
     """Raise an EstimationError unless the outputs have a length for each sample, which `label_free` measures."""
-    if not isinstance(outputs, Tensor) or outputs.dim() == 0:
-        found = "a scalar" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise EstimationError(f"the outputs are {found}, expected a tensor [B, ...], whose length label_free measures")
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or not outputs.is_floating_point():
+        found = described(outputs) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        found = "a scalar" if isinstance(outputs, Tensor) and outputs.dim() == 0 else found
+        raise EstimationError(
+            f"the outputs are {found}, expected a tensor [B, ...] of floating point, whose length label_free measures"
+        )
 
 
 def check_loss(loss: Any, names: Iterable[str]) -> Tensor:

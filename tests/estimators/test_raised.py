@@ -102,6 +102,19 @@ def test_the_second_batch_is_named(estimator):
     )
 
 
+def test_outputs_without_a_length():
+    """Whole numbers have no gradient."""
+    model = nn.Linear(4, 3)
+    model.register_forward_hook(lambda module, given, out: out.argmax(1))
+    for run in (
+        lambda: ff.estimate_fisher(model, [(X, Y)], estimator="label_free"),
+        lambda: ParameterPerturber(model, label_free=True).calc_importance([(X, Y)]),
+        lambda: ParameterPerturber(model, mode="corrected", label_free=True).calc_importance([(X, Y)]),
+    ):
+        with pytest.raises(ff.EstimationError, match=r"batch 0: the outputs are int64 \[4\], expected a tensor"):
+            run()
+
+
 @pytest.mark.parametrize("estimator", ["batch", "sample"])
 def test_what_a_loss_and_a_backward_raise(estimator):
     message = (

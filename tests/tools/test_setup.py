@@ -109,6 +109,24 @@ def test_a_failure_is_an_error_only_where_it_was_asked_for(machine):
     assert machine.build("1").returncode != 0
 
 
+def test_a_source_distribution_has_all_that_the_tests_read(tmp_path):
+    """What is in the repository, as setup.py would pack it, but for settings of git and of hooks in a checkout."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    command = [sys.executable, str(ROOT / "setup.py"), "-q", "egg_info", "--egg-base", str(tmp_path)]
+    environment = os.environ | {"FIUN_FAST_CPU": "0", "FIUN_FAST_CUDA": "0"}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    packed = set(next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text().splitlines())
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    there = {name for name in listed if name and (ROOT / name).exists()}
+    assert len(there) > 300
+    assert sorted(there - packed) == [".gitignore", ".pre-commit-config.yaml"]
+    foreign = {name for name in packed if (ROOT / name).exists()} - there
+    assert not [name for name in foreign if name.endswith((".so", ".pyc", ".o"))]
+
+
 def test_what_is_missing_is_named(machine):
     done = machine.build(None)
     assert (done.returncode, machine.built()) == (0, False)

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -54,12 +55,28 @@ class Build(build_ext):
         """Compile and link, or warn."""
         kind = ext.name.rpartition("_")[2]
         try:
-            self.build_cuda(ext) if kind == "cuda" else super().build_extension(ext)
+            self.build_cuda(ext) if kind == "cuda" else self.build_cpu(ext)
         except Exception as error:
             if CHOICE[kind] == "1":
                 raise
             self.warn(f"{ext.name} could not be built ({error}); fiun_fast works without the {kind} backend. "
                       f"To have it, install {NEEDS[kind]} and install fiun_fast again.")  # fmt: skip
+
+    def build_cpu(self, ext: Extension) -> None:
+        """Build as setuptools does, with all sources compiled at once: it would take them one after another."""
+        compile_these = self.compiler.compile
+        Path(self.build_temp, Path(ext.sources[0]).parent).mkdir(parents=True, exist_ok=True)
+
+        def at_once(sources: list[str], *args: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = list(pool.map(lambda source: compile_these([source], *args, **options), sources))
+            return [path for paths in made for path in paths]
+
+        self.compiler.compile = at_once
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_these
 
     def architectures(self) -> list[str]:
         """As ["80", "90", "90+PTX"]: those asked for, else those of ARCHS that nvcc knows."""

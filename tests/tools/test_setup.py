@@ -115,7 +115,7 @@ def test_a_failure_is_an_error_only_where_it_was_asked_for(machine):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 def test_only_wheels_are_compiled_for_gpus_elsewhere(tmp_path):
-    """`make demo` on a machine with nvcc and no GPU takes half a minute to install; no test needs more."""
+    """`make demo` on a machine with nvcc and no GPU compiles for the CPU only; no test needs more."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("FIUN_FAST", "MAKE"))}
     done = {}
     for target in ("install", "demo", "test", "wheel"):

@@ -68,6 +68,8 @@ def check_unshared(memory: LiveMemory, nodes: Sequence[ReachedNode], bystanders:
 def warn_of_copies(memory: LiveMemory, nodes: Sequence[ReachedNode]) -> None:
     """Warn where a dict keeps what will be dampened a second time, out of scope: a tied weight that a file took apart.
 
+    Numbers are compared, so that only the first nodes are looked at: families are saved alike.
+
     Args:
         memory: where the parameters were bound.
         nodes: those of the program.
@@ -76,22 +78,26 @@ def warn_of_copies(memory: LiveMemory, nodes: Sequence[ReachedNode]) -> None:
         ScopeWarning: names both.
 
     """
-    dicts = {i: node.model for i, node in enumerate(nodes) if not isinstance(node.model, nn.Module)}
+    owners = memory.owners
+    dicts = ((i, node.model) for i, node in enumerate(nodes[:64]) if not isinstance(node.model, nn.Module))
+    others: list[tuple[int, str, Tensor]] = [
+        (i, name, tensor)
+        for i, model in dicts
+        if len(model) > len(nodes[i].fisher.layout.names)  # else it is all in scope, as in most plans of many dicts
+        for name, tensor in model.items()
+        if isinstance(tensor, Tensor) and id(tensor) not in owners and flaw_of(tensor) is None
+    ]
     bound: dict[tuple, list[Tensor]] = {}
-    for tensor in memory.parameters if dicts else ():
-        if (i := memory.owners[id(tensor)]) in dicts:
-            bound.setdefault((i, *_kind(tensor)), []).append(tensor)
-    for i, model in dicts.items():
-        for name, other in model.items():
-            if not isinstance(other, Tensor) or id(other) in memory.owners or flaw_of(other) is not None:
-                continue
-            for tensor in bound.get((i, *_kind(other)), ()):
-                if other.data_ptr() != tensor.data_ptr() and _same_numbers(tensor, other):
-                    warn(
-                        f"{memory.label(tensor)} has the numbers of {name!r}, which stays as it is: if they are one "
-                        "tied weight, copy the former to the latter afterwards",
-                        ScopeWarning,
-                    )
+    for tensor in memory.parameters if others else ():
+        bound.setdefault((owners[id(tensor)], *_kind(tensor)), []).append(tensor)
+    for i, name, other in others:
+        for tensor in bound.get((i, *_kind(other)), ()):
+            if other.data_ptr() != tensor.data_ptr() and _same_numbers(tensor, other):
+                warn(
+                    f"{memory.label(tensor)} has the numbers of {name!r}, which stays as it is: if they are one tied "
+                    "weight, copy the former to the latter afterwards",
+                    ScopeWarning,
+                )
 
 
 def _kind(tensor: Tensor) -> tuple:

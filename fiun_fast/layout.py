@@ -206,16 +206,20 @@ class Layout:
         """
         called = matched(other.names, self.names) if called is None else called
         its = {called.get(s.name, s.name): s for s in other}
-        lines = [f"{s.name} {s} only in {mine}" for s in self if s.name not in its]
-        lines += [f"{s.name} {s} only in {theirs}" for name, s in its.items() if name not in self]
-        lines += [
-            f"{s.name} is {s} in {mine} and {its[s.name]} in {theirs}"
-            for s in self
-            if s.name in its and not s.fits(its[s.name])
+        kinds = [
+            [f"{s.name} {s} only in {mine}" for s in self if s.name not in its],
+            [f"{s.name} {s} only in {theirs}" for name, s in its.items() if name not in self],
+            [
+                f"{s.name} is {s} in {mine} and {its[s.name]} in {theirs}"
+                for s in self
+                if s.name in its and not s.fits(its[s.name])
+            ],
         ]
-        if not lines:
+        if (count := sum(map(len, kinds))) == 0:
             return None
-        return "; ".join(lines[:8]) + (f"; … {len(lines) - 8} more" if len(lines) > 8 else "")
+        most = 8 // sum(map(bool, kinds)) if count > 8 else 8
+        shown = [line for lines in kinds for line in lines[:most]]
+        return "; ".join(shown) + (f"; … {count - len(shown)} more" if count > len(shown) else "")
 
 
 def _size(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from .homes import Container, Counters, Home, Homes, all_held
 from .memory import all_plain, check_addressable, check_writable, has_no_shape
 from .naming import Names, matched
 from .vectors import Vector, all_fit
-from .wrappers import check_not_merged, is_wrapper
+from .wrappers import check_no_engine, check_not_merged, is_wrapper
 
 _IS_NESTED = attrgetter("is_nested")
 V = TypeVar("V", bound=Vector)
@@ -269,6 +269,9 @@ class LiveMemory:
             "": [model if i else None for model, i in zip(models, inside, strict=True)]  # type: ignore[misc]
         }
         self._wrapped = any(map(is_wrapper, set(map(type, models))))
+        for i, model in zip(nodes, models, strict=True) if self._wrapped else ():
+            if isinstance(model, nn.Module):
+                check_no_engine(f"the model of node {self._nodes[i].name!r}", model)
         for name in names:
             path, _, key = name.rpartition(".")
             if path not in owned:

@@ -13,7 +13,7 @@ from .arguments import THETA_DTYPES, short
 from .errors import ArgumentError, DTypeError, LayoutError, ScopeWarning, warn
 from .memory import flaw_of_kind
 from .naming import Names, near
-from .wrappers import check_gathered, is_adapted, is_adapted_layer, plain_name, unwrap
+from .wrappers import check_gathered, is_adapted, is_adapted_layer, plain_name, said_of_quantised, unwrap
 
 One = str | nn.Module | Tensor
 Params = One | Iterable[One] | Callable[[str, Tensor], bool] | None
@@ -25,7 +25,8 @@ _HEADS = ("get_classifier", "get_output_embeddings")  # timm, transformers
 def check_module(what: str, model: object) -> None:
     """Raise an ArgumentError that begins with `what`, unless it is a torch.nn.Module, and not one of TorchScript."""
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{what} is a {type(model).__name__}, expected a torch.nn.Module")
+        hint = "; pass the module that it was made from" if type(model).__name__ == "ExportedProgram" else ""
+        raise ArgumentError(f"{what} is a {type(model).__name__}, expected a torch.nn.Module{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError(f"{what} is a TorchScript module; pass the module that it was made from")
 
@@ -117,11 +118,13 @@ def _owned(names: Names, parameters: Sequence[Tensor], what: str) -> list[Tensor
 def _nothing(model: nn.Module, names: Names, none_trained: bool) -> str:
     kind = type(unwrap(model).module).__name__
     if not names.first:
-        return f"{kind} has no parameters"
+        return f"{kind} has no parameters{said_of_quantised(model)}"
     text = f"no parameter of {kind} is selected ({len(names.first)} exist)"
     if not none_trained:
         return text
     advice = "load the adapter with is_trainable=True, or " if is_adapted(model) else ""
+    if advice and any(is_adapted_layer(module) and module.disable_adapters for module in model.modules()):
+        advice = "the adapter is disabled, enable it, or "
     return f"{text}: none requires grad; {advice}name them with params="
 
 

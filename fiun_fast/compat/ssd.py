@@ -24,7 +24,7 @@ from fiun_fast.estimators.totals import check_no_inference
 from fiun_fast.memory import check_addressable, check_writable
 from fiun_fast.provenance import warn_if_unlike
 from fiun_fast.scope import check_module
-from fiun_fast.wrappers import check_gathered
+from fiun_fast.wrappers import check_gathered, said_of_quantised
 
 from .dampening import Kept, Numbers, dampen, dampen_in_half_precision
 from .differences import differences
@@ -93,7 +93,7 @@ class ParameterPerturber(Helpers):
         self.model, self.opt = model, opt
         first = next(model.parameters(), None)
         if first is None:
-            raise ff.LayoutError(f"{type(model).__name__} has no parameters")
+            raise ff.LayoutError(f"{type(model).__name__} has no parameters{said_of_quantised(model)}")
         self.device = first.device if device is None else torch.device(device)
         self.parameters = DEFAULTS | given(parameters)
         for key in DEFAULTS:

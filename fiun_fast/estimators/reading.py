@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import EstimationError
+from ..wrappers import wrapper_of
 from .predictions import IGNORED, Elementwise, Predictions, apart
 from .raised import ADVICE, described, in_forward, in_function
 from .single import check_batched, check_keywords
@@ -333,6 +334,16 @@ def _label_key(batch: Mapping[str, Any]) -> str | None:
     return next((key for key in LABELS if batch.get(key) is not None), None)
 
 
+def _reading(model: nn.Module) -> nn.Module:
+    """The module that names the arguments: wrappers, as PEFT's without a task, may hand on whatever they are given."""
+    while (wrapper := wrapper_of(model)) is not None:
+        kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+        if not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            break
+        model = model._modules[wrapper.key]  # type: ignore[assignment]
+    return model
+
+
 def _keywords(model: nn.Module, batch: Mapping[str, Any], key: str | None) -> tuple[dict[str, Any], bool]:
     """What the model is called with, and whether the labels are left out, since it takes none.
 
@@ -341,7 +352,7 @@ def _keywords(model: nn.Module, batch: Mapping[str, Any], key: str | None) -> tu
 
     """
     try:
-        given = inspect.signature(model.forward).parameters.values()
+        given = inspect.signature(_reading(model).forward).parameters.values()
     except (TypeError, ValueError):  # TorchScript
         return dict(batch), False
     names = {p.name for p in given if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -8,7 +8,7 @@ The rest of a script stays as it is. docs/migrate.md lists the variants in circu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -402,15 +402,11 @@ class ParameterPerturber(Helpers):
             return None
         if len(given) > 2 and divisor != 1:
             return None
-        with alone:  # another thread may have importances of its own for the plan
-            plan = self._kept.fitting(self.model, given, self._plans_options())
-            if plan is None:
-                return None
-            try:
+        with alone, suppress(ff.FiunError):  # nothing was changed then; the long way copes, or says it in its words
+            if (plan := self._kept.fitting(self.model, given, self._plans_options())) is not None:
                 self._kept.set_values_(float(self.selection_weighting), float(self.dampening_constant))
                 return plan.run_(**options)
-            except ff.FiunError:  # nothing was changed; the long way copes with it, or says it in this class's words
-                return None
+        return None
 
     def _backend(self) -> str | None:
         return "reference" if self.mode == "strict" and float(self.exponent) != 1 else self.backend

@@ -8,7 +8,7 @@ The rest of a script stays as it is. docs/migrate.md lists the variants in circu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fiun_fast.estimators.claims import estimating
 from fiun_fast.estimators.loaders import of_batch
 from fiun_fast.estimators.reading import Forward, Loss
 from fiun_fast.estimators.totals import check_no_inference
+from fiun_fast.guards import alone
 from fiun_fast.memory import check_addressable, check_writable
 from fiun_fast.provenance import warn_if_unlike
 from fiun_fast.scope import check_module
@@ -385,7 +386,7 @@ class ParameterPerturber(Helpers):
         if not self._in_half(original):
             report, made = dampen(self.model, original, forgets, numbers, self._backend(), options)
             if len(given) == 1 + len(forgets):
-                self._kept.keep(made, given, self._plans_options())  # type: ignore[arg-type]  # a Fisher is not kept
+                self._kept.keep(self.model, made, given, self._plans_options())  # type: ignore[arg-type]  # a Fisher is not kept
             return report
         if any(options.values()):
             asked = ", ".join(key for key, on in options.items() if on)
@@ -401,14 +402,11 @@ class ParameterPerturber(Helpers):
             return None
         if len(given) > 2 and divisor != 1:
             return None
-        plan = self._kept.fitting(self.model, given, self._plans_options())
-        if plan is None:
-            return None
-        try:
-            self._kept.set_values_(float(self.selection_weighting), float(self.dampening_constant))
-            return plan.run_(**options)
-        except ff.FiunError:  # nothing was changed; the long way copes with it, or says it in this class's words
-            return None
+        with alone, suppress(ff.FiunError):  # nothing was changed then; the long way copes, or says it in its words
+            if (plan := self._kept.fitting(self.model, given, self._plans_options())) is not None:
+                self._kept.set_values_(float(self.selection_weighting), float(self.dampening_constant))
+                return plan.run_(**options)
+        return None
 
     def _backend(self) -> str | None:
         return "reference" if self.mode == "strict" and float(self.exponent) != 1 else self.backend

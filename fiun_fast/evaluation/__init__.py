@@ -4,7 +4,7 @@ Needs scipy and scikit-learn: `pip install 'fiun_fast[evaluation]'`. docs/evalua
 """
 
 from .accuracies import Accuracies, accuracies, tow
-from .columns import Measured
+from .columns import MEASURES, Measured
 from .distances import Klom, klom, untrained, zrf
 from .intervals import Estimate
 from .language import ForgetQuality, forget_quality, min_k, privleak, truth_ratios
@@ -18,6 +18,7 @@ from .rounding import quantised, requantised
 from .shadows import ShadowAttack, ulira
 
 __all__ = [
+    "MEASURES",
     "Accuracies",
     "Answers",
     "Attack",

@@ -155,8 +155,8 @@ def gone_table(found: Sequence[Gone], scope: str) -> Table:
         table.add_row(head, *(" / ".join(f"{e.value:.2f}" for e in cell or () if e is not None) for cell in cells))
     if scope == "last-layer":
         table.caption = (
-            "Only the last layer was changed: the body's features are those of before, and the linear probe, fitted "
-            "anew, finds what is forgotten in them. It may do so in the retrained network's features too."
+            "Only the last layer was changed: the body's features are those of before. The linear probe, fitted anew, "
+            "says how well the forgotten can be told in them, and in the retrained network's, which never saw it."
         )
         table.caption_justify = "left"
     return table

@@ -93,6 +93,9 @@ def test_identical_scores_say_nothing():
     assert attack(np.ones(20), np.zeros(30), 0.01).tpr.value == 1
     same = clustered_attack(np.ones((6, 4)), np.arange(24).reshape(6, 4) % 2 == 0, 0.01)
     assert (same.auc.value, same.tpr.value) == (0.5, 0)
+    single = attack(np.ones(1), np.zeros(5), 0.01).auc  # one sample says nothing about spread
+    assert single.value == 1
+    assert np.isnan([single.low, single.high]).all()
     with pytest.raises(ff.ArgumentError, match="fpr is 0"):
         attack(scores, scores, 0.0)
 

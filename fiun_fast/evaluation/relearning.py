@@ -145,7 +145,7 @@ def _batches(what: str, loader: Iterable[Any], reading: Reading, model: nn.Modul
 
 
 def _first(batches: list[Any], number: int) -> list[Any]:
-    """One list of batches with the first samples alone."""
+    """The first samples alone, in one batch where they fit together: BatchNorm cannot train on a last one of one."""
     found: list[Any] = []
     for batch in batches:
         size = count(batch)
@@ -157,4 +157,19 @@ def _first(batches: list[Any], number: int) -> list[Any]:
 
         found.append(pytree.tree_map_only(Tensor, cut, batch))
         number -= size
-    return found
+    return _joined(found)
+
+
+def _joined(batches: list[Any]) -> list[Any]:
+    leaves, forms = zip(*map(pytree.tree_flatten, batches), strict=True)
+    if any(form != forms[0] for form in forms):
+        return batches
+    joined = []
+    for parts in zip(*leaves, strict=True):
+        if not isinstance(parts[0], Tensor) or not parts[0].dim():
+            joined.append(parts[0])
+        elif all(part.shape[1:] == parts[0].shape[1:] for part in parts):
+            joined.append(torch.cat(parts))
+        else:  # padded to unlike lengths
+            return batches
+    return [pytree.tree_unflatten(joined, forms[0])]

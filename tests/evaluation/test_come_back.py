@@ -129,11 +129,14 @@ def test_the_first_few_may_lie_in_several_batches(trained):
     shuffled = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(*FORGET), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0)
     )
-    for forget in (sets["forget"], shuffled, iter(sets["forget"])):
+    for forget in (sets["forget"], shuffled, iter(sets["forget"]), clouds.batches(FORGET, 9)):
         found = relearn(trained, forget=forget, retain=sets["retain"], few=10, steps=(1,))
         count = len(FORGET[0]) - 10
         assert (found.on_few[1].value * count) == pytest.approx(round(found.on_few[1].value * count))
         assert found.shown == 10
+    how = {"retain": sets["retain"], "few": 10, "steps": (0, 9), "lr": 0.01}
+    one, several = (relearn(trained, forget=clouds.batches(FORGET, size), **how) for size in (50, 9))
+    assert one.on_few == several.on_few
 
 
 def test_relearning_says_what_is_missing(trained):

@@ -19,7 +19,7 @@ install: $(STAMP)  ## virtual environment with the package, editable, and all th
 $(STAMP): Makefile pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[demo,test,models,bench,docs,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,evaluation,test,models,bench,docs,dev]"
 	@touch $@
 
 demo: install  ## train four inheritance networks on real data, unlearn a class in all their models, show the result

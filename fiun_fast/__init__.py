@@ -3,6 +3,7 @@
 Method: FIUn with MFIM (arXiv 2408.08493); for one model, Selective Synaptic Dampening (arXiv 2308.07707).
 """
 
+from . import evaluation as evaluation
 from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import (
     ArgumentError,
@@ -17,6 +18,7 @@ from .errors import (
     FisherFileError,
     FiunError,
     LayoutError,
+    MissingPackageError,
     ProvenanceWarning,
     ScopeWarning,
     TuningWarning,
@@ -62,6 +64,7 @@ __all__ = [
     "InheritanceDAG",
     "Layout",
     "LayoutError",
+    "MissingPackageError",
     "Node",
     "NodeReport",
     "ParameterReport",

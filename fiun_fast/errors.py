@@ -43,7 +43,14 @@ class BackendError(FiunError, RuntimeError):
 
 
 class EstimationError(FiunError, ValueError):
-    """A Fisher cannot be estimated: empty loader, batch of an unknown form, loss without a gradient."""
+    """A Fisher cannot be estimated, or a model not evaluated.
+
+    An empty loader, a batch of an unknown form, a loss without a gradient, outputs that are not finite.
+    """
+
+
+class MissingPackageError(FiunError, ImportError):
+    """Something needs a package that is not installed; the message has the line for pip."""
 
 
 class UndoError(FiunError, RuntimeError):

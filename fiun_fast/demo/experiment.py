@@ -138,14 +138,17 @@ class Network:
         origins = tuple(recipe.origin[label] for label in classes)
         return Case(recipe.scenario, recipe.seed, self.scope, tuple(classes), origins, rows, seconds)
 
-    def retrain(self, case: Case, *, effort: float, watch: Callable[[Sequence[Step]], Iterable[Step]] = iter) -> None:
-        """Really retrain every reached node without the data, and add accuracy and time to the case."""
+    def retrain(
+        self, case: Case, *, effort: float, watch: Callable[[Sequence[Step]], Iterable[Step]] = iter
+    ) -> dict[str, DigitNet]:
+        """Really retrain every reached node without the data, and add accuracy and time to the case; all models."""
         keep = {row.node: self.models[row.node] for row in case.rows if not row.forget}
         with _timed(case.seconds, "retraining every affected node"):
             models = grow(self.recipe, without=case.classes, keep=keep, effort=effort, watch=watch)
         for row in case.touched:
             samples = self.digits.test.only(self._data[row.node].classes)
             row.retrained = look(models[row.node], self.seen(row.node, samples), case.classes)[:2]
+        return models
 
     def _median(self, work: Callable[[], object]) -> float:
         """Median seconds of `work`, undone after each; warmed up once, and on a GPU by its own clock."""

@@ -12,6 +12,21 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..evaluation import Estimate
+
+GONE = {  # measure -> what to call it
+    "forget": "forgotten",
+    "retain": "retained",
+    "test": "test",
+    "tow": "ToW",
+    "entropy": "entropy MIA",
+    "confidence": "SVC efficacy",
+    "rmia": "RMIA AUC",
+    "zrf": "ZRF",
+    "probe": "linear probe",
+    "int4": "int4",
+    "relearned_few": "relearned",
+}
 LEFT, LOST = 0.01, 0.02  # a pair is within: at most 1 % accuracy left on the forgotten, 2 points lost on the rest
 TIMES = {  # key in Case.seconds -> what to say next to it
     "retraining every affected node": "really done",
@@ -56,6 +71,18 @@ class Case:
     def touched(self) -> list[Row]:
         """The nodes that the request reaches."""
         return [row for row in self.rows if row.forget]
+
+
+@dataclass
+class Gone:
+    """What a node still knows of what it forgot: {measure: (unlearned, retrained)}, with intervals."""
+
+    scenario: str
+    node: str
+    request: str
+    measured: dict[str, tuple[Estimate, Estimate | None]]
+    alpha: float  # infinite: left alone
+    lam: float
 
 
 def summarise(cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -115,6 +142,23 @@ def times_table(case: Case) -> Table:
         if key in case.seconds:
             ms = 1e3 * case.seconds[key]
             table.add_row(key, f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}", remark)
+    return table
+
+
+def gone_table(found: Sequence[Gone], scope: str) -> Table:
+    """What one node of each network still knows of what it forgot, and what a retrained one does: a row a measure."""
+    table = _table("is it gone? unlearned / retrained; docs/evaluation.md says what the rows are", ("",), ())
+    for one in found:
+        table.add_column(f"{one.scenario}\n{one.node}\n{one.request}", justify="right", no_wrap=True)
+    for name, head in GONE.items():
+        cells = [one.measured.get(name) for one in found]
+        table.add_row(head, *(" / ".join(f"{e.value:.2f}" for e in cell or () if e is not None) for cell in cells))
+    if scope == "last-layer":
+        table.caption = (
+            "Only the last layer was changed: the body's features are those of before. The linear probe, fitted anew, "
+            "says how well the forgotten can be told in them, and in the retrained network's, which never saw it."
+        )
+        table.caption_justify = "left"
     return table
 
 

@@ -19,8 +19,9 @@ from ..bench.files import environment, write_json
 from . import NETWORKS, SCOPES
 from .data import Digits, load_digits
 from .experiment import Network
+from .gone import class_gone, random_gone
 from .networks import SCENARIOS, Recipe, grow
-from .report import Case, draw, nodes_table, summarise, summary_table, times_table
+from .report import Case, Gone, draw, gone_table, nodes_table, summarise, summary_table, times_table
 
 # What a single demo forgets: one class, then classes that entered at different origins (merged by MFIM).
 REQUESTS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -105,7 +106,7 @@ class _Demo:
 
     def one_request(self, scenarios: Sequence[str], seed: int, out: Path) -> dict[str, Any]:
         """Each scenario once, with retraining next to unlearning."""
-        digits, networks, cases = load_digits(seed), [], []
+        digits, networks, cases, gone = load_digits(seed), [], [], list[Gone]()
         for scenario in scenarios:
             began = time.perf_counter()
             network = self.grown(SCENARIOS[scenario](digits, seed), digits)
@@ -114,11 +115,16 @@ class _Demo:
             for classes in REQUESTS[scenario]:
                 case = network.forget(classes, **self.options)
                 without = f"retraining without {' and '.join(map(str, classes))}"
-                network.retrain(case, effort=self.effort, watch=self.track(network.recipe, without))
+                retrained = network.retrain(case, effort=self.effort, watch=self.track(network.recipe, without))
                 cases.append(case)
+                if len(classes) == 1:
+                    gone.append(class_gone(network, case, retrained))
                 self.console.print(nodes_table(case), times_table(case))
                 draw(case, out / f"demo-{scenario}{'-merged' if len(classes) > 1 else ''}.svg")
-        return {"networks": networks, "cases": [asdict(case) for case in cases]}
+            if scenario == "transfer":  # the one whose first node has all the data
+                gone.append(random_gone(network, self.effort))
+        self.console.print(gone_table(gone, self.scope))
+        return {"networks": networks, "cases": [asdict(case) for case in cases], "gone": [asdict(one) for one in gone]}
 
     def every_class(self, scenarios: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         """Every class alone and every pair from two origins, in every network and seed."""

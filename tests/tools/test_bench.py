@@ -203,6 +203,15 @@ def test_the_tables_of_costs_are_those_of_the_results():
     assert f"<!-- cost -->\n{costs.tables(result)}<!-- /cost -->" in costs.PAGE.read_text(encoding="utf-8")
 
 
+def test_the_tables_of_evaluation_are_those_of_the_results():
+    study = load("evaluation")
+    result = json.loads(study.RESULTS.read_text(encoding="utf-8"))
+    table = study.tables(result)
+    assert f"<!-- tables -->\n\n{table}\n<!-- /tables -->" in study.PAGE.read_text(encoding="utf-8")
+    assert [one["request"] for one in result["rows"]].count("random tenth") == 1
+    assert all(one["measured"].keys() == study.ROWS.keys() for one in result["rows"])
+
+
 def test_files_are_plain_json_with_a_row_a_line(tmp_path):
     path = tmp_path / "new" / "result.json"
     write_json(path, {"rows": [{"a": 1 / 3}, (1, float("nan"))], "settings": {7: "x"}}, digits=3)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from sklearn.datasets import load_digits as load_digits_of_sklearn
 
 import fiun_fast as ff
@@ -16,7 +19,9 @@ from fiun_fast.bench.baselines import unlearn_named
 from fiun_fast.demo import run as demo
 from fiun_fast.demo.data import Digits, Samples, load_digits
 from fiun_fast.demo.experiment import Network
-from fiun_fast.demo.networks import SCENARIOS, grow, incremental
+from fiun_fast.demo.gone import random_gone
+from fiun_fast.demo.networks import SCENARIOS, grow, incremental, transfer
+from fiun_fast.demo.report import GONE, gone_table
 
 pytestmark = pytest.mark.usefixtures("one_thread", "trained_once")
 
@@ -73,6 +78,43 @@ def test_pictures_and_no_leftovers(report: tuple[Path, dict]) -> None:
         f"demo-{scenario}{kind}.svg" for scenario in ("data-parallel", "incremental") for kind in ("", "-merged")
     }
     assert names == pictures | {"report.json"}
+
+
+def test_what_is_gone_is_measured_beside_retraining(report: tuple[Path, dict]) -> None:
+    gone = report[1]["gone"]
+    assert [(one["scenario"], one["node"], one["request"]) for one in gone] == [
+        ("data-parallel", "merged", "“4”"),
+        ("incremental", "v5", "“2”"),
+    ]
+    for one in gone:
+        (case,) = [c for c in report[1]["cases"] if c["scenario"] == one["scenario"] and len(c["classes"]) == 1]
+        (row,) = [row for row in case["rows"] if row["node"] == one["node"]]
+        assert (one["alpha"], one["lam"]) == (row["alpha"], row["lam"])
+        assert one["measured"].keys() == set(GONE)
+        for name, (own, again) in one["measured"].items():
+            assert 0 <= own["low"] <= own["value"] <= own["high"] <= 1, name
+            assert (again is None) == (name in ("tow", "rmia"))
+        own, again = one["measured"]["forget"]
+        assert own["value"] < 0.2
+        assert again["value"] < 0.2
+        assert one["measured"]["probe"][0]["value"] > 0.5  # the body stays as it was
+
+
+def test_random_samples_are_forgotten_too_and_the_models_put_back(digits: Digits) -> None:
+    recipe = transfer(digits, 0)
+    recipe = replace(recipe, steps=recipe.steps[:2])
+    network = Network(recipe, digits, grow(recipe, effort=0.1), "last-layer")
+    before = {node: copy.deepcopy(model.state_dict()) for node, model in network.models.items()}
+    found = random_gone(network, 0.1, ("forget", "retain", "tow", "rmia"))
+    assert (found.node, found.request) == ("negative", "random tenth")
+    assert found.measured.keys() == {"forget", "retain", "tow", "rmia"}
+    assert all(cell[0].low <= cell[0].value <= cell[0].high for cell in found.measured.values())
+    for node, model in network.models.items():
+        assert all(torch.equal(value, before[node][name]) for name, value in model.state_dict().items()), node
+    shown = Console(file=io.StringIO(), width=80)
+    shown.print(gone_table([found], "last-layer"))
+    assert "random tenth" in shown.file.getvalue()
+    assert "the body's features are those of before" in " ".join(shown.file.getvalue().split())
 
 
 def test_report_names_no_machine(report: tuple[Path, dict]) -> None:

@@ -40,6 +40,8 @@ def test_every_example_runs(page, tmp_path, monkeypatch):
     """One after another, as a reader would paste them; README.md needs nothing before it."""
     if "plot(" in page.read_text(encoding="utf-8"):
         pytest.importorskip("matplotlib").use("agg")
+    if "ff.evaluation." in page.read_text(encoding="utf-8"):
+        pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__main__"}
     begins_elsewhere = page not in (README, FIRST)

@@ -7,6 +7,7 @@ from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import (
     ArgumentError,
     BackendError,
+    CheckpointError,
     DagError,
     DeviceError,
     DTypeError,
@@ -46,6 +47,7 @@ from .version import __version__
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "CheckpointError",
     "Choice",
     "DTypeError",
     "DagError",

@@ -42,6 +42,10 @@ class TreeFileError(FiunError, ValueError):
     """A TOML file that does not describe a family of models on disk; the message names table and key."""
 
 
+class CheckpointError(FiunError, ValueError):
+    """Models, Fishers or a journal on disk that are damaged, in a form that is not read, in use, or changed meanwhile."""
+
+
 class BackendError(FiunError, RuntimeError):
     """A backend that is unknown, or known and not usable here."""
 

@@ -1,1 +1,9 @@
 """Models on disk: folders of safetensors files, dampened as a family, piece by piece."""
+
+from .engine import unlearn
+from .record import Verification, verify
+from .result import ModelResult, Result
+from .tree import ForgetEntry, ModelEntry, Tree
+from .tree_file import read_tree
+
+__all__ = ["ForgetEntry", "ModelEntry", "ModelResult", "Result", "Tree", "Verification", "read_tree", "unlearn", "verify"]

@@ -111,11 +111,11 @@ class Source:
 
     def write(self, data: np.ndarray, offset: int) -> None:
         """Write in place; a FileWriteError says what failed."""
-        _write(self.path, self._fd, lambda: self.cached, data, offset)
+        _write(self.path, self._fd, self.cached, data, offset)
 
     def flush(self) -> None:
         """What was written outlasts a loss of power."""
-        _flush(self.path, self._fd)
+        flush(self.path, self._fd)
 
     def lock(self, *, alone: bool) -> None:
         """Until it is closed: share the file with readers, or have it alone.
@@ -155,24 +155,33 @@ class Target:
     def __init__(self, path: Path, size: int) -> None:
         self.path, self._fd, self._cached, self._left = path, -1, -1, size
         try:
-            self._fd = _opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, direct=True)
-            if size:
-                _allocate(self._fd, size)
+            fd = _opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, direct=False)
+            try:
+                if size:
+                    _allocate(fd, size)
+            finally:
+                os.close(fd)
         except OSError as error:
-            self.close()
             raise failed(path, error) from error
 
-    def _through_cache(self) -> int:
-        if self._cached < 0:
-            self._cached = _opened(self.path, os.O_RDWR, direct=False)
-        return self._cached
-
     def write(self, data: np.ndarray, offset: int) -> None:
-        """Write a piece; when all bytes are there, flush and close. A FileWriteError says what failed."""
-        _write(self.path, self._fd, self._through_cache, data, offset)
-        self._left -= len(data)
+        """Write a piece; a FileWriteError says what failed. Threads may do so at once."""
+        _write(self.path, self._fd, self._cached, data, offset)
+
+    def open(self) -> None:
+        """Before anything is written."""
+        if self._fd < 0:
+            try:
+                self._fd = _opened(self.path, os.O_RDWR, direct=True)
+                self._cached = _opened(self.path, os.O_RDWR, direct=False)
+            except OSError as error:
+                raise failed(self.path, error) from error
+
+    def wrote(self, count: int) -> None:
+        """So many bytes are there; when all are, they are flushed and the file is closed."""
+        self._left -= count
         if self._left == 0:
-            _flush(self.path, self._fd)
+            flush(self.path, self._fd)
             self.close()
 
     def close(self) -> None:
@@ -212,12 +221,12 @@ def _allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _write(path: Path, fd: int, cached: Any, data: np.ndarray, offset: int) -> None:
+def _write(path: Path, fd: int, cached: int, data: np.ndarray, offset: int) -> None:
     """Whole blocks directly, where memory is aligned as the file is; edges and small things through the cache."""
     try:
         first, last = up(offset) - offset, down(offset + len(data)) - offset
         if last - first < _DIRECT_LEAST or (data.ctypes.data + first) % BLOCK:
-            _write_all(cached(), data, offset)
+            write_all(cached, data, offset)
             return
         at = first
         while at < last:
@@ -225,16 +234,18 @@ def _write(path: Path, fd: int, cached: Any, data: np.ndarray, offset: int) -> N
             if at % BLOCK != first % BLOCK:  # a short write: what is left is not aligned
                 break
         if first:
-            _write_all(cached(), data[:first], offset)
+            write_all(cached, data[:first], offset)
         if at < len(data):
-            _write_all(cached(), data[at:], offset + at)
+            write_all(cached, data[at:], offset + at)
     except OSError as error:
         if isinstance(error, FileWriteError):
             raise
         raise failed(path, error) from error
 
 
-def _write_all(fd: int, data: np.ndarray, offset: int) -> None:
+def write_all(fd: int, data: np.ndarray | bytes | memoryview, offset: int) -> None:
+    """All of it, however little the system takes at a time; an OSError says what failed."""
+    data = memoryview(data).cast("B")
     done = 0
     while done < len(data):
         wrote = SYSTEM.pwrite(fd, data[done : done + _MOST], offset + done)
@@ -243,7 +254,8 @@ def _write_all(fd: int, data: np.ndarray, offset: int) -> None:
         done += wrote
 
 
-def _flush(path: Path, fd: int) -> None:
+def flush(path: Path, fd: int) -> None:
+    """What was written to a file outlasts a loss of power; a FileWriteError says what failed."""
     try:
         SYSTEM.fsync(fd)
     except OSError as error:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import ESTIMATORS
+from .checkpoint_commands import add_commands
 from .demo import NETWORKS, SCOPES
 from .errors import FiunError
 from .kernels import BACKENDS
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     warmup = commands.add_parser("warmup", help="compile the Triton kernels ahead of the first run")
     warmup.add_argument("--target", help='"cuda:90", "hip:gfx942", …; default: the GPU of this machine')
     warmup.set_defaults(run=_warmup)
+
+    add_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, which backends work here and why others do not")
     doctor.set_defaults(run=_doctor)

@@ -30,9 +30,7 @@ STORED = (*FISHER_DTYPES, ROUNDED)
 NEEDED = {"estimator": str, "steps": int, "samples": int}  # what the record of a provenance holds
 OPTIONAL = {"how": dict, "reduction": str, "dtype": str, "per": str}  # empty where it is not there
 RECORD = NEEDED | OPTIONAL
-_SHARD = re.compile(
-    r"fisher-\d{5,9}-of-\d{5,9}\.[0-9a-f]{8}\.safetensors"
-)  # no other file is taken for one, or removed
+SHARD = re.compile(r"fisher-\d{5,9}-of-\d{5,9}\.[0-9a-f]{8}\.safetensors")  # no other file is taken for one, or removed
 
 
 def unfit_record(record: Mapping[str, Any]) -> str | None:
@@ -308,7 +306,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if not index["shards"] or not isinstance(index["provenance"], dict):
             raise ValueError("it names no shards, or its provenance is no record")
         for name, checksum in index["shards"].items():
-            if not _SHARD.fullmatch(name) or not isinstance(checksum, str):
+            if not SHARD.fullmatch(name) or not isinstance(checksum, str):
                 raise ValueError(f"shard {name!r:.80}, expected a name such as {_shard_name(1, 2, '0' * 8)}")
     except (FiunError, MemoryError):
         raise

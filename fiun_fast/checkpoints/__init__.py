@@ -1,9 +1,26 @@
 """Models on disk: folders of safetensors files, dampened as a family, piece by piece."""
 
 from .engine import unlearn
+from .lineage import Found, Lineage, Origin, tree
+from .lineage_text import write_tree
 from .record import Verification, verify
 from .result import ModelResult, Result
 from .tree import ForgetEntry, ModelEntry, Tree
 from .tree_file import read_tree
 
-__all__ = ["ForgetEntry", "ModelEntry", "ModelResult", "Result", "Tree", "Verification", "read_tree", "unlearn", "verify"]
+__all__ = [
+    "ForgetEntry",
+    "Found",
+    "Lineage",
+    "ModelEntry",
+    "ModelResult",
+    "Origin",
+    "Result",
+    "Tree",
+    "Verification",
+    "read_tree",
+    "tree",
+    "unlearn",
+    "verify",
+    "write_tree",
+]

@@ -1,4 +1,4 @@
-"""Which tensors of several models hold the same bytes: samples of each are compared first, then what is alike in whole."""
+"""Which tensors of several models hold the same bytes: samples are compared first, then what is alike, in whole."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def _pairs(held: Mapping[str, Mapping[bytes, int]]) -> Iterator[Shared]:
     for digest, names in owners.items():
         for pair in combinations(names, 2):
             common[pair].append(held[names[0]][digest])
-    for (first, second), sizes in sorted(common.items()):
+    order = {name: k for k, name in enumerate(held)}
+    for first, second in sorted(common, key=lambda pair: (order[pair[0]], order[pair[1]])):
+        sizes = common[first, second]
         least = min(sum(held[name].values()) for name in (first, second))
         yield Shared(first, second, len(sizes), sum(sizes), least)
 
@@ -120,7 +122,7 @@ def _whole(
 ) -> Iterator[tuple[Place, bytes]]:
     """Digest of each, over all its bytes; those of one place in one file are read once."""
     places = sorted(places, key=lambda place: (str(place.file), place.start))
-    real = {path: os.stat(path) for path in {place.file for place in places}}
+    real = {path: path.stat() for path in {place.file for place in places}}
     same: dict[tuple, list[Place]] = defaultdict(list)  # hard links, and links to one file
     for place in places:
         found = real[place.file]
@@ -148,9 +150,10 @@ def _digest(place: Place, pieces: Iterable[bytes]) -> bytes:
 
 def _read(path: Path, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             for start, stop in ranges:
-                data = os.pread(file.fileno(), stop - start, start)
+                file.seek(start)
+                data = file.read(stop - start)
                 if len(data) < stop - start:
                     raise CheckpointError(f"{path}: truncated: it ends at byte {start + len(data):,}")
                 yield data

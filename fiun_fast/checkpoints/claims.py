@@ -38,7 +38,7 @@ class Claim:
     relation: str = ""
 
 
-class _Odd(Exception):
+class OddError(Exception):
     """A file of no use; the text says why."""
 
 
@@ -55,11 +55,11 @@ def read_claims(folder: Path) -> tuple[list[Claim], list[str]]:
                 continue
             for claim in read(path):
                 if len(claim.base) > LONGEST:
-                    raise _Odd(f"names a model by {len(claim.base):,} characters, expected at most {LONGEST:,}")
+                    raise OddError(f"names a model by {len(claim.base):,} characters, expected at most {LONGEST:,}")
                 found[claim] = None
                 if len(found) > MOST:
-                    raise _Odd(f"names more than {MOST} models")
-        except _Odd as error:
+                    raise OddError(f"names more than {MOST} models")
+        except OddError as error:
             odd.append(f"{name}: {error}")
         except OSError as error:
             odd.append(f"{name}: cannot be read: {error.strerror or error}")
@@ -69,14 +69,14 @@ def read_claims(folder: Path) -> tuple[list[Claim], list[str]]:
 def _text(path: Path) -> str:
     """The beginning of a text file, LARGEST bytes of it."""
     if not path.is_file():
-        raise _Odd("is no regular file, or a link to nothing")
+        raise OddError("is no regular file, or a link to nothing")
     with path.open("rb") as file:
         data = file.read(LARGEST)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if error.start < LARGEST - 4:
-            raise _Odd(f"is not UTF-8 at byte {error.start:,}") from None
+            raise OddError(f"is not UTF-8 at byte {error.start:,}") from None
         return data[: error.start].decode("utf-8-sig")  # cut inside a character
 
 
@@ -84,26 +84,26 @@ def _yaml(text: str) -> Any:
     import yaml  # in Python, not by libyaml, which a text that is nested deeply enough brings down
 
     if len(text) > LARGEST_YAML:
-        raise _Odd(f"has {len(text):,} characters of YAML, expected at most {LARGEST_YAML:,}")
+        raise OddError(f"has {len(text):,} characters of YAML, expected at most {LARGEST_YAML:,}")
     try:
-        return yaml.load(text, yaml.SafeLoader)  # noqa: S506
+        return yaml.load(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
-        raise _Odd(f"is no valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raise OddError(f"is no valid YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
-        raise _Odd("is no valid YAML: nested too deeply") from None
+        raise OddError("is no valid YAML: nested too deeply") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
     text = _text(path)
     if len(text) >= LARGEST:
-        raise _Odd(f"is larger than {LARGEST >> 20} MiB")
+        raise OddError(f"is larger than {LARGEST >> 20} MiB")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise _Odd(f"is no valid JSON: {what}") from None
+        raise OddError(f"is no valid JSON: {what}") from None
     if not isinstance(found, dict):
-        raise _Odd(f"is a JSON {type(found).__name__}, expected an object")
+        raise OddError(f"is a JSON {type(found).__name__}, expected an object")
     return found
 
 
@@ -112,7 +112,7 @@ def _string(key: str, found: Any) -> str:
     if found is None:
         return ""
     if not isinstance(found, str):
-        raise _Odd(f"{key} is of type {type(found).__name__}, expected a string")
+        raise OddError(f"{key} is of type {type(found).__name__}, expected a string")
     return found.strip()
 
 
@@ -126,7 +126,7 @@ def _card(path: Path) -> Iterator[Claim]:
         return
     end = next((k for k, line in enumerate(lines[1:], 1) if line.rstrip() in ("---", "...")), None)
     if end is None:
-        raise _Odd("its YAML head has no end")
+        raise OddError("its YAML head has no end")
     kept: list[str] = []
     inside = False
     for line in lines[1:end]:
@@ -136,7 +136,7 @@ def _card(path: Path) -> Iterator[Claim]:
             kept.append(line)
     found = _yaml("\n".join(kept)) or {}
     if not isinstance(found, dict):
-        raise _Odd("its YAML head is no table")
+        raise OddError("its YAML head is no table")
     relation = _string("base_model_relation", found.get("base_model_relation"))
     bases = found.get("base_model")
     for base in bases if isinstance(bases, list) else [bases]:
@@ -158,7 +158,7 @@ def _merge(path: Path) -> Iterator[Claim]:
     """Every model of a merge recipe: in `models`, `slices`, `modules`, `experts`, and as `base_model`."""
     found = _yaml(_text(path))
     if not isinstance(found, dict):
-        raise _Odd("is no table")
+        raise OddError("is no table")
     seen: set[int] = set()  # of containers: anchors make circles
     waiting: list[Any] = [found]
     while waiting:

@@ -85,8 +85,8 @@ class Weights:
             file.close()
 
 
-def open_weights(path: Path, *, writable: bool = False) -> Weights:
-    """Open a model: a folder or one .safetensors file.
+def open_weights(path: Path, *, writable: bool = False, links: bool = False) -> Weights:
+    """Open a model: a folder or one .safetensors file. `links`: its files may be symbolic links, for reading only.
 
     Raises:
         CheckpointError: there is none, in a form that is not read, with a missing or damaged part; the message says
@@ -94,7 +94,7 @@ def open_weights(path: Path, *, writable: bool = False) -> Weights:
 
     """
     if path.is_dir():
-        names = _names_of_weights(path)
+        names = _names_of_weights(path, links)
         weights = Weights(path)
         weights.others, weights.left = _beside(path, set(names))
     elif path.suffix in PICKLES:
@@ -103,11 +103,11 @@ def open_weights(path: Path, *, writable: bool = False) -> Weights:
         raise CheckpointError(f"{path}: no such file or folder")
     else:
         names, weights = [path.name], Weights(path.parent)
-    index = _index(path) if path.is_dir() and (path / INDEX).exists() else {}
+    index = _index(path, links) if path.is_dir() and (path / INDEX).exists() else {}
     try:
         for name in names:
             if path.is_dir():
-                _check_plain(path, name)
+                _check_plain(path, name, links)
             weights.open(weights.root / name, writable=writable)
         for tensor, name in index.items():
             if tensor not in weights or weights.files[weights[tensor][0]].path.name != name:
@@ -118,7 +118,7 @@ def open_weights(path: Path, *, writable: bool = False) -> Weights:
     return weights
 
 
-def _names_of_weights(folder: Path) -> list[str]:
+def _names_of_weights(folder: Path, links: bool) -> list[str]:
     """The files of a folder that hold the weights."""
     there = sorted(p.name for p in folder.iterdir())
     single = [name for name in ("model.safetensors", ADAPTER) if name in there]
@@ -127,7 +127,7 @@ def _names_of_weights(folder: Path) -> list[str]:
     if INDEX in there:
         if "model.safetensors" in single:
             raise CheckpointError(f"{folder}: has {INDEX} and model.safetensors: which of them? Move one away")
-        return sorted(set(_index(folder).values()))
+        return sorted(set(_index(folder, links).values()))
     if len(single) == 2:
         raise CheckpointError(f"{folder}: has model.safetensors and {ADAPTER}; name the one that is meant as the path")
     if single:
@@ -154,12 +154,12 @@ def _pickles(where: Path, name: str) -> str:
     )
 
 
-def _check_plain(folder: Path, name: str) -> None:
+def _check_plain(folder: Path, name: str, links: bool) -> None:
     """A weights file lies in its folder itself: what an index or a link leads to elsewhere may not be ours to write."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or os.path.isabs(name):
         raise CheckpointError(f"{folder / INDEX}: names {name!r:.80}, expected the name of a file of that folder")
     path = folder / name
-    if path.is_symlink():
+    if path.is_symlink() and not links:
         raise CheckpointError(
             f"{path}: a symbolic link, to a file that others may use too (a Hugging Face cache has these); make a copy "
             "first, such as `cp -rL FOLDER NEW` or `hf download MODEL --local-dir NEW`"
@@ -168,7 +168,7 @@ def _check_plain(folder: Path, name: str) -> None:
         raise CheckpointError(f"{path}: missing, and named by {INDEX}")
 
 
-def _index(folder: Path) -> dict[str, str]:
+def _index(folder: Path, links: bool) -> dict[str, str]:
     """Tensor -> name of the file that holds it."""
     path = folder / INDEX
 
@@ -179,7 +179,7 @@ def _index(folder: Path) -> dict[str, str]:
         return found
 
     try:
-        if path.is_symlink() or not path.is_file():
+        if (path.is_symlink() and not links) or not path.is_file():
             raise ValueError("it is no regular file")
         if path.stat().st_size > LARGEST_INDEX:
             raise ValueError(f"it has more than {LARGEST_INDEX >> 20} MiB")
@@ -192,7 +192,7 @@ def _index(folder: Path) -> dict[str, str]:
     except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or not an index: {error}") from error
     for name in set(where.values()):
-        _check_plain(folder, name)
+        _check_plain(folder, name, links)
     return where
 
 

@@ -6,4 +6,14 @@ from .result import ModelResult, Result
 from .tree import ForgetEntry, ModelEntry, Tree
 from .tree_file import read_tree
 
-__all__ = ["ForgetEntry", "ModelEntry", "ModelResult", "Result", "Tree", "Verification", "read_tree", "unlearn", "verify"]
+__all__ = [
+    "ForgetEntry",
+    "ModelEntry",
+    "ModelResult",
+    "Result",
+    "Tree",
+    "Verification",
+    "read_tree",
+    "unlearn",
+    "verify",
+]

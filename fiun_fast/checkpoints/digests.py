@@ -21,9 +21,7 @@ class Digests:
         self._read: dict[Key, tuple[Any, int]] = {}  # and the offset up to which it goes
         self._written: dict[Key, Any] = {}
 
-    def read(
-        self, spans: Iterable[Span], bytes_of: Callable[[Span], np.ndarray], pool: Executor
-    ) -> dict[Span, Any]:
+    def read(self, spans: Iterable[Span], bytes_of: Callable[[Span], np.ndarray], pool: Executor) -> dict[Span, Any]:
         """Take up what was read; return for each span the digest before it."""
         before: dict[Span, Any] = {}
         waiting = []

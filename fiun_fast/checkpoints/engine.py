@@ -133,7 +133,9 @@ def _dry_run(
         stream(family, schedule, schedule, None, None, run.done)
         rest = [] if in_place else rest_of(family, items)
         run.read += sum(span.stop - span.start for span in rest)
-        run.written = sum(p.span.stop - p.span.start for i in items for p in i.thetas) if in_place else _bytes_of_models(family)
+        run.written = (
+            sum(p.span.stop - p.span.start for i in items for p in i.thetas) if in_place else _bytes_of_models(family)
+        )
         return _result("dry run", None, family, items, run, schedule, began, lambda name: family.weights[name].root)
 
 

@@ -6,21 +6,23 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, CheckpointError, FileWriteError
+from ..errors import ArgumentError, FileWriteError
 from . import disk, record
-from .family import Family
 from .changes import write_changes
+from .family import Family
 from .streaming import Loaded
 from .window import Outcome
 
 MARK = "INCOMPLETE"  # a file that lies in the folder meanwhile
-_TEXT = "fiun-fast is at work here, or was stopped. Nothing here is needed by anyone: run it again, or delete the folder.\n"
+_TEXT = (
+    "fiun-fast is at work here, or was stopped. Nothing here is needed by anyone: run it again, or delete the folder.\n"
+)
 
 
 class OutSink:

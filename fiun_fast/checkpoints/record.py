@@ -44,7 +44,12 @@ def tree_to_dict(tree: Tree) -> dict[str, Any]:
 
 
 def make(
-    family: Family, items: list[Item], counts: Counts, digests: Digests, others: Mapping[str, Mapping[str, str]], mode: str
+    family: Family,
+    items: list[Item],
+    counts: Counts,
+    digests: Digests,
+    others: Mapping[str, Mapping[str, str]],
+    mode: str,
 ) -> dict[str, Any]:
     """The record of a run.
 

@@ -213,7 +213,9 @@ class Schedule:
     def __init__(self, items: list[Item], rest: list[Span], memory: int, *, keep: bool) -> None:
         self.items, self.rest, self._keep = items, rest, keep
         costs = [item.cost(keep) for item in items]
-        least = max([4 * BLOCK, *(int(each * min(_LEAST, i.numel)) + top for i, (each, top) in zip(items, costs, strict=True))])
+        least = max(
+            [4 * BLOCK, *(int(each * min(_LEAST, i.numel)) + top for i, (each, top) in zip(items, costs, strict=True))]
+        )
         if memory < 2 * SLOTS * up(least):
             raise ArgumentError(f"memory is {memory:,} bytes, at least {2 * SLOTS * up(least):,} are needed here")
         self.capacity = down(min(LARGEST, memory // (2 * SLOTS)))

@@ -43,7 +43,7 @@ class TreeFileError(FiunError, ValueError):
 
 
 class CheckpointError(FiunError, ValueError):
-    """Models, Fishers or a journal on disk that are damaged, in a form that is not read, in use, or changed meanwhile."""
+    """Models, Fishers or a journal on disk that are damaged, of a form that is not read, in use, or have changed."""
 
 
 class BackendError(FiunError, RuntimeError):

@@ -1,6 +1,6 @@
 """Models on disk: folders of safetensors files, dampened as a family, piece by piece."""
 
-from .engine import unlearn
+from .engine import resume, rollback, unlearn
 from .record import Verification, verify
 from .result import ModelResult, Result
 from .tree import ForgetEntry, ModelEntry, Tree
@@ -14,6 +14,8 @@ __all__ = [
     "Tree",
     "Verification",
     "read_tree",
+    "resume",
+    "rollback",
     "unlearn",
     "verify",
 ]

@@ -15,7 +15,7 @@ Key = tuple[int, str]  # file, tensor ("" is the header)
 
 
 class Digests:
-    """Digests of tensors whose pieces come in order. What is written has that of what was read until something changes."""
+    """Digests of tensors whose pieces come in order; what is written has that of what was read until one changes."""
 
     def __init__(self) -> None:
         self._read: dict[Key, tuple[Any, int]] = {}  # and the offset up to which it goes
@@ -78,4 +78,4 @@ def _update(digest: Any, spans: list[Span], bytes_of: Callable[[Span], np.ndarra
     for span in spans:
         if before is not None:
             before[span] = digest.copy()
-        digest.update(bytes_of(span))
+        digest.update(bytes_of(span).data)

@@ -202,8 +202,10 @@ class Family:
 
     def close(self) -> None:
         """Close all files, which ends their locks."""
-        for opened in (*self.weights.values(), *self._fishers.values()):
-            opened.close()
+        for weights in self.weights.values():
+            weights.close()
+        for fisher in self._fishers.values():
+            fisher.close()
 
     def __enter__(self) -> Family:
         return self

@@ -1,6 +1,6 @@
 """Models on disk: folders of safetensors files, dampened as a family, piece by piece."""
 
-from .engine import unlearn
+from .engine import resume, rollback, unlearn
 from .lineage import Found, Lineage, Origin, tree
 from .lineage_text import write_tree
 from .record import Verification, verify
@@ -19,6 +19,8 @@ __all__ = [
     "Tree",
     "Verification",
     "read_tree",
+    "resume",
+    "rollback",
     "tree",
     "unlearn",
     "verify",

@@ -7,15 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .disk import BLOCK, Source, down, up
+from .disk import BLOCK, Source
 from .schedule import Span
 from .streaming import Loaded
 from .window import Outcome
 
 
-def write_changes(
-    files: Mapping[int, Source], loaded: Loaded, outcome: Outcome, helpers: ThreadPoolExecutor
-) -> int:
+def write_changes(files: Mapping[int, Source], loaded: Loaded, outcome: Outcome, helpers: ThreadPoolExecutor) -> int:
     """Write the blocks in which something changed; return how many bytes."""
     waiting, total = [], 0
     for span, change in outcome.changed.items():
@@ -35,7 +33,9 @@ def _blocks(span: Span, runs: np.ndarray) -> Iterator[tuple[int, int]]:
         return
     first, last = runs[:, 0] // BLOCK, (runs[:, 0] + runs[:, 1] - 1) // BLOCK
     apart = np.flatnonzero(first[1:] > last[:-1] + 1)
-    for a, b in zip(first[np.concatenate(([0], apart + 1))], last[np.concatenate((apart, [len(runs) - 1]))], strict=True):
+    for a, b in zip(
+        first[np.concatenate(([0], apart + 1))], last[np.concatenate((apart, [len(runs) - 1]))], strict=True
+    ):
         yield max(span.start, int(a) * BLOCK), min(span.stop, (int(b) + 1) * BLOCK)
 
 

@@ -15,15 +15,13 @@ Key = tuple[int, str]  # file, tensor ("" is the header)
 
 
 class Digests:
-    """Digests of tensors whose pieces come in order. What is written has that of what was read until something changes."""
+    """Digests of tensors whose pieces come in order; what is written has that of what was read until one changes."""
 
     def __init__(self) -> None:
         self._read: dict[Key, tuple[Any, int]] = {}  # and the offset up to which it goes
         self._written: dict[Key, Any] = {}
 
-    def read(
-        self, spans: Iterable[Span], bytes_of: Callable[[Span], np.ndarray], pool: Executor
-    ) -> dict[Span, Any]:
+    def read(self, spans: Iterable[Span], bytes_of: Callable[[Span], np.ndarray], pool: Executor) -> dict[Span, Any]:
         """Take up what was read; return for each span the digest before it."""
         before: dict[Span, Any] = {}
         waiting = []
@@ -80,4 +78,4 @@ def _update(digest: Any, spans: list[Span], bytes_of: Callable[[Span], np.ndarra
     for span in spans:
         if before is not None:
             before[span] = digest.copy()
-        digest.update(bytes_of(span))
+        digest.update(bytes_of(span).data)

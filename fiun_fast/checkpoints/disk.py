@@ -36,7 +36,8 @@ class System:
     pread = staticmethod(os.preadv) if hasattr(os, "preadv") else None
     pwrite = staticmethod(os.pwrite) if hasattr(os, "pwrite") else None
     fsync = staticmethod(os.fsync)
-    rename = staticmethod(os.rename)
+    rename = staticmethod(os.replace)
+    truncate = staticmethod(os.ftruncate)
     allocate = staticmethod(getattr(os, "posix_fallocate", os.truncate))
 
 
@@ -116,6 +117,15 @@ class Source:
     def flush(self) -> None:
         """What was written outlasts a loss of power."""
         flush(self.path, self._fd)
+
+    def truncate(self, size: int) -> None:
+        """Cut the file, for good: what is gone is gone after a loss of power too."""
+        try:
+            SYSTEM.truncate(self._fd, size)
+        except OSError as error:
+            raise failed(self.path, error) from error
+        self.size = size
+        self.flush()
 
     def lock(self, *, alone: bool) -> None:
         """Until it is closed: share the file with readers, or have it alone.
@@ -243,7 +253,7 @@ def _write(path: Path, fd: int, cached: int, data: np.ndarray, offset: int) -> N
         raise failed(path, error) from error
 
 
-def write_all(fd: int, data: np.ndarray | bytes | memoryview, offset: int) -> None:
+def write_all(fd: int, data: Any, offset: int) -> None:
     """All of it, however little the system takes at a time; an OSError says what failed."""
     data = memoryview(data).cast("B")
     done = 0
@@ -260,6 +270,31 @@ def flush(path: Path, fd: int) -> None:
         SYSTEM.fsync(fd)
     except OSError as error:
         raise failed(path, error) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file, whole or not at all, flushed with its name."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_all(fd, text.encode(), 0)
+            SYSTEM.fsync(fd)
+        finally:
+            os.close(fd)
+        SYSTEM.rename(partial, path)
+    except OSError as error:
+        raise failed(path, error) from error
+    flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def said_of(path: Path) -> Iterator[None]:
+    """Turn an OSError inside `with` into a FileWriteError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise error if isinstance(error, FileWriteError) else failed(path, error) from error
 
 
 def flush_folder(folder: Path) -> None:

@@ -124,7 +124,9 @@ class Family:
         owner: dict[tuple[int, int], Path] = {}
         for file in self.files:
             if file.identity in owner:
-                raise CheckpointError(f"{file.path} and {owner[file.identity]} are one file: in place, one model a file")
+                raise CheckpointError(
+                    f"{file.path} and {owner[file.identity]} are one file: in place, one model a file"
+                )
             owner[file.identity] = file.path
         for file in self.files[: self.first_fisher]:
             if file.links > 1:
@@ -132,9 +134,7 @@ class Family:
                     f"{file.path}: has {file.links} names (hard links), and all would change; make a copy first"
                 )
 
-    def _compile(
-        self, nodes: list[ReachedNode], requests: list[ForgetRequest], models: dict[str, ModelEntry]
-    ) -> None:
+    def _compile(self, nodes: list[ReachedNode], requests: list[ForgetRequest], models: dict[str, ModelEntry]) -> None:
         tree = self.tree
         self.names = [node.name for node in nodes]
         for i, node in enumerate(nodes):
@@ -153,7 +153,12 @@ class Family:
             cap=tree.cap,
         )
         warn_if_unlike(
-            (f"the original Fisher of {n.name!r}", n.fisher.provenance, f"the forget Fisher of request {k}", r.provenance)
+            (
+                f"the original Fisher of {n.name!r}",
+                n.fisher.provenance,
+                f"the forget Fisher of request {k}",
+                r.provenance,
+            )
             for n in nodes
             for k, r in ((k, requests[k].fisher) for k in n.requests)
         )
@@ -197,8 +202,10 @@ class Family:
 
     def close(self) -> None:
         """Close all files, which ends their locks."""
-        for opened in (*self.weights.values(), *self._fishers.values()):
-            opened.close()
+        for weights in self.weights.values():
+            weights.close()
+        for fisher in self._fishers.values():
+            fisher.close()
 
     def __enter__(self) -> Family:
         return self

@@ -1,4 +1,4 @@
-"""A model on disk: one .safetensors file, or a folder with one or with shards and an index; and what else lies there."""
+"""A model on disk: one .safetensors file, or a folder with one or with shards and an index, and what else is there."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def _names_of_weights(folder: Path, links: bool) -> list[str]:
         raise CheckpointError(f"{folder}: {len(found)} .safetensors files without {INDEX}: {', '.join(found[:4])}")
     if ".metadata" in there or any(name.endswith(".distcp") for name in there):
         raise CheckpointError(
-            f"{folder}: a torch.distributed.checkpoint; convert it: `python -m torch.distributed.checkpoint.format_utils "
-            "dcp_to_torch FOLDER model.pt`, then safetensors.torch.save_file(torch.load('model.pt'), 'model.safetensors')"
+            f"{folder}: a torch.distributed.checkpoint; convert it: `python -m torch.distributed.checkpoint."
+            "format_utils dcp_to_torch FOLDER model.pt`, then safetensors.torch.save_file(torch.load('model.pt'), FILE)"
         )
     if pickles := [name for name in there if name.endswith(PICKLES)]:
         raise CheckpointError(_pickles(folder, pickles[0]))
@@ -156,7 +156,7 @@ def _pickles(where: Path, name: str) -> str:
 
 def _check_plain(folder: Path, name: str, links: bool) -> None:
     """A weights file lies in its folder itself: what an index or a link leads to elsewhere may not be ours to write."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or os.path.isabs(name):
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder / INDEX}: names {name!r:.80}, expected the name of a file of that folder")
     path = folder / name
     if path.is_symlink() and not links:

@@ -125,7 +125,9 @@ def _entry(name: str, line: Any, data: int) -> Entry:
             raise ValueError(f"{name!r:.80}: {what} {numbers!r:.80}, expected whole numbers")
     bits = math.prod(shape) * BITS[dtype]
     if len(offsets) != 2 or offsets[0] > offsets[1] or bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise ValueError(f"{name!r:.80}: {dtype} {shape!r:.80} takes {bits / 8:g} bytes, data_offsets are {offsets!r:.80}")
+        raise ValueError(
+            f"{name!r:.80}: {dtype} {shape!r:.80} takes {bits / 8:g} bytes, data_offsets are {offsets!r:.80}"
+        )
     return Entry(name, dtype, tuple(shape), data + offsets[0], data + offsets[1])
 
 

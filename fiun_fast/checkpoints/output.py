@@ -6,21 +6,23 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, CheckpointError, FileWriteError
+from ..errors import ArgumentError, FileWriteError
 from . import disk, record
-from .family import Family
 from .changes import write_changes
+from .family import Family
 from .streaming import Loaded
 from .window import Outcome
 
 MARK = "INCOMPLETE"  # a file that lies in the folder meanwhile
-_TEXT = "fiun-fast is at work here, or was stopped. Nothing here is needed by anyone: run it again, or delete the folder.\n"
+_TEXT = (
+    "fiun-fast is at work here, or was stopped. Nothing here is needed by anyone: run it again, or delete the folder.\n"
+)
 
 
 class OutSink:
@@ -54,7 +56,7 @@ class OutSink:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Have the folder, empty; a FileWriteError where the disk is full, a CheckpointError where another works there."""
+        """Have the folder, empty; a FileWriteError where the disk is full, a CheckpointError where another is."""
         self.check(self._out, self._family)
         self._folder = folder = self._out.with_name(self._out.name + ".incomplete")
         try:
@@ -128,15 +130,14 @@ class OutSink:
             self._targets[file].wrote(count)
         total = sum(count for _, count in written)
         if self._cloned:
-            files = {i: file for i, file in self._cloned.items()}
-            total += write_changes(files, loaded, outcome, helpers)
+            total += write_changes(self._cloned, loaded, outcome, helpers)
         return total
 
     def finish(self, others: Mapping[str, Mapping[str, str]], made: Mapping[str, Any]) -> None:
         """Write the record, flush all names, give the folder its name. After this nothing can be lost."""
         for file in self._cloned.values():
             file.flush()
-        write_text(self._folder / record.NAME, json.dumps(made, indent=1) + "\n")
+        disk.write_whole(self._folder / record.NAME, json.dumps(made, indent=1) + "\n")
         for where, _, _ in os.walk(self._folder):
             disk.flush_folder(Path(where))
         (self._folder / MARK).unlink()
@@ -167,20 +168,7 @@ class OutSink:
         return found
 
     def _close(self) -> None:
-        for file in (*self._targets.values(), *self._cloned.values()):
+        for target in self._targets.values():
+            target.close()
+        for file in self._cloned.values():
             file.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """A small file, flushed."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            disk.write_all(fd, text.encode(), 0)
-            disk.flush(path, fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if isinstance(error, FileWriteError):
-            raise
-        raise disk.failed(path, error) from error

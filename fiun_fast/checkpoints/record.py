@@ -22,7 +22,7 @@ from .family import Family
 from .header import read_header
 from .schedule import Item
 from .stored import StoredFisher
-from .tree import Tree
+from .tree import ForgetEntry, ModelEntry, Tree
 
 NAME = "fiun-fast.json"
 FORMAT = "fiun_fast.checkpoints/1"
@@ -43,8 +43,29 @@ def tree_to_dict(tree: Tree) -> dict[str, Any]:
     return plain(asdict(tree))
 
 
+def tree_from_dict(found: Mapping[str, Any]) -> Tree:
+    """What `tree_to_dict` was given."""
+
+    def path(text: str | None) -> Path | None:
+        return None if text is None else Path(text)
+
+    models = (
+        ModelEntry(
+            **{**one, "path": Path(one["path"]), "fisher": path(one["fisher"]), "parents": tuple(one["parents"])}
+        )
+        for one in found["models"]
+    )
+    forget = (ForgetEntry(**{**one, "fisher": Path(one["fisher"])}) for one in found["forget"])
+    return Tree(**{**found, "models": tuple(models), "forget": tuple(forget), "source": path(found["source"])})
+
+
 def make(
-    family: Family, items: list[Item], counts: Counts, digests: Digests, others: Mapping[str, Mapping[str, str]], mode: str
+    family: Family,
+    items: list[Item],
+    counts: Counts,
+    digests: Digests,
+    others: Mapping[str, Mapping[str, str]],
+    mode: str,
 ) -> dict[str, Any]:
     """The record of a run.
 
@@ -57,7 +78,7 @@ def make(
 
     """
     node_of = {name: n for n, name in enumerate(family.names)}
-    found = {(part.span.file, part.entry.name): (item.index, part.index) for item in items for part in item.thetas}
+    found = {(part.span.file, part.entry.name): (item.index, part.who) for item in items for part in item.thetas}
     models = []
     for model in family.tree.models:
         weights = family.weights.get(model.name)
@@ -216,7 +237,7 @@ def digest_of(source: Source, start: int, stop: int) -> str:
     """SHA-256, hex, of bytes start..stop of a file."""
     digest = hashlib.sha256()
     for piece in pieces_of(source, start, stop):
-        digest.update(piece)
+        digest.update(piece.data)
     return digest.hexdigest()
 
 

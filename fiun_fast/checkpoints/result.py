@@ -53,7 +53,7 @@ class Result:
     """A run over models on disk: `result["chat"].selected`, all models by iteration.
 
     Attributes:
-        mode: "out", "in place", or "dry run": nothing was written.
+        mode: "out", "in place", "rolled back", or "dry run": nothing was written.
         where: the new folder, or the journal; None for a dry run.
         models: by name, in the order of the tree.
         bytes_read, bytes_written: of files; what a dry run says of writing is what a run would write at most.
@@ -110,7 +110,7 @@ class Result:
             )
             for m in self
         ]
-        lines = [table(_HEAD, rows, left=2)]
+        lines = [table(_HEAD, rows, left=2)] if rows else []
         lines += [f"left out of {m.name}: {', '.join(m.left[:8])}" for m in self if m.left]
         written = "would be written at most" if self.mode == "dry run" else "written"
         lines.append(

@@ -31,7 +31,7 @@ class Span(NamedTuple):
 class Part(NamedTuple):
     """Elements of a parameter of a node, or of a Fisher's."""
 
-    index: int  # of the node or the request
+    who: int  # index of the node or the request
     name: str
     span: Span
     entry: Entry
@@ -135,7 +135,7 @@ class Item:
         widened = sum(4 for entry in fishers.values() if entry.dtype == "BF16")
         moved = sum(BITS[e.dtype] // 8 for e in fishers.values() if e.start % (BITS[e.dtype] // 8))
         thetas = sum(BITS[part.entry.dtype] // 8 for part in self.thetas)
-        return sum(sizes.values()) + widened + moved + (2 * thetas if keep else 0), 2 * BLOCK * len(sizes)
+        return sum(sizes.values()) + widened + moved + (3 * thetas if keep else 0), 2 * BLOCK * len(sizes)
 
 
 def _bytes_of(part: Part, start: int, stop: int) -> Span:
@@ -213,7 +213,9 @@ class Schedule:
     def __init__(self, items: list[Item], rest: list[Span], memory: int, *, keep: bool) -> None:
         self.items, self.rest, self._keep = items, rest, keep
         costs = [item.cost(keep) for item in items]
-        least = max([4 * BLOCK, *(int(each * min(_LEAST, i.numel)) + top for i, (each, top) in zip(items, costs, strict=True))])
+        least = max(
+            [4 * BLOCK, *(int(each * min(_LEAST, i.numel)) + top for i, (each, top) in zip(items, costs, strict=True))]
+        )
         if memory < 2 * SLOTS * up(least):
             raise ArgumentError(f"memory is {memory:,} bytes, at least {2 * SLOTS * up(least):,} are needed here")
         self.capacity = down(min(LARGEST, memory // (2 * SLOTS)))

@@ -30,6 +30,7 @@ class Loaded:
         self.window, self.slot = window, slot
         self.bytes = slot.numpy()
         self.before: dict[Span, Any] = {}  # digests
+        self.past: Outcome | None = None  # what became of it in an earlier run
 
     def bytes_of(self, span: Span) -> np.ndarray:
         """The bytes of a span."""
@@ -57,6 +58,16 @@ class Sink(Protocol):
         """Take a window, in order; return how many bytes were written."""
 
 
+class Past(Protocol):
+    """Windows that were stored by an earlier run."""
+
+    def take(self, loaded: Loaded) -> Outcome | None:
+        """What became of a window, whose old bytes are put into the slot; None: it is to be computed."""
+
+    def swap(self, loaded: Loaded, outcome: Outcome) -> None:
+        """Put the new bytes there instead."""
+
+
 def stream(
     family: Family,
     schedule: Schedule,
@@ -64,6 +75,7 @@ def stream(
     sink: Sink | None,
     digests: Digests | None,
     done: Callable[[Window, Outcome, int], Any],
+    past: Past | None = None,
 ) -> None:
     """Take every window through memory.
 
@@ -73,6 +85,7 @@ def stream(
         windows: all, or those that are left.
         sink: takes results; None: only count.
         digests: of what is read and written; None: none are made.
+        past: of windows that are done already: they are read and hashed only.
         done: called with each window when it is stored, with what became of it and the bytes written.
 
     Raises:
@@ -96,12 +109,16 @@ def stream(
                 if window is None:
                     more = False
                     break
-                read = reader.submit(_load, family, window, slots.popleft(), helpers)
+                read = reader.submit(_load, family, window, slots.popleft(), past, helpers)
                 coming.append(hasher.submit(_hash, read, digests, helpers))
             if coming:
                 loaded = coming.popleft().result()
-                dry_run = sink is None
-                outcome = compute(family, loaded.window, loaded.slot, dry_run=dry_run, keep=not dry_run and sink.keep)
+                if loaded.past is not None and past is not None:
+                    outcome = loaded.past
+                    past.swap(loaded, outcome)
+                else:
+                    keep = sink is not None and sink.keep
+                    outcome = compute(family, loaded.window, loaded.slot, dry_run=sink is None, keep=keep)
                 stored = writer.submit(_store, sink, loaded, outcome, digests, helpers)
                 going.append((loaded.slot, loaded.window, outcome, stored))
             while going and (going[0][3].done() or not (coming or (more and slots))):
@@ -117,11 +134,13 @@ def _slot(size: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size), np.uint8))
 
 
-def _load(family: Family, window: Window, slot: torch.Tensor, helpers: ThreadPoolExecutor) -> Loaded:
+def _load(family: Family, window: Window, slot: torch.Tensor, past: Past | None, helpers: ThreadPoolExecutor) -> Loaded:
     loaded = Loaded(window, slot)
     waiting = [helpers.submit(_read, family, loaded.bytes, region) for region in _chunks(window.regions)]
     for one in waiting:
         one.result()
+    if past is not None:
+        loaded.past = past.take(loaded)
     return loaded
 
 
@@ -154,7 +173,7 @@ def _store(
     if digests is not None:
         thetas = [part.span for piece in loaded.window.pieces for part in piece.thetas]
         waiting = digests.write(thetas, outcome.changed, loaded.before, loaded.bytes_of, helpers)
-    written = sink.store(loaded, outcome, helpers)
+    written = 0 if loaded.past is not None else sink.store(loaded, outcome, helpers)
     for one in waiting:
         one.result()
     return written

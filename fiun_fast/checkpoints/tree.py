@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -42,3 +42,14 @@ class Tree:
     merge: str = "max"
     scale: float = 1.0
     source: Path | None = None  # the file it was read from
+
+
+def absolute(tree: Tree) -> Tree:
+    """The same tree, whatever the working folder is later."""
+
+    def whole(path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
+
+    models = tuple(replace(m, path=m.path.absolute(), fisher=whole(m.fisher)) for m in tree.models)
+    forget = tuple(replace(one, fisher=one.fisher.absolute()) for one in tree.forget)
+    return replace(tree, models=models, forget=forget, source=whole(tree.source))

@@ -51,16 +51,16 @@ class Outcome:
 
 
 class PieceMemory:
-    """Where the numbers of a piece are: views into a slot, or copies where a slot's bytes cannot be used as they lie."""
+    """Where the numbers of a piece are: views into a slot, or copies where its bytes cannot be used as they lie."""
 
     def __init__(self, family: Family, piece: Piece, slot: Tensor, window: Window) -> None:
         self._numel, self._family = piece.numel, family
         self._moved: list[tuple[Tensor, Tensor]] = []  # bytes in the slot, and their copy
-        self._thetas = {(p.index, p.name): self._theta(p, slot, window.places[p.span]) for p in piece.thetas}
+        self._thetas = {(p.who, p.name): self._theta(p, slot, window.places[p.span]) for p in piece.thetas}
         values = {p.span: self._values(p, slot, window.places[p.span]) for p in (*piece.originals, *piece.forgets)}
-        self._originals = {p.index: Fisher(values[p.span], Layout({p.name: (piece.numel,)})) for p in piece.originals}
+        self._originals = {p.who: Fisher(values[p.span], Layout({p.name: (piece.numel,)})) for p in piece.originals}
         self._forgets: dict[int, Fisher] = {
-            p.index: Fisher(values[p.span], Layout({p.name: (piece.numel,)})) for p in piece.forgets
+            p.who: Fisher(values[p.span], Layout({p.name: (piece.numel,)})) for p in piece.forgets
         }
 
     def _theta(self, part: Part, slot: Tensor, at: int) -> Tensor:
@@ -128,8 +128,8 @@ def compute(family: Family, window: Window, slot: Tensor, *, dry_run: bool, keep
         memory.settle()
         found = counts.tolist()
         for theta in piece.thetas:
-            selected, zeroed, nonfinite = found[theta.index]
-            outcome.counts[piece.item, theta.index] = selected, zeroed, nonfinite
+            selected, zeroed, nonfinite = found[theta.who]
+            outcome.counts[piece.item, theta.who] = selected, zeroed, nonfinite
             if selected and not dry_run:
                 span = theta.span
                 change = changed(before[span], bytes_of[span], span.start) if keep else None

@@ -25,7 +25,7 @@ except ImportError:  # Windows: no locks, no clones
 
 BLOCK = 4096  # offsets, lengths and addresses of direct traffic are multiples of it
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_DIRECT_LEAST = 16 * BLOCK  # what is shorter goes through the page cache
+DIRECT_LEAST = 16 * BLOCK  # what is shorter goes through the page cache
 _MOST = 1 << 30  # bytes a call
 _FICLONE = 0x40049409
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # what a file system without direct traffic says
@@ -241,7 +241,7 @@ def _write(path: Path, fd: int, cached: int, data: np.ndarray, offset: int) -> N
     """Whole blocks directly, where memory is aligned as the file is; edges and small things through the cache."""
     try:
         first, last = up(offset) - offset, down(offset + len(data)) - offset
-        if last - first < _DIRECT_LEAST or (data.ctypes.data + first) % BLOCK:
+        if last - first < DIRECT_LEAST or (data.ctypes.data + first) % BLOCK:
             write_all(cached, data, offset)
             return
         at = first

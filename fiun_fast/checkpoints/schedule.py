@@ -13,7 +13,9 @@ from .family import Family
 from .header import BITS, Entry
 from .stored import StoredFisher
 
-SLOTS = 4  # windows at a time: one is read, one is hashed, one is computed, one is written
+SLOTS = (
+    4  # windows at a time: one is read, one is hashed, one is computed, one is written; and as much for the computing
+)
 LARGEST = 64 << 20  # bytes of a window: more makes nothing faster
 _LEAST = 1024  # elements of a piece, where its tensor has as many
 _STEP = 4096  # elements; pieces begin at multiples of it, where they are long enough
@@ -218,12 +220,14 @@ class Schedule:
         )
         if memory < 2 * SLOTS * up(least):
             raise ArgumentError(f"memory is {memory:,} bytes, at least {2 * SLOTS * up(least):,} are needed here")
-        self.capacity = down(min(LARGEST, memory // (2 * SLOTS)))
+        whole = sum(each * item.numel + top for item, (each, top) in zip(items, costs, strict=True))
+        whole += sum(span.stop - span.start + 2 * BLOCK for span in rest)
+        self.capacity = down(min(LARGEST, memory // (2 * SLOTS), max(up(least), up(int(whole)))))
 
     @property
     def buffers(self) -> int:
         """Bytes that a run takes for them."""
-        return SLOTS * self.capacity
+        return (SLOTS + 1) * self.capacity
 
     def __iter__(self) -> Iterator[Window]:
         window, free = Window(0), float(self.capacity)

@@ -15,7 +15,7 @@ import torch
 from .digests import Digests
 from .family import Family
 from .schedule import SLOTS, Region, Schedule, Span, Window
-from .window import Outcome, compute
+from .window import Outcome, Scratch, compute
 
 _CHUNK = 8 << 20  # bytes that one read takes, so that several are under way
 _HELPERS = 8  # threads that read, hash and write; they wait for the disk most of the time
@@ -94,6 +94,7 @@ def stream(
     """
     with ExitStack() as stack:
         slots = deque(_slot(schedule.capacity) for _ in range(SLOTS))
+        scratch = Scratch(schedule.capacity)
         helpers = stack.enter_context(ThreadPoolExecutor(_HELPERS, "fiun_fast.disk"))
         stages = [ThreadPoolExecutor(1, f"fiun_fast.{name}") for name in ("read", "hash", "write")]
         reader, hasher, writer = stages
@@ -118,7 +119,7 @@ def stream(
                     past.swap(loaded, outcome)
                 else:
                     keep = sink is not None and sink.keep
-                    outcome = compute(family, loaded.window, loaded.slot, dry_run=sink is None, keep=keep)
+                    outcome = compute(family, loaded.window, loaded.slot, scratch, dry_run=sink is None, keep=keep)
                 stored = writer.submit(_store, sink, loaded, outcome, digests, helpers)
                 going.append((loaded.slot, loaded.window, outcome, stored))
             while going and (going[0][3].done() or not (coming or (more and slots))):

@@ -50,10 +50,29 @@ class Outcome:
     changed: dict[Span, Change | None]
 
 
+class Scratch:
+    """Memory for what cannot be used as it lies, taken anew for each piece: new memory costs more than what it is for."""
+
+    def __init__(self, size: int) -> None:
+        self._room = torch.empty(size, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A tensor [numel], valid until `clear`."""
+        start = -(-self._used // LINE) * LINE
+        self._used = start + numel * dtype.itemsize
+        return self._room[start : self._used].view(dtype)
+
+    def clear(self) -> None:
+        """All that was taken is free."""
+        self._used = 0
+
+
 class PieceMemory:
     """Where the numbers of a piece are: views into a slot, or copies where its bytes cannot be used as they lie."""
 
-    def __init__(self, family: Family, piece: Piece, slot: Tensor, window: Window) -> None:
+    def __init__(self, family: Family, piece: Piece, slot: Tensor, window: Window, scratch: Scratch) -> None:
+        self._scratch = scratch
         self._numel, self._family = piece.numel, family
         self._moved: list[tuple[Tensor, Tensor]] = []  # bytes in the slot, and their copy
         self._thetas = {(p.who, p.name): self._theta(p, slot, window.places[p.span]) for p in piece.thetas}
@@ -67,21 +86,25 @@ class PieceMemory:
         dtype = FLOATS[part.entry.dtype]
         raw = slot[at : at + self._numel * dtype.itemsize]
         if at % dtype.itemsize:
-            copy = raw.clone()
+            copy = self._copy(raw)
             self._moved.append((raw, copy))
             raw = copy
         return raw.view(dtype)
 
+    def _copy(self, raw: Tensor) -> Tensor:
+        return self._scratch.take(len(raw), torch.uint8).copy_(raw)
+
     def _values(self, part: Part, slot: Tensor, at: int) -> Tensor:
-        """Numbers of a Fisher; bfloat16 is widened by its bits, so that no mode of the processor can change one."""
+        """Numbers of a Fisher; bfloat16 is widened, which adds zeros to its bits."""
         dtype = FLOATS[part.entry.dtype]
         raw = slot[at : at + self._numel * dtype.itemsize]
         if at % dtype.itemsize:
-            raw = raw.clone()
+            raw = self._copy(raw)
         values = raw.view(dtype)
         if dtype == torch.bfloat16:
-            values = (values.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-        if bool((values < 0).any()):
+            values = self._scratch.take(self._numel, torch.float32).copy_(values)
+        lowest = float(values.min())
+        if lowest < 0 or (lowest != lowest and bool((values < 0).any())):  # a NaN hides what is below 0
             path = self._family.files[part.span.file].path
             raise ArgumentError(f"{path}: {part.name!r} has negative entries ({short(dtype)}); a Fisher has none")
         return values
@@ -108,7 +131,7 @@ class PieceMemory:
             raw.copy_(copy)
 
 
-def compute(family: Family, window: Window, slot: Tensor, *, dry_run: bool, keep: bool) -> Outcome:
+def compute(family: Family, window: Window, slot: Tensor, scratch: Scratch, *, dry_run: bool, keep: bool) -> Outcome:
     """Dampen the pieces of a window in their slot, or only count; `keep`: find the lines that changed, and old bytes.
 
     Raises:
@@ -118,7 +141,8 @@ def compute(family: Family, window: Window, slot: Tensor, *, dry_run: bool, keep
     outcome = Outcome({}, {})
     numpy = slot.numpy()
     for piece in window.pieces:
-        memory = PieceMemory(family, piece, slot, window)
+        scratch.clear()
+        memory = PieceMemory(family, piece, slot, window, scratch)
         counts = torch.zeros(len(family.names), 3, dtype=torch.int64)
         program = replace(family.program, groups=list(piece.groups))
         bytes_of = {p.span: _bytes(numpy, window, p.span) for p in piece.thetas}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -61,8 +62,12 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 
 def _guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a command; what goes wrong with files is said in one line, names and all safe on a terminal."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in any language, whatever the terminal can show
     try:
-        return run(options)
+        status = run(options)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # the reader has seen enough: nothing more, and nothing at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -138,7 +143,7 @@ def _unlearn(options: argparse.Namespace) -> int:
 
 def _in_place(options: argparse.Namespace) -> str:
     journal = shown(options.journal)
-    return f"the models are changed; `fiun-fast rollback {journal}` gives the old bytes back, until {journal} is deleted"
+    return f"the models are changed; `fiun-fast rollback {journal}` gives the old bytes back while {journal} is there"
 
 
 def _resume(options: argparse.Namespace) -> int:

@@ -2,9 +2,9 @@
 
     python tests/wheel_check.py dist/fiun_fast-….whl --torch 2.13.0
 
-It looks at what is inside (size, libraries needed, GPU architectures), installs the wheel beside that torch, and runs on
-what was installed: tests/kernels/test_parity.py, the demo's short mode, `fiun-fast unlearn` and `fiun-fast doctor`. Exit
-status 1 if anything is not as it should be.
+It looks at what is inside (size, libraries needed, GPU architectures), installs the wheel beside that torch, and runs
+on what was installed tests/kernels/test_parity.py, the demo's short mode, `fiun-fast unlearn` and `fiun-fast doctor`.
+Exit status 1 if anything is not as it should be.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python bench/checkpoints.py                 prints a table and writes bench/results/checkpoints.json
     python bench/checkpoints.py --gigabytes 0.1 --rounds 1 --dry     tries it out
 
-Folders with the names and shapes of a Llama in float32, two shards each, are made in a temporary folder (--folder), which
-needs twelve times the size of a model. Before every measurement their files are taken out of the page cache. Each
-measurement is a process of its own: wall time from its first line to its last (imports apart), the process's peak
+Folders with the names and shapes of a Llama in float32, two shards each, are made in a temporary folder (--folder),
+which needs twelve times the size of a model. Before every measurement their files are taken out of the page cache.
+Each measurement is a process of its own: wall time from its first line to its last (imports apart), the process's peak
 resident memory, and what the kernel says it wrote to disk.
 """
 
@@ -41,7 +41,7 @@ LINE = 16  # elements of float32 in 64 bytes
 
 # what the child processes run; FOLDER is argv[1], the Fishers' kind argv[2], the result's folder argv[3]
 UNLEARN = """
-import json, sys, time, resource
+import json, sys, time
 import torch
 import fiun_fast as ff
 from fiun_fast.checkpoints import unlearn, rollback
@@ -55,12 +55,12 @@ else:
     result = unlearn(f"{root}/{kind}.toml", out=out)
 seconds = time.perf_counter() - began
 written = next(int(line.split()[1]) for line in open("/proc/self/io") if line.startswith("write_bytes"))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": seconds, "peak": peak, "written": written, "moved": result.bytes_read + result.bytes_written,
-                  "selected": result.selected}))
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+moved = result.bytes_read + result.bytes_written
+print(json.dumps({"seconds": seconds, "peak": peak, "written": written, "moved": moved, "selected": result.selected}))
 """
 TEXTBOOK = """
-import json, os, sys, time, resource
+import json, os, sys, time
 from pathlib import Path
 import torch
 from safetensors import safe_open
@@ -93,7 +93,7 @@ for path in Path(out).rglob("*.safetensors"):  # as safe as what it is compared 
     os.close(fd)
 seconds = time.perf_counter() - began
 written = next(int(line.split()[1]) for line in open("/proc/self/io") if line.startswith("write_bytes"))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(json.dumps({"seconds": seconds, "peak": peak, "written": written, "selected": selected}))
 """
 

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def down(offset: int) -> int:
 def up(offset: int) -> int:
     """The end of the blocks before a byte."""
     return -(-offset // BLOCK) * BLOCK
+
+
+def room(size: int) -> np.ndarray:
+    """Bytes that begin at a page, as direct traffic wants them."""
+    return np.frombuffer(mmap(-1, max(BLOCK, up(size))), np.uint8)
 
 
 class Source:

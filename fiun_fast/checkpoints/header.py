@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from .disk import BLOCK, Source, up
+from .disk import Source, room
 
 LARGEST = 100_000_000  # bytes of a header; the limit of the format's own library
 # bits an element
@@ -87,15 +86,9 @@ def read_header(source: Source) -> Header:
 
 
 def _bytes(source: Source, count: int) -> bytes:
-    from mmap import mmap
-
-    with mmap(-1, max(BLOCK, up(count))) as room:
-        array = np.frombuffer(room, np.uint8)
-        try:
-            source.read(array, 0, count)
-            return array[:count].tobytes()
-        finally:
-            del array
+    array = room(count)
+    source.read(array, 0, count)
+    return array[:count].tobytes()
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ The order, in which power may fail at any point:
 3. Now and then the models' files are flushed, and after that a line in the log says up to which window.
 
 What the log has of windows after that line may or may not have reached the files: a resume puts these old bytes back,
-cuts the log there, and goes on; a rollback puts all back and empties it. Both can be stopped and begun again. An entry at
-the end of a log that is not whole does not count: nothing that depends on it was written.
+cuts the log there, and goes on; a rollback puts all back and empties it. Both can be stopped and begun again. An entry
+at the end of a log that is not whole does not count: nothing that depends on it was written.
 
 A block of a disk is taken to hold what it held or what was written to it, not anything else, after a loss of power.
 """
@@ -21,7 +21,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import numpy as np
 from ..errors import CheckpointError
 from . import disk
 from .changes import write_changes
-from .disk import BLOCK, Source, up
+from .disk import BLOCK, Source, room, up
 from .family import Family
 from .schedule import Span
 from .streaming import Loaded
@@ -39,7 +38,7 @@ from .window import Change, Outcome
 NAME, LOG, FORMAT = "journal.json", "log", "fiun_fast.journal/1"
 _HEAD = struct.Struct("<8sQQ32s")  # magic, bytes of the JSON line, bytes of data, SHA-256 of both
 _MAGIC = b"fiunlog1"
-_COMMIT = 256 << 20  # changed bytes after which the models' files are flushed
+COMMIT = 256 << 20  # changed bytes after which the models' files are flushed
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Log:
 
     def _bytes(self, start: int, count: int) -> np.ndarray:
         first = start % BLOCK
-        array = np.frombuffer(mmap(-1, max(BLOCK, up(first + count))), np.uint8)
+        array = room(first + count)
         self._file.read(array, start - first, first + count)
         return array[first : first + count]
 
@@ -101,7 +100,7 @@ class Log:
         """Write an entry; `flushed`: it is on disk when this returns."""
         head = json.dumps(line).encode()
         size = sum(one.nbytes for one in data)
-        array = np.frombuffer(mmap(-1, up(_HEAD.size + len(head) + size)), np.uint8)
+        array = room(_HEAD.size + len(head) + size)
         at = _HEAD.size
         for one in (np.frombuffer(head, np.uint8), *data):
             array[at : at + one.nbytes] = one.view(np.uint8).reshape(-1)
@@ -212,7 +211,7 @@ def changed_since(path: Path, tensor: str) -> CheckpointError:
 
 def _read(file: Source, start: int, length: int) -> np.ndarray:
     first = start % BLOCK
-    array = np.frombuffer(mmap(-1, up(first + length)), np.uint8)
+    array = room(first + length)
     file.read(array, start - first, first + length)
     return array[first : first + length]
 
@@ -283,7 +282,7 @@ class JournalSink:
         self._touched |= {span.file for span in changes}
         self._unflushed += written
         self._number = loaded.window.number
-        if self._unflushed >= _COMMIT:
+        if self._unflushed >= COMMIT:
             self.commit()
         return written + sum(one.nbytes for one in data)
 

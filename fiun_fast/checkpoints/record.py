@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..version import __version__
 from .digests import Digests
-from .disk import BLOCK, Source, down, up
+from .disk import BLOCK, Source, down, room, up
 from .family import Family
 from .header import read_header
 from .schedule import Item
@@ -243,7 +242,7 @@ def digest_of(source: Source, start: int, stop: int) -> str:
 
 def pieces_of(source: Source, start: int, stop: int) -> Iterator[np.ndarray]:
     """Bytes start..stop of a file, some at a time; each piece is valid until the next one."""
-    array = np.frombuffer(mmap(-1, _CHUNK + BLOCK), np.uint8)
+    array = room(_CHUNK + BLOCK)
     at = start
     while at < stop:
         end = min(stop, at + _CHUNK)

@@ -13,9 +13,8 @@ from .family import Family
 from .header import BITS, Entry
 from .stored import StoredFisher
 
-SLOTS = (
-    4  # windows at a time: one is read, one is hashed, one is computed, one is written; and as much for the computing
-)
+# windows at a time: one is read, one is hashed, one is computed, one is written; and room for computing
+SLOTS = 4
 LARGEST = 64 << 20  # bytes of a window: more makes nothing faster
 _LEAST = 1024  # elements of a piece, where its tensor has as many
 _STEP = 4096  # elements; pieces begin at multiples of it, where they are long enough

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .digests import Digests
+from .disk import room
 from .family import Family
 from .schedule import SLOTS, Region, Schedule, Span, Window
 from .window import Outcome, Scratch, compute
@@ -93,11 +94,12 @@ def stream(
 
     """
     with ExitStack() as stack:
-        slots = deque(_slot(schedule.capacity) for _ in range(SLOTS))
+        slots = deque(torch.from_numpy(room(schedule.capacity)) for _ in range(SLOTS))
         scratch = Scratch(schedule.capacity)
         helpers = stack.enter_context(ThreadPoolExecutor(_HELPERS, "fiun_fast.disk"))
         stages = [ThreadPoolExecutor(1, f"fiun_fast.{name}") for name in ("read", "hash", "write")]
         reader, hasher, writer = stages
+        broken = threading.Event()  # a window could not be stored: no later one may be
         for one in stages:
             stack.callback(one.shutdown, wait=True, cancel_futures=True)
         left = iter(windows)
@@ -120,7 +122,7 @@ def stream(
                 else:
                     keep = sink is not None and sink.keep
                     outcome = compute(family, loaded.window, loaded.slot, scratch, dry_run=sink is None, keep=keep)
-                stored = writer.submit(_store, sink, loaded, outcome, digests, helpers)
+                stored = writer.submit(_store, sink, loaded, outcome, digests, helpers, broken)
                 going.append((loaded.slot, loaded.window, outcome, stored))
             while going and (going[0][3].done() or not (coming or (more and slots))):
                 slot, window, outcome, stored = going.popleft()
@@ -128,11 +130,6 @@ def stream(
                 slots.append(slot)
             if not (coming or going or more):
                 return
-
-
-def _slot(size: int) -> torch.Tensor:
-    """Memory that begins at a page, as direct reads want it."""
-    return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size), np.uint8))
 
 
 def _load(family: Family, window: Window, slot: torch.Tensor, past: Past | None, helpers: ThreadPoolExecutor) -> Loaded:
@@ -166,18 +163,29 @@ def _hash(read: Future[Loaded], digests: Digests | None, helpers: ThreadPoolExec
 
 
 def _store(
-    sink: Sink | None, loaded: Loaded, outcome: Outcome, digests: Digests | None, helpers: ThreadPoolExecutor
+    sink: Sink | None,
+    loaded: Loaded,
+    outcome: Outcome,
+    digests: Digests | None,
+    helpers: ThreadPoolExecutor,
+    broken: threading.Event,
 ) -> int:
     if sink is None:
         return 0
-    waiting = []
-    if digests is not None:
-        thetas = [part.span for piece in loaded.window.pieces for part in piece.thetas]
-        waiting = digests.write(thetas, outcome.changed, loaded.before, loaded.bytes_of, helpers)
-    written = 0 if loaded.past is not None else sink.store(loaded, outcome, helpers)
-    for one in waiting:
-        one.result()
-    return written
+    if broken.is_set():
+        raise CancelledError
+    try:
+        waiting = []
+        if digests is not None:
+            thetas = [part.span for piece in loaded.window.pieces for part in piece.thetas]
+            waiting = digests.write(thetas, outcome.changed, loaded.before, loaded.bytes_of, helpers)
+        written = 0 if loaded.past is not None else sink.store(loaded, outcome, helpers)
+        for one in waiting:
+            one.result()
+        return written
+    except BaseException:
+        broken.set()
+        raise
 
 
 def with_threads(threads: int | None) -> ExitStack:

@@ -51,7 +51,7 @@ class Outcome:
 
 
 class Scratch:
-    """Memory for what cannot be used as it lies, taken anew for each piece: new memory costs more than what it is for."""
+    """Memory for what cannot be used as it lies, taken anew for each piece: new pages cost much."""
 
     def __init__(self, size: int) -> None:
         self._room = torch.empty(size, dtype=torch.uint8)

@@ -75,11 +75,23 @@ def values(generator: torch.Generator, numel: int, dtype: torch.dtype) -> torch.
 class Family:
     """A random tree of sharded models on disk, and the same in memory."""
 
-    def __init__(self, root: Path, seed: int, *, fisher_dtype=torch.float32, rounded=False, models=4) -> None:
+    def __init__(
+        self,
+        root: Path,
+        seed: int,
+        *,
+        fisher_dtype=torch.float32,
+        rounded=False,
+        models=4,
+        wide=0,
+        origins=None,
+        small=False,
+    ) -> None:
         dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.root = root
-        shapes = {f"layer.{k}.weight": (dice.randint(1, 40), dice.randint(1, 60)) for k in range(6)}
-        shapes |= {f"layer.{k}.bias": (dice.randint(1, 90),) for k in range(4)} | {"scale": ()}
+        self.root, self.small = root, small
+        shapes = {f"layer.{k}.weight": (dice.randint(1, 40), dice.randint(1, 60)) for k in range(2 if small else 6)}
+        shapes |= {f"layer.{k}.bias": (dice.randint(1, 90),) for k in range(1 if small else 4)} | {"scale": ()}
+        shapes |= {"wide": (wide, 257)} if wide else {}
         names = [f"m{k}" for k in range(models)]
         self.parents = {n: tuple(dice.sample(names[:k], dice.randint(0, min(2, k)))) for k, n in enumerate(names)}
         self.tensors, self.originals, entries = {}, {}, []
@@ -94,7 +106,9 @@ class Family:
             keys = list(tensors)
             dice.shuffle(keys)
             self.tensors[name] = {key: tensors[key] for key in keys}
-            write_model(root / name, self.tensors[name], dice.randint(1, 4), {"format": "pt", "by": "tests"})
+            write_model(
+                root / name, self.tensors[name], dice.randint(1, 2 if small else 4), {"format": "pt", "by": "tests"}
+            )
             layout = ff.Layout(shapes)
             buffer = values(generator, layout.numel, fisher_dtype)
             self.originals[name] = self._saved(ff.Fisher(buffer, layout), f"{name}.fisher", dice, rounded)
@@ -102,15 +116,21 @@ class Family:
             lam = dice.choice([None, 0.25])
             entries.append(ModelEntry(name, root / name, root / f"{name}.fisher", self.parents[name], alpha, lam))
         self.forgets, forget = [], []
-        for k in range(dice.randint(1, 3)):
+        for k in range(dice.randint(1, 3) if origins is None else len(origins)):
             layout = ff.Layout(shapes)
             fisher = ff.Fisher(values(generator, layout.numel, fisher_dtype), layout)
             self.forgets.append(self._saved(fisher, f"f{k}.fisher", dice, rounded))
-            forget.append(ForgetEntry(dice.choice(names), root / f"f{k}.fisher", dice.choice([1.0, 1.0, 0.3])))
+            forget.append(
+                ForgetEntry(
+                    dice.choice(names) if origins is None else origins[k],
+                    root / f"f{k}.fisher",
+                    dice.choice([1.0, 1.0, 0.3]),
+                )
+            )
         self.tree = Tree(tuple(entries), tuple(forget), alpha=1.5, lam=0.7, merge=dice.choice(["max", "max", "sum"]))
 
     def _saved(self, fisher: ff.Fisher, name: str, dice: random.Random, rounded: bool) -> ff.Fisher:
-        more = {"shard_size": dice.choice([2000, 9000])} if dice.random() < 0.5 else {}
+        more = {"shard_size": dice.choice([2000, 9000])} if dice.random() < 0.5 and not self.small else {}
         more |= {"dtype": torch.bfloat16} if rounded else {}
         fisher.save(self.root / name, **more)
         return ff.Fisher.load(self.root / name)

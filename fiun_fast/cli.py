@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line: each subcommand sets `run`, which takes the options and returns the exit status."""
     parser = argparse.ArgumentParser(prog="fiun-fast", description="Machine unlearning in inheritance networks, fast.")
     parser.add_argument("--version", action="version", version=f"fiun-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")

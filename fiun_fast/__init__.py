@@ -3,6 +3,7 @@
 Method: FIUn with MFIM (arXiv 2408.08493); for one model, Selective Synaptic Dampening (arXiv 2308.07707).
 """
 
+from . import checkpoints as checkpoints
 from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import (
     ArgumentError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -61,8 +62,12 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 
 def _guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a command; what goes wrong with files is said in one line, names and all safe on a terminal."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in any language, whatever the terminal can show
     try:
-        return run(options)
+        status = run(options)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # the reader has seen enough: nothing more, and nothing at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -132,21 +137,33 @@ def _unlearn(options: argparse.Namespace) -> int:
         out = shown(options.out)
         then = f"the result is in {out}; `fiun-fast verify {out}` compares it with its record"
     else:
-        then = f"done; `fiun-fast rollback {shown(options.journal)}` gives the old bytes back"
+        then = _in_place(options)
     return _show(options, result, then)
+
+
+def _in_place(options: argparse.Namespace) -> str:
+    journal = shown(options.journal)
+    return f"the models are changed; `fiun-fast rollback {journal}` gives the old bytes back while {journal} is there"
 
 
 def _resume(options: argparse.Namespace) -> int:
     from .checkpoints import resume
 
-    then = f"done; `fiun-fast rollback {shown(options.journal)}` gives the old bytes back"
-    return _show(options, resume(options.journal), then)
+    with shown_progress("unlearning", quiet=options.quiet) as progress:
+        result = resume(options.journal, progress=progress)
+    return _show(options, result, _in_place(options))
 
 
 def _rollback(options: argparse.Namespace) -> int:
     from .checkpoints import rollback
 
-    return _show(options, rollback(options.journal), "the models have their old bytes again")
+    result = rollback(options.journal)
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        print(f"{human_size(result.bytes_written)} of old bytes put back in {result.seconds:.1f} s")
+    _say(options, f"the models are as they were; {shown(options.journal)} may be deleted")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from .version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 0 for success, 1 for an error that was explained, 2 for wrong arguments."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return options.run(options)
     except FiunError as error:
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line: each subcommand sets `run`, which takes the options and returns the exit status."""
     parser = argparse.ArgumentParser(prog="fiun-fast", description="Machine unlearning in inheritance networks, fast.")
     parser.add_argument("--version", action="version", version=f"fiun-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")

@@ -14,7 +14,7 @@ from . import kernels
 from .errors import BackendError
 from .version import __version__
 
-PACKAGES = ("torch", "triton", "numpy", "networkx", "safetensors", "rich", "scikit-learn", "matplotlib")
+PACKAGES = ("torch", "triton", "numpy", "networkx", "safetensors", "rich", "pyyaml", "scikit-learn", "matplotlib")
 
 
 def examine() -> dict[str, dict[str, str]]:

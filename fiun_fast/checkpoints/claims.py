@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 LARGEST = 1 << 22  # bytes that are read of a file
-LARGEST_YAML = 1 << 16  # characters that are parsed: a minute's work for 10 MB
+LARGEST_YAML = 1 << 15  # characters that are parsed, in two seconds at most
 MOST = 64  # models that one may come from
 LONGEST = 1000  # characters of a name
 
 CARD, ADAPTER, CONFIG = "README.md", "adapter_config.json", "config.json"
 MERGES = ("mergekit_config.yml", "mergekit_moe_config.yml")
+_NULL = ("null", "Null", "NULL", "~")  # of YAML, which is read as strings
 _MERGED = ("model", "base_model", "source_model")  # keys of a merge recipe that name a model, wherever they are
 
 
@@ -81,13 +82,15 @@ def _text(path: Path) -> str:
 
 
 def _yaml(text: str) -> Any:
-    import yaml  # in Python, not by libyaml, which a text that is nested deeply enough brings down
+    import yaml
 
     if len(text) > LARGEST_YAML:
         raise OddError(f"has {len(text):,} characters of YAML, expected at most {LARGEST_YAML:,}")
     try:
-        return yaml.load(text, yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        # Strings, lists and tables only: no merge keys, which can double with every line, no dates, no objects. And in
+        # Python, not by libyaml, which a text that is nested deeply enough brings down.
+        return yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
         raise OddError(f"is no valid YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
         raise OddError("is no valid YAML: nested too deeply") from None
@@ -113,7 +116,7 @@ def _string(key: str, found: Any) -> str:
         return ""
     if not isinstance(found, str):
         raise OddError(f"{key} is of type {type(found).__name__}, expected a string")
-    return found.strip()
+    return "" if found.strip() in _NULL else found.strip()
 
 
 def _card(path: Path) -> Iterator[Claim]:
@@ -134,7 +137,7 @@ def _card(path: Path) -> Iterator[Claim]:
             inside = re.match(r"""(["']?)base_model(_relation)?\1\s*:""", line) is not None
         if inside:
             kept.append(line)
-    found = _yaml("\n".join(kept)) or {}
+    found = _yaml("\n".join(kept)) if kept else {}
     if not isinstance(found, dict):
         raise OddError("its YAML head is no table")
     relation = _string("base_model_relation", found.get("base_model_relation"))

@@ -15,6 +15,7 @@ from ..errors import ArgumentError, CheckpointError, FiunError
 from . import disk, record
 from .digests import Digests
 from .disk import Source
+from .entries import Tree, absolute
 from .family import Family
 from .header import read_header
 from .journal import Journal, JournalSink, Past, begin
@@ -23,7 +24,6 @@ from .result import Result
 from .run import Run, bytes_of_models, bytes_read, result_of
 from .schedule import Schedule, items_of, rest_of
 from .streaming import Progress, stream, with_threads
-from .tree import Tree, absolute
 from .tree_file import read_tree
 
 Location = str | os.PathLike[str]

@@ -16,11 +16,11 @@ from ..errors import ArgumentError, CheckpointError, DagError
 from ..kernels.table import Dampening, Merging
 from ..provenance import warn_if_unlike
 from .disk import Source
+from .entries import ModelEntry, Tree
 from .folder import Weights, open_weights
 from .header import FLOATS, Entry
 from .matching import match
 from .stored import StoredFisher
-from .tree import ModelEntry, Tree
 
 _OTHERS = {"U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool, "I16": torch.int16, "I32": torch.int32}
 _OTHERS |= {"I64": torch.int64, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "C64": torch.complex64}

@@ -13,7 +13,7 @@ import networkx as nx
 from ..errors import FileWriteError
 from ..files import location, write_text
 from .alike import Shared
-from .tree import Tree
+from .entries import Tree
 from .wording import counted, human_size, shown
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from ..errors import CheckpointError, LayoutError
 from ..naming import matched, near
 from ..wrappers import plain_name
+from .entries import ModelEntry
 from .folder import ADAPTER_CONFIG, Weights
-from .tree import ModelEntry
 
 # in memory PEFT's parameters have the adapter's name in theirs, in its files they have not
 _ADAPTER = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$)[^.]+")

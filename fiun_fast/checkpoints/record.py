@@ -17,11 +17,11 @@ from ..errors import CheckpointError
 from ..version import __version__
 from .digests import Digests
 from .disk import BLOCK, Source, down, room, up
+from .entries import ForgetEntry, ModelEntry, Tree
 from .family import Family
 from .header import read_header
 from .schedule import Item
 from .stored import StoredFisher
-from .tree import ForgetEntry, ModelEntry, Tree
 
 NAME = "fiun-fast.json"
 FORMAT = "fiun_fast.checkpoints/1"

@@ -14,7 +14,7 @@ from ..arguments import MERGE_RULES, check_number, check_one_of
 from ..errors import ArgumentError, TreeFileError
 from ..files import location
 from ..naming import near
-from .tree import ForgetEntry, ModelEntry, Tree
+from .entries import ForgetEntry, ModelEntry, Tree
 
 if sys.version_info >= (3, 11):
     import tomllib

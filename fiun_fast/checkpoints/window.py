@@ -153,7 +153,8 @@ def compute(family: Family, window: Window, slot: Tensor, scratch: Scratch, *, d
         found = counts.tolist()
         for theta in piece.thetas:
             selected, zeroed, nonfinite = found[theta.who]
-            outcome.counts[piece.item, theta.who] = selected, zeroed, nonfinite
+            a, b, c = outcome.counts.get((piece.item, theta.who), (0, 0, 0))  # a window may have two pieces of an item
+            outcome.counts[piece.item, theta.who] = a + selected, b + zeroed, c + nonfinite
             if selected and not dry_run:
                 span = theta.span
                 change = changed(before[span], bytes_of[span], span.start) if keep else None

@@ -11,11 +11,11 @@ from families import write_model
 from safetensors.torch import save_file
 
 import fiun_fast as ff
+from fiun_fast.checkpoints import ModelEntry
 from fiun_fast.checkpoints.disk import Source
 from fiun_fast.checkpoints.folder import INDEX, open_weights
 from fiun_fast.checkpoints.header import read_header
 from fiun_fast.checkpoints.matching import match
-from fiun_fast.checkpoints.tree import ModelEntry
 
 
 def tensors(*names: str) -> dict[str, torch.Tensor]:

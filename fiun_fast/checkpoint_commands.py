@@ -222,7 +222,7 @@ def _line(console: Any, text: str) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000)
+    return Console(file=sys.stdout, width=1000)  # no number is cut: where a line is too long, the terminal breaks it
 
 
 def _say(options: argparse.Namespace, text: str) -> None:

@@ -70,7 +70,7 @@ def held(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
-def selected(name: str, seed: int, alpha: float) -> int:
+def selected(seed: int, alpha: float) -> int:
     return int((llama.fisher(2).buffer > llama.fisher(seed).buffer * alpha).sum())
 
 
@@ -82,7 +82,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(family, capsys):
     assert " ".join(lines[0].split()) == "model requests at alpha lambda elements selected share zeroed not finite"
     numel = llama.fisher(0).numel
     for line, name, seed, alpha in ((lines[1], "llama", 0, 2.0), (lines[2], "chat", 1, 1.5)):
-        count = selected(name, seed, alpha)
+        count = selected(seed, alpha)
         row = [name, "llama", f"{alpha:g}", "1", f"{numel:,}", f"{count:,}", f"{count / numel:.2%}", "0", "0"]
         assert line.split() == row
     assert lines[3].split() == ["other", "none:", "as", "it", "was"]
@@ -154,7 +154,7 @@ def test_plain_data(family, capsys):
     found = json.loads(out)
     assert (status, err) == (0, "")
     assert [m["name"] for m in found["models"]] == ["llama", "chat", "other"]
-    assert found["models"][1]["selected"] == selected("chat", 1, 1.5)
+    assert found["models"][1]["selected"] == selected(1, 1.5)
     assert found["models"][1]["copied"] == {"ids": "I8"}
     assert found["bytes_written"] > 0 and found["mode"] == "out"
     status, out, _ = run(capsys, "tree", ".", "--json")
@@ -258,6 +258,15 @@ def test_a_terminal_that_knows_ascii_only(family, monkeypatch):
         sys.stdout.flush()
         text = raw.getvalue().decode("ascii")
     assert r"\xf6ther\n  " in text and "|   `-- chat" in text
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(family, monkeypatch):
+    narrow = Terminal()
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert cli.main(["unlearn", "tree.toml", "--dry-run"]) == 0
+    assert f" {selected(1, 1.5):,} " in narrow.getvalue() and "…" not in narrow.getvalue()
 
 
 def test_a_reader_that_has_seen_enough(family, monkeypatch):

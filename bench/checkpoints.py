@@ -137,7 +137,7 @@ def make(root: Path, gigabytes: float) -> None:
             where |= dict.fromkeys(held, file)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
         (folder / "config.json").write_text('{"model_type": "llama"}')
-    last = sorted(name for name in whole if "layers.0" in name or name == "lm_head.weight")
+    last = sorted(name for name in whole if "layers.0" in name)
     for kind, chosen, dtype in (
         ("float32", names, None),
         ("bfloat16", names, torch.bfloat16),

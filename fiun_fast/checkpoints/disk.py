@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from mmap import mmap
 from pathlib import Path
@@ -69,7 +70,7 @@ class Source:
     """
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
-        self.path, self._fd, self._cached = path, -1, -1
+        self.path, self._fd, self._cached, self._once = path, -1, -1, threading.Lock()
         mode = os.O_RDWR if writable else os.O_RDONLY
         self._mode = mode
         try:
@@ -91,13 +92,12 @@ class Source:
         """
         done = 0
         try:
-            while done < needed:
-                got = SYSTEM.pread(self._fd, [into[done : done + _MOST]], offset + done)
-                if got == 0:
-                    break
-                done += got
-                if done < needed and got % BLOCK:  # what is left is not aligned: at the end, or after a short read
-                    break
+            with _if_aligned():
+                while done < needed and done % BLOCK == 0:  # after a short read, or at the end, it is not aligned
+                    got = SYSTEM.pread(self._fd, [into[done : done + _MOST]], offset + done)
+                    if got == 0:
+                        break
+                    done += got
             while done < needed:
                 got = SYSTEM.pread(self.cached, [into[done:needed]], offset + done)
                 if got == 0:
@@ -109,12 +109,13 @@ class Source:
     @property
     def cached(self) -> int:
         """A descriptor for what is not aligned."""
-        if self._cached < 0:
-            self._cached = _opened(self.path, self._mode, direct=False)
-            found = os.fstat(self._cached)
-            if (found.st_dev, found.st_ino) != self.identity:
-                raise CheckpointError(f"{self.path}: was replaced meanwhile")
-        return self._cached
+        with self._once:
+            if self._cached < 0:
+                self._cached = _opened(self.path, self._mode, direct=False)
+                found = os.fstat(self._cached)
+                if (found.st_dev, found.st_ino) != self.identity:
+                    raise CheckpointError(f"{self.path}: was replaced meanwhile")
+            return self._cached
 
     def write(self, data: np.ndarray, offset: int) -> None:
         """Write in place; a FileWriteError says what failed."""
@@ -237,6 +238,16 @@ def _allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
+@contextlib.contextmanager
+def _if_aligned() -> Iterator[None]:
+    """Direct traffic that a device refuses, as its blocks are larger, goes through the page cache after this."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+
+
 def _write(path: Path, fd: int, cached: int, data: np.ndarray, offset: int) -> None:
     """Whole blocks directly, where memory is aligned as the file is; edges and small things through the cache."""
     try:
@@ -245,10 +256,9 @@ def _write(path: Path, fd: int, cached: int, data: np.ndarray, offset: int) -> N
             write_all(cached, data, offset)
             return
         at = first
-        while at < last:
-            at += SYSTEM.pwrite(fd, data[at : min(last, at + _MOST)], offset + at)
-            if at % BLOCK != first % BLOCK:  # a short write: what is left is not aligned
-                break
+        with _if_aligned():
+            while at < last and (at - first) % BLOCK == 0:  # after a short write it is not aligned
+                at += SYSTEM.pwrite(fd, data[at : min(last, at + _MOST)], offset + at)
         if first:
             write_all(cached, data[:first], offset)
         if at < len(data):

@@ -76,6 +76,39 @@ def test_only_blocks_with_a_selection_are_written(tmp_path, monkeypatch):
     assert (tmp_path / "j" / "log").stat().st_size < 4 * 4096
 
 
+def test_devices_that_refuse_direct_traffic(tmp_path, monkeypatch):
+    """Blocks may be larger than ours: then everything goes through the page cache."""
+    direct = getattr(os, "O_DIRECT", 0)
+    fcntl = pytest.importorskip("fcntl")
+    refused = []
+
+    class Coarse(disk.System):
+        @staticmethod
+        def checked(fd, function, *arguments):
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & direct:
+                refused.append(fd)
+                raise OSError(22, "Invalid argument")
+            return function(fd, *arguments)
+
+        def pread(self, fd, *arguments):
+            return self.checked(fd, os.preadv, *arguments)
+
+        def pwrite(self, fd, *arguments):
+            return self.checked(fd, os.pwrite, *arguments)
+
+    family = Family(tmp_path / "f", 22, wide=300)
+    expected, _ = family.expected()
+    monkeypatch.setattr(disk, "SYSTEM", Coarse())
+    unlearn(family.tree, out=tmp_path / "out")
+    unlearn(family.tree, in_place=True, journal=tmp_path / "j")
+    for where in (tmp_path / "out", family.root):
+        assert all(same(read_model(where / n), t) == [] for n, t in expected.items())
+    assert verify(tmp_path / "j")
+    rollback(tmp_path / "j")
+    assert same(read_model(family.root / "m0"), family.tensors["m0"]) == []
+    assert refused or not direct
+
+
 def test_a_clone_gets_only_what_changed(tmp_path, monkeypatch):
     """Where the file system copies on write; here a copy stands for that."""
     family = Family(tmp_path / "f", 31, wide=300)

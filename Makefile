@@ -5,8 +5,6 @@ TORCH  ?= 2.13.0
 TEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 FUZZ_SEED    ?= 0
-# built, tested and put into the wheel where there is nvcc, GPU or not
-export FIUN_FAST_CUDA ?= auto
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
@@ -47,12 +45,12 @@ bench-check: install  ## have ratios dropped by more than 30 % since the committ
 plots: install  ## pictures in docs/img/ and tables in README.md and docs/performance.md, from committed results
 	$(BIN)/python bench/plots.py
 
-wheel: $(BUILT)  ## manylinux wheel for this Python, and a source distribution, in dist/
+wheel: $(BUILT)  ## manylinux wheel for this Python, and a source distribution, in dist/; with GPU code where there is nvcc
 	@ls -l "$$(cat $(BUILT))" | awk '{ printf "%s, %.2f MB\n", $$9, $$5 / 1e6 }'
 
 $(BUILT): $(STAMP) README.md LICENSE MANIFEST.in $(wildcard fiun_fast/*.py fiun_fast/*/*.py)
 	rm -rf build/dist
-	$(BIN)/python -m build --outdir build/dist .
+	FIUN_FAST_CUDA=$${FIUN_FAST_CUDA:-auto} $(BIN)/python -m build --outdir build/dist .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir build/dist/repaired build/dist/*.whl
 	mkdir -p dist && cp build/dist/*.tar.gz build/dist/repaired/*.whl dist/
 	echo dist/"$$(basename build/dist/repaired/*.whl)" > $@

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,7 +37,7 @@ ARCHS = ("80", "86", "89", "90", "100", "120")
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 PLACES = f"{CUDA_HOME}/bin" if CUDA_HOME else f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
 NVCC = shutil.which("nvcc", path=PLACES)
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "--threads=2"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0"]
 
 
 class Build(build_ext):
@@ -44,7 +45,8 @@ class Build(build_ext):
 
     def run(self) -> None:
         """Build all; says first what that is."""
-        building = ", ".join(ext.name for ext in self.extensions) or "no extension"
+        names = [f"{ext.name} (some minutes)" if ext.name.endswith("_cuda") else ext.name for ext in self.extensions]
+        building = ", ".join(names) or "no extension"
         print(f"fiun_fast: building {building}", *(f"no _{kind}: {why}" for kind, why in LEFT_OUT.items()), sep="; ")
         self.local = self.inplace or self.editable_mode  # inplace is reset on the way to build_extension
         super().run()
@@ -53,12 +55,28 @@ class Build(build_ext):
         """Compile and link, or warn."""
         kind = ext.name.rpartition("_")[2]
         try:
-            self.build_cuda(ext) if kind == "cuda" else super().build_extension(ext)
+            self.build_cuda(ext) if kind == "cuda" else self.build_cpu(ext)
         except Exception as error:
             if CHOICE[kind] == "1":
                 raise
             self.warn(f"{ext.name} could not be built ({error}); fiun_fast works without the {kind} backend. "
                       f"To have it, install {NEEDS[kind]} and install fiun_fast again.")  # fmt: skip
+
+    def build_cpu(self, ext: Extension) -> None:
+        """Build as setuptools does, with all sources compiled at once: it would take them one after another."""
+        compile_these = self.compiler.compile
+        Path(self.build_temp, Path(ext.sources[0]).parent).mkdir(parents=True, exist_ok=True)
+
+        def at_once(sources: list[str], *args: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = list(pool.map(lambda source: compile_these([source], *args, **options), sources))
+            return [path for paths in made for path in paths]
+
+        self.compiler.compile = at_once
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_these
 
     def architectures(self) -> list[str]:
         """As ["80", "90", "90+PTX"]: those asked for, else those of ARCHS that nvcc knows."""
@@ -75,12 +93,15 @@ class Build(build_ext):
         return [*archs, f"{archs[-1]}+PTX"]
 
     def build_cuda(self, ext: Extension) -> None:
-        """Compile each source for all architectures, several at once, and link with the static CUDA runtime."""
+        """Compile each source for all architectures, as many at once as there are cores, and link; static runtime."""
         archs = self.architectures()
         code = [f"-gencode=arch=compute_{n},code={'compute' if ptx else 'sm'}_{n}"
                 for n, _, ptx in (arch.partition("+") for arch in archs)]  # fmt: skip
         include = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
-        flags = [*NVCC_FLAGS, *code, *include, f'-DFIUN_CUDA_ARCHS="{",".join(archs)}"']
+        cores = os.cpu_count() or 1
+        workers = min(cores, len(ext.sources))
+        threads = f"--threads={min(len(code), -(-cores // workers))}"
+        flags = [*NVCC_FLAGS, threads, *code, *include, f'-DFIUN_CUDA_ARCHS="{",".join(archs)}"']
         folder, target = Path(self.build_temp, "cuda"), Path(self.get_ext_fullpath(ext.name))
         self.mkpath(str(folder))
         self.mkpath(str(target.parent))
@@ -90,7 +111,7 @@ class Build(build_ext):
             subprocess.run([str(NVCC), *flags, "-c", source, "-o", made], check=True)
             return made
 
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, len(ext.sources))) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             objects = list(pool.map(compiled, ext.sources))
         libraries = f"-L{Path(str(NVCC)).parent.parent / 'lib'}"  # lib64 is known to nvcc; its wheels have it in lib
         link = [str(NVCC), "-shared", "-cudart=static", libraries, "-Xlinker=-s", *code, "-o", str(target)]

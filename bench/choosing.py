@@ -105,19 +105,21 @@ def sweep(network: Network, label: int) -> Iterator[tuple[str, dict[str, Point],
     fixed: dict[str, dict[str, float]] = {
         "α = 10, λ = 1": dict.fromkeys(watches, 10.0),
         "adaptive α, λ = 1": {node: float(auto[node].alpha or 0) for node in watches},
-        "search_alpha, λ = 1": {node: choice.alpha for node, choice in found.items()},
+        "search_alpha, λ = 1": {node: choice.alpha for node, choice in found.items() if found.points[node][1:]},
     }
     plan = ff.plan(dag, requests, alpha=0.0)
     grids = default_grids(plan, POINTS)
     with plan.trials(alpha=None) as trials:
 
         def at(alphas: Mapping[str, float], lam: float, index: int = -1) -> dict[str, Point]:
-            trials.run(alpha=alphas, lam=lam)
+            trials.run(alpha=dict.fromkeys(watches, 1.0) | alphas, lam=lam)
             seen = {node: watch.see(index, lam) for node, watch in watches.items()}
             trials.restore()
             return seen
 
-        without = {name: at(alphas, 1.0) for name, alphas in fixed.items()}
+        without = {
+            name: before | {n: p for n, p in at(alphas, 1.0).items() if n in alphas} for name, alphas in fixed.items()
+        }
         tried = [
             at({node: grid[min(k, len(grid) - 1)] for node, grid in grids.items()}, lam, k)
             for lam in LAMBDAS

@@ -21,7 +21,7 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .fisher import Fisher
 from .kernels.table import Dampening
 from .layout import Layout, Segment
-from .naming import Names, matched
+from .naming import Names, lacking, matched
 from .wrappers import check_gathered
 
 PerNode = float | Mapping[str, float]
@@ -243,7 +243,10 @@ def _check_parameter(node: ReachedNode, segment: Segment, theta: Described | Non
     if isinstance(node.model, torch.nn.Module) and (theta is None or theta.shape != segment.shape):
         check_gathered(f"the model of node {node.name!r}", node.model)
     if theta is None:
-        raise LayoutError(f"node {node.name!r}: the model has no parameter {segment.name!r}, its original Fisher has")
+        raise LayoutError(
+            f"node {node.name!r}: the model has no parameter {segment.name!r}, its original Fisher has"
+            f"{lacking(node.model, segment.name)}"
+        )
     if theta.shape != segment.shape:
         raise LayoutError(f"{where}: shape {list(theta.shape)} in the model, {list(segment.shape)} in its Fisher")
     if theta.dtype not in THETA_DTYPES:

@@ -201,7 +201,8 @@ def check_model(name: str, model: object) -> None:
     """Raise an ArgumentError where the model of that node is none."""
     if not isinstance(model, (torch.nn.Module, Mapping)):
         found = type(model).__name__
-        raise ArgumentError(f"node {name!r}: model is a {found}, expected a module or a dict of tensors")
+        hint = "; pass the module that it was made from" if found == "ExportedProgram" else ""
+        raise ArgumentError(f"node {name!r}: model is a {found}, expected a module or a dict of tensors{hint}")
     if isinstance(model, torch.nn.Module):
         check_module(f"node {name!r}: model", model)
 

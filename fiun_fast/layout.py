@@ -10,6 +10,7 @@ from operator import index
 import torch
 
 from .errors import ArgumentError, LayoutError
+from .memory import flaw_of_kind
 from .naming import matched, near
 from .scope import Params, select_parameters
 
@@ -114,12 +115,20 @@ class Layout:
 
     @classmethod
     def from_module(cls, model: torch.nn.Module, params: Params = None) -> Layout:
-        """Layout of a module's parameters; see `select_parameters` for `params` and the errors."""
+        """Layout of a module's parameters, also on meta; see `select_parameters` for `params` and the errors."""
         return cls({name: p.shape for name, p in select_parameters(model, params).items()})
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Layout:
-        """Layout of a dict of tensors, in the order of the dict."""
+        """Layout of a dict of tensors, in the order of the dict.
+
+        Raises:
+            LayoutError: one is no dense tensor of its own shape: a DTensor, sparse, nested, lazy, ….
+
+        """
+        for name, t in tensors.items():
+            if (flaw := flaw_of_kind(t)) is not None:
+                raise flaw.raised(f"{name!r}")
         return cls({name: t.shape for name, t in tensors.items()})
 
     def __getitem__(self, name: str) -> Segment:
@@ -197,16 +206,20 @@ class Layout:
         """
         called = matched(other.names, self.names) if called is None else called
         its = {called.get(s.name, s.name): s for s in other}
-        lines = [f"{s.name} {s} only in {mine}" for s in self if s.name not in its]
-        lines += [f"{s.name} {s} only in {theirs}" for name, s in its.items() if name not in self]
-        lines += [
-            f"{s.name} is {s} in {mine} and {its[s.name]} in {theirs}"
-            for s in self
-            if s.name in its and not s.fits(its[s.name])
+        kinds = [
+            [f"{s.name} {s} only in {mine}" for s in self if s.name not in its],
+            [f"{s.name} {s} only in {theirs}" for name, s in its.items() if name not in self],
+            [
+                f"{s.name} is {s} in {mine} and {its[s.name]} in {theirs}"
+                for s in self
+                if s.name in its and not s.fits(its[s.name])
+            ],
         ]
-        if not lines:
+        if (count := sum(map(len, kinds))) == 0:
             return None
-        return "; ".join(lines[:8]) + (f"; … {len(lines) - 8} more" if len(lines) > 8 else "")
+        most = 8 // sum(map(bool, kinds)) if count > 8 else 8
+        shown = [line for lines in kinds for line in lines[:most]]
+        return "; ".join(shown) + (f"; … {count - len(shown)} more" if count > len(shown) else "")
 
 
 def _size(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from .homes import Container, Counters, Home, Homes, all_held
 from .memory import all_plain, check_addressable, check_writable, has_no_shape
 from .naming import Names, matched
 from .vectors import Vector, all_fit
-from .wrappers import check_not_merged, is_wrapper
+from .wrappers import check_no_engine, check_not_merged, is_wrapper, wrapper_of
 
 _IS_NESTED = attrgetter("is_nested")
 V = TypeVar("V", bound=Vector)
@@ -265,10 +265,15 @@ class LiveMemory:
         keys: list[list[str]] = []
         inside = [isinstance(model, nn.Module) for model in models]
         owned: dict[str, list[Container | None]] = {}
-        owners: dict[str, list[nn.Module | None]] = {
-            "": [model if i else None for model, i in zip(models, inside, strict=True)]  # type: ignore[misc]
-        }
-        self._wrapped = any(map(is_wrapper, set(map(type, models))))
+        if any(map(is_wrapper, set(map(type, models)))):
+            for i, model in zip(nodes, models, strict=True):
+                if isinstance(model, nn.Module):
+                    check_no_engine(f"the model of node {self._nodes[i].name!r}", model)
+        bare: list[nn.Module | None] = [model if i else None for model, i in zip(models, inside, strict=True)]  # type: ignore[misc]
+        while (key := _wrapped_alike(bare)) is not None:
+            bare = self._owners({"": bare}, key)
+        owners = {"": bare}
+        self._wrapped = any(map(is_wrapper, set(map(type, bare))))
         for name in names:
             path, _, key = name.rpartition(".")
             if path not in owned:
@@ -339,3 +344,12 @@ class LiveMemory:
                 self.links.add([mapping for mapping, _ in both], key, [child for _, child in both])
             owners[path] = children
         return owners[path]
+
+
+def _wrapped_alike(modules: Sequence[nn.Module | None]) -> str | None:
+    """The key of what is wrapped, where all are wrappers of one kind that a model may be called without."""
+    if not any(map(is_wrapper, set(map(type, modules)))):  # as a rule
+        return None
+    found = {None if module is None else wrapper_of(module) for module in modules}
+    (wrapper, *more) = found
+    return None if more or wrapper is None or not wrapper.bypassed else wrapper.key

@@ -81,6 +81,29 @@ def flaw_of(tensor: Any) -> Flaw | None:
     return flaw_of_storage(tensor)
 
 
+def flaw_of_kind(tensor: Any) -> Flaw | None:
+    """What is wrong with laying out a tensor by its shape, or None: `flaw_of` without a look at its memory.
+
+    A tensor on meta has a shape like any other; that it has no numbers is said where these are needed.
+    """
+    if type(tensor) in _TYPES and (tensor.is_meta or _dispatch_keys(tensor).raw_repr() in _PLAIN):
+        return None
+    return _kind_of(tensor) if isinstance(tensor, Tensor) else flaw_of(tensor)
+
+
+def check_loaded(model: torch.nn.Module) -> None:
+    """Raise a FiunError for the first parameter or buffer that is on meta, freed or lazy: a forward needs all."""
+    for what, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in named:
+            flaw = None
+            if is_lazy(tensor) or tensor.is_meta:
+                flaw = flaw_of(tensor)
+            elif type(tensor) in _TYPES and _dispatch_keys(tensor).raw_repr() in _PLAIN:
+                flaw = flaw_of_storage(tensor)
+            if flaw is not None:
+                raise flaw.raised(f"{what} {name!r}")
+
+
 def all_plain(tensors: list[Any]) -> bool:
     """Whether all are tensors without a flaw, contiguous and of one dtype; False where that is not certain.
 

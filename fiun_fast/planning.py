@@ -24,7 +24,7 @@ from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
 from .ratios import Ratios
 from .report import Audit, Facts, Report
-from .sharing import check_unshared
+from .sharing import check_unshared, warn_of_copies
 from .summary import Traffic, summary, traffic_of
 from .tiles import examine, tiles
 from .undo import Recorder, UndoLog
@@ -98,6 +98,7 @@ class Plan:
         program = compile_program(self._nodes, self._requests, self._on_mismatch, memory.describe)
         parts = bind(program, memory, self._merging, self._dampening, self._backend)
         check_unshared(memory, self._nodes, self._bystanders)
+        warn_of_copies(memory, self._nodes)
         memory.settle()
         self.parts: list[Part] = parts
         self._devices = tuple(dict.fromkeys(part.table.device for part in parts))

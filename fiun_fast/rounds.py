@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class Round:
         turn: how many repairs came before it.
         active: items that were still remembered before it.
         loss: their mean loss before it.
-        alpha: threshold that selected about `share` of the elements.
+        alpha: threshold that selected at most `share` of the elements.
         selected: elements scaled.
 
     """
@@ -246,14 +247,17 @@ class _State:
         return total
 
     def _threshold(self, share: float) -> float:
-        """The ratio g^2 / I that about `share` of all elements exceed, among those that the sign admits."""
+        """The ratio g^2 / I that at most `share` of all elements exceed, among those that the sign admits."""
         profile = self._plan.profile()["model"]
         ranked = int(profile.counts.sum())  # with a finite ratio
         above = int(share * profile.numel)
         if above >= ranked:
             return 0.0
         rank = ranked - 1 - above
-        return float(self._plan.ratios().smallest(torch.tensor([[rank]]).numpy())[0, 0])
+        ratio = self._plan.ratios().smallest(np.array([[rank]]))[0, 0]
+        # a ratio is rounded: times I it may fall short of g^2 itself, its successor cannot
+        kind = np.float64 if self._forget.dtype == torch.float64 else np.float32
+        return float(min(np.nextafter(kind(ratio), kind(np.inf)), np.finfo(kind).max)) if ratio else 0.0
 
 
 class _Copies:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .arguments import THETA_DTYPES, short
 from .errors import ArgumentError, DTypeError, LayoutError, ScopeWarning, warn
+from .memory import flaw_of_kind
 from .naming import Names, near
-from .wrappers import check_gathered, is_adapted, is_adapted_layer, plain_name, unwrap
+from .wrappers import check_gathered, is_adapted, is_adapted_layer, plain_name, said_of_quantised, unwrap
 
 One = str | nn.Module | Tensor
 Params = One | Iterable[One] | Callable[[str, Tensor], bool] | None
@@ -24,7 +25,8 @@ _HEADS = ("get_classifier", "get_output_embeddings")  # timm, transformers
 def check_module(what: str, model: object) -> None:
     """Raise an ArgumentError that begins with `what`, unless it is a torch.nn.Module, and not one of TorchScript."""
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{what} is a {type(model).__name__}, expected a torch.nn.Module")
+        hint = "; pass the module that it was made from" if type(model).__name__ == "ExportedProgram" else ""
+        raise ArgumentError(f"{what} is a {type(model).__name__}, expected a torch.nn.Module{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError(f"{what} is a TorchScript module; pass the module that it was made from")
 
@@ -43,8 +45,8 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
 
     Raises:
         LayoutError: a pattern matches nothing (the message lists near names), a submodule or parameter is not the
-            model's, nothing is selected, a selected parameter has no shape yet, or the model is cut up by
-            FullyShardedDataParallel (FSDP1).
+            model's, nothing is selected, a selected parameter has no shape yet or is no dense tensor (a DTensor,
+            sparse, nested, …), or the model is cut up by FullyShardedDataParallel (FSDP1).
         DTypeError: a selected parameter is not float32, float64, bfloat16 or float16.
         ArgumentError: `params` or `model` is of another type.
 
@@ -57,8 +59,8 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
     if not selected:
         raise LayoutError(_nothing(model, names, none_trained=params is None))
     for name, p in selected.items():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise LayoutError(f"parameter {name!r} has no shape yet: run the lazy module once on a batch")
+        if (flaw := flaw_of_kind(p)) is not None:
+            raise flaw.raised(f"parameter {name!r}")
         if p.dtype not in THETA_DTYPES:
             raise DTypeError(f"parameter {name!r} is {p.dtype}, expected one of {', '.join(map(short, THETA_DTYPES))}")
     return selected
@@ -116,11 +118,13 @@ def _owned(names: Names, parameters: Sequence[Tensor], what: str) -> list[Tensor
 def _nothing(model: nn.Module, names: Names, none_trained: bool) -> str:
     kind = type(unwrap(model).module).__name__
     if not names.first:
-        return f"{kind} has no parameters"
+        return f"{kind} has no parameters{said_of_quantised(model)}"
     text = f"no parameter of {kind} is selected ({len(names.first)} exist)"
     if not none_trained:
         return text
     advice = "load the adapter with is_trainable=True, or " if is_adapted(model) else ""
+    if advice and any(is_adapted_layer(module) and module.disable_adapters for module in model.modules()):
+        advice = "the adapter is disabled, enable it, or "
     return f"{text}: none requires grad; {advice}name them with params="
 
 

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .compiling import ReachedNode
 from .dag import Model
-from .errors import LayoutError
+from .errors import LayoutError, ScopeWarning, warn
 from .live import LiveMemory
+from .memory import flaw_of
 from .overlaps import held_by, name_in, overlaps
 
 _ADVICE = "it would change unnoticed; clone one of them, or take both into the plan"
@@ -61,6 +63,52 @@ def check_unshared(memory: LiveMemory, nodes: Sequence[ReachedNode], bystanders:
         if same and not isinstance(model, nn.Module) and owners[id(bound[i])] == index:
             continue
         raise LayoutError(f"{memory.label(bound[i])} shares memory with {_label(name, model, others[j])}: {_ADVICE}")
+
+
+def warn_of_copies(memory: LiveMemory, nodes: Sequence[ReachedNode]) -> None:
+    """Warn where a dict keeps what will be dampened a second time, out of scope: a tied weight that a file took apart.
+
+    Numbers are compared, so that only the first nodes are looked at: families are saved alike.
+
+    Args:
+        memory: where the parameters were bound.
+        nodes: those of the program.
+
+    Warns:
+        ScopeWarning: names both.
+
+    """
+    owners = memory.owners
+    dicts = ((i, node.model) for i, node in enumerate(nodes[:64]) if not isinstance(node.model, nn.Module))
+    others: list[tuple[int, str, Tensor]] = [
+        (i, name, tensor)
+        for i, model in dicts
+        if len(model) > len(nodes[i].fisher.layout.names)  # else it is all in scope, as in most plans of many dicts
+        for name, tensor in model.items()
+        if isinstance(tensor, Tensor) and id(tensor) not in owners and flaw_of(tensor) is None
+    ]
+    bound: dict[tuple, list[Tensor]] = {}
+    for tensor in memory.parameters if others else ():
+        bound.setdefault((owners[id(tensor)], *_kind(tensor)), []).append(tensor)
+    for i, name, other in others:
+        for tensor in bound.get((i, *_kind(other)), ()):
+            if other.data_ptr() != tensor.data_ptr() and _same_numbers(tensor, other):
+                warn(
+                    f"{memory.label(tensor)} has the numbers of {name!r}, which stays as it is: if they are one tied "
+                    "weight, copy the former to the latter afterwards",
+                    ScopeWarning,
+                )
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices are the same and not constant; as new layers are, and pairs of them by chance."""
+    if one.dim() < 2 or one.numel() < 2 or not bool((one[0] == other[0]).all()):
+        return False
+    return torch.equal(one, other) and not bool((one == one.reshape(-1)[0]).all())
 
 
 def _label(node: str, model: Model, tensor: Tensor) -> str:

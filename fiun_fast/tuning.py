@@ -128,8 +128,8 @@ def search_alpha(
     """Choose alpha with no other data than what is to be forgotten, as PTN searches (Potion, arXiv 2406.09173).
 
     Alpha is a percentile of the node's finite ratios m / I. From `start` the percentile goes down by `step` until the
-    accuracy on the forget data has fallen below rho times what it was before dampening; each node stops by itself. A
-    node that is at 0 before it starts stops at the first percentile.
+    accuracy on the forget data has fallen below rho times what it was before dampening, for the first time, whatever
+    it would do later; each node stops by itself. A node that is at 0 before it starts is left alone.
 
     Args:
         dag, requests: as in `plan`.
@@ -148,7 +148,8 @@ def search_alpha(
         TuningWarning: at some node no percentile was low enough: the search failed there.
 
     Raises:
-        ArgumentError: a number out of range, no finite ratio at a node, or an accuracy that is no number or NaN.
+        ArgumentError: a number out of range, no finite ratio at a node, or an accuracy that is no number, negative
+            (a loss or a score instead) or NaN.
         FiunError: as `plan`.
 
     """
@@ -162,12 +163,17 @@ def search_alpha(
     names, models = compiled.nodes, compiled.models
     tried = _left_alone(compiled, compiled.profile(), evaluate)
     goal = {name: rho * tried[name][0].score for name in names}
+    for name in names:
+        if goal[name] < 0:
+            raise ArgumentError(f"evaluate({name!r}, …) gave {tried[name][0].score:g}, expected an accuracy, 0 or more")
     ratios = compiled.ratios()
 
     def there(name: str) -> bool:
-        return len(tried[name]) > 1 and (tried[name][-1].score < goal[name] or goal[name] == 0)
+        return goal[name] == 0 or tried[name][-1].score < goal[name]
 
     for k in _shown(range(math.floor(start / step) + 1), progress):
+        if all(there(name) for name in names):
+            break
         q = np.full(len(names), start - k * step)
         alphas = dict(zip(names, ratios.percentiles(q).tolist(), strict=True))
         alphas |= {name: tried[name][-1].alpha for name in names if there(name)}
@@ -177,8 +183,6 @@ def search_alpha(
                 if not there(node.name):
                     score = _score(node.name, evaluate(node.name, models[node.name]))
                     tried[node.name].append(TriedPoint(alphas[node.name], lam, node.selected, node.share, score))
-        if all(there(name) for name in names):
-            break
     found = {name: Choice(points[-1].alpha, lam, points[-1].score) for name, points in tried.items()}
     failed = {
         name: f"the search failed: {choice.score:g} is left at the lowest percentile, wanted less than {goal[name]:g}"

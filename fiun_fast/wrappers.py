@@ -5,6 +5,7 @@ Wrappers are told by the names of their classes and base classes, so that none o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -33,15 +34,19 @@ _DDP = "torch.nn.parallel.distributed.DistributedDataParallel"
 _FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
 _OPACUS = "opacus.grad_sample.gsm_base.AbstractGradSampleModule"
 _PEFT_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
+_ENGINES = ("deepspeed.runtime.engine.DeepSpeedEngine", "deepspeed.inference.engine.InferenceEngine")
 KNOWN = {
     _DDP: Wrapper("module", True),
     "torch.nn.parallel.data_parallel.DataParallel": Wrapper("module", True),
     "torch._dynamo.eval_frame.OptimizedModule": Wrapper("_orig_mod", True),
     "torch.optim.swa_utils.AveragedModel": Wrapper("module", True),
+    "timm.utils.model_ema.ModelEmaV2": Wrapper("module", True),
+    "timm.utils.model_ema.ModelEmaV3": Wrapper("module", True),
     "opacus.distributed.DifferentiallyPrivateDistributedDataParallel": Wrapper("module", True),
     _OPACUS: Wrapper("_module", True),
     "lightning.fabric.wrappers._FabricModule": Wrapper("_forward_module", True),
     "lightning_fabric.wrappers._FabricModule": Wrapper("_forward_module", True),
+    **dict.fromkeys(_ENGINES, Wrapper("module", False)),
     _FSDP: Wrapper("_fsdp_wrapped_module", False),
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": Wrapper(
         "_checkpoint_wrapped_module", False
@@ -53,8 +58,19 @@ KNOWN = {
 }
 _BY_PEFT = ("base_model", "model")  # these two say something only where they stand together
 _KEYS = frozenset(wrapper.key for wrapper in KNOWN.values()) - set(_BY_PEFT)
+# what PEFT's layers keep by the names of adapters, a step that is not in the state dicts it saves: `lora_A.default`
+_KEPT = (
+    "adamss c3a beft boft deft delora fourierft frod glora gralora hada hira hra ia3 lily ln_tuning lokr lora miss oft "
+    "osf peanut poly psoft pvera randlora road shadow shira supertuning tinylora trainable_tokens unilora vblora vera "
+    "waveft"
+)
+_ADAPTER = re.compile(
+    rf"(?<![^.])((?:{'|'.join(_KEPT.split())})_\w+)\.(?!(?:weight|bias)$)([^.]+)|modules_to_save\.([^.]+)\."
+)
 _INNER = ("optimizer", "original_optimizer", "base_optimizer", "base", "optim")  # where wrappers keep an optimiser
 
+
+_CONSOLIDATED = "one into which the weights of a checkpoint were loaded (zero_to_fp32.py makes them)"
 
 _classes: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
 
@@ -152,7 +168,7 @@ def _unreduced(module: Any) -> Iterator[None]:
 def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> None:
     """Raise a LayoutError that begins with `what` where parameters are not where a forward takes them from.
 
-    FullyShardedDataParallel (FSDP1) has cut them up, or a PEFT adapter is merged into the layer below.
+    FullyShardedDataParallel (FSDP1) has cut them up, DeepSpeed keeps others, or a PEFT adapter is merged.
 
     Args:
         what: the model, for the message.
@@ -162,6 +178,13 @@ def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> No
     """
     for path, module in model.named_modules():
         known = _known_as(type(module))
+        check_no_engine(what, module)
+        for key, p in module._parameters.items():
+            if hasattr(p, "ds_id") and not p.numel():
+                raise LayoutError(
+                    f"{what}: parameter {f'{path}.{key}'.lstrip('.')!r} is cut up over ranks by DeepSpeed (ZeRO-3): "
+                    f"pass a model that is whole, {_CONSOLIDATED}"
+                )
         if _PEFT_LAYER in known:
             check_not_merged(what, path, module)
         if _FSDP not in known:
@@ -176,6 +199,16 @@ def check_gathered(what: str, model: nn.Module, *, for_good: bool = False) -> No
         )
 
 
+def check_no_engine(what: str, module: nn.Module) -> None:
+    """Raise a LayoutError that begins with `what` where the module is a DeepSpeed engine."""
+    if any(name in _ENGINES for name in _known_as(type(module))):
+        raise LayoutError(
+            f"{what} is a {type(module).__name__} of DeepSpeed, whose optimiser keeps weights of its own, cut up over "
+            "ranks, and whose hooks reduce gradients: pass the model before deepspeed.initialize, or "
+            f"{_CONSOLIDATED}"
+        )
+
+
 def check_not_merged(what: str, path: str, module: nn.Module) -> None:
     """Raise a LayoutError that begins with `what` where that submodule's PEFT adapter is merged into its layer."""
     if is_adapted_layer(module) and module.merged:
@@ -183,6 +216,15 @@ def check_not_merged(what: str, path: str, module: nn.Module) -> None:
             f"{what}: the adapter of {path!r} is merged into the layer, so that changing either would leave the other "
             "behind; call model.unmerge_adapter() first, or model.merge_and_unload() and pass what it returns"
         )
+
+
+def said_of_quantised(model: nn.Module) -> str:
+    """What to add to an error that a parameter is not there: torch.ao packs those of quantised layers."""
+    for module in model.modules():
+        if ".nn.quantized." in type(module).__module__ + "." and callable(getattr(module, "weight", None)):
+            kind = type(module).__name__
+            return f"; its {kind} is quantised and keeps packed integers: pass the model before it was quantised"
+    return ""
 
 
 def plain_name(name: str) -> str:
@@ -194,6 +236,18 @@ def plain_name(name: str) -> str:
     if tuple(parts[:2]) == _BY_PEFT:
         del parts[:2]
     return ".".join(parts) or name
+
+
+def loose_name(name: str) -> tuple[str, tuple[str, ...]]:
+    """A name with still less in it, as files have them, and the names of the adapters that were in it.
+
+    Without the `model.` that Lightning's modules put before all names, and as PEFT saves an adapter:
+    `fc.lora_A.default.weight` is `fc.lora_A.weight`, `head.modules_to_save.default.weight` is `head.weight`.
+    """
+    found = tuple(match[2] or match[3] for match in _ADAPTER.finditer(name))
+    plain = _ADAPTER.sub(lambda match: match[1] or "", name) if found else name
+    plain = plain.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # of DoRA
+    return plain_name(plain).removeprefix("model."), found
 
 
 def optimizer_in(optimizer: Any) -> torch.optim.Optimizer:

@@ -155,6 +155,34 @@ class Places {
         }
     }
 
+    // Copies each tensor, of so many bytes an element, to where the recorded one at its place lies: contiguous memory in
+    // the processor's reach, as theirs is. Nothing and false, unless all have the dtypes, devices, sizes and strides that
+    // were recorded, and storages that reach to their ends. The tensors are plain, as for `fit`.
+    bool copy_from(const py::list& tensors, int64_t element) const {
+        struct Copy {
+            void* to;
+            const void* from;
+            size_t bytes;
+        };
+        if (size_t(PyList_GET_SIZE(tensors.ptr())) != impls_.size()) return false;
+        std::vector<Copy> copies;
+        for (size_t i = 0; i < impls_.size(); ++i) {
+            void* const now = impl(PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i)));
+            void* const handle = const_cast<void**>(&now);
+            const int64_t* const like = places_.data() + starts_[i];
+            Place place;
+            int64_t offset = 0, numel = 1;
+            if (!look(now, place) || offset_(handle, &offset) || !shaped_as(place, like)) return false;
+            for (int64_t d = 0; d < place.dim; ++d) numel *= place.sizes[d];
+            if (numel > 0 && (offset + numel) * element > place.held) return false;
+            copies.push_back({reinterpret_cast<void*>(like[0]), place.data, size_t(numel * element)});
+        }
+        for (const Copy& copy : copies) {
+            if (copy.bytes > 0) memcpy(copy.to, copy.from, copy.bytes);
+        }
+        return true;
+    }
+
     // The same numbers for one tensor, so that Python can try this out.
     std::vector<int64_t> of(const py::object& tensor) const {
         std::vector<int64_t> place;
@@ -233,6 +261,10 @@ class Places {
     bool lies_as(void* impl, const int64_t* before) const {
         Place now;
         if (!look(impl, now) || before[0] != reinterpret_cast<int64_t>(now.data) || before[1] != now.held) return false;
+        return shaped_as(now, before);
+    }
+
+    static bool shaped_as(const Place& now, const int64_t* before) {
         for (int i = 0; i < 3; ++i) {
             if (before[2 + i] != now.kinds[i]) return false;
         }

@@ -118,6 +118,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
         .def("take", &Places::take, arg("tensors"))
         .def("unchanged", &Places::unchanged, arg("tensors"), arg("threads") = 1)
         .def("count_up", &Places::count_up, arg("tensors"), arg("function"), arg("threads"))
+        .def("copy_from", &Places::copy_from, arg("tensors"), arg("element"))
         .def("fit", &Places::fit, arg("tensors"), arg("element"))
         .def("of", &Places::of, arg("tensor"));
 }

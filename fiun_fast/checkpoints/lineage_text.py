@@ -43,7 +43,7 @@ def as_rich(lineage: Lineage) -> rich.tree.Tree:
     from rich.text import Text
     from rich.tree import Tree as Branch
 
-    top = Branch(Text(f"{shown(lineage.folder)}: {counted(len(lineage), 'model')}"))
+    top = Branch(Text(f"{shown(lineage.folder.name or lineage.folder)}: {counted(len(lineage), 'model')}"))
     branches: dict[str, Branch] = {}
     for found in lineage:
         first, *others = found.parents or [""]

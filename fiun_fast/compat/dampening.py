@@ -1,7 +1,8 @@
 """Dampening a model from dicts: one plan, whatever devices, dtypes and strides its parameters have.
 
-Making it takes longer than running it where the model is small, so the plan of the last call is kept for a next one
-with the same tensors.
+Making it takes longer than running it where the model is small, so the plan of the last call is kept for a next one:
+of a small model for any importances over the same names and shapes, which are copied into memory of the plan's own; of
+a large one, whose importances are read where they are, for the same tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import fiun_fast as ff
 from fiun_fast.guards import alone, denormals_kept, signals_deferred
 from fiun_fast.homes import PlacesInPython
 from fiun_fast.kernels import select
-from fiun_fast.memory import check_disjoint, flaw_of, places, span, torch_functions
+from fiun_fast.memory import all_plain, check_disjoint, flaw_of, places, span, torch_functions
 from fiun_fast.overlaps import held_by
 
 from .importances import as_fisher, not_negative
+
+SMALL = 1 << 19  # elements of all importances together that are copied, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -36,48 +39,85 @@ class Numbers:
 
 
 class Kept:
-    """The plan of the last call, for a next one with the same tensors; gone as soon as one of them is.
+    """The plan of the last call, for a next one that differs in values alone.
 
-    The same are all tensors in the importances, and all parameters and buffers that the model holds, each where it was:
-    whatever was checked of them holds still. Values may have changed, because only importances that the plan reads in
-    place are kept; their signs are looked at each time, as for a new plan.
+    The model must be the same, and each of its parameters and buffers the same object where it was, so that whatever
+    was checked of them holds still. A small model's plan has memory of its own for importances: it takes any with the
+    names, shapes and dtype of those it was made for. A large one's reads them in place: it takes the same tensors, and
+    is gone as soon as one of them is. Signs are looked at each time, as for a new plan.
     """
 
-    def __init__(self) -> None:
-        self._plan: ff.Plan | None = None
-        self._fishers: list[ff.Fisher] = []
+    _plan: ff.Plan | None
+    _fishers: list[ff.Fisher]
+    _own: list[tuple[Any, np.ndarray]]  # of Fishers in the plan's own memory: their views, all as integers
 
-    def keep(self, made: Made, given: Sequence[Mapping[str, Tensor]], options: tuple[Any, ...]) -> None:
-        """Keep a plan that was made from these dicts with these options, the first of them the backend's name."""
+    def __init__(self) -> None:
         self._forget()
-        if not made.in_place or not all(type(one) is dict for one in given):
+
+    def keep(
+        self, model: nn.Module, made: Made, given: Sequence[Mapping[str, Tensor]], options: tuple[Any, ...]
+    ) -> None:
+        """Keep a plan that was made for these with these options, the first of them the backend's name."""
+        self._forget()
+        if not (made.in_place or made.copied) or not all(type(one) is dict for one in given):
             return
-        names, tensors = _held(made.plan.models["model"], given)
-        others = tensors[sum(map(len, given)) :]
+        if made.copied and (any(len(one) != len(made.fishers[0].layout) for one in given) or not torch_functions()):
+            return  # some importances were checked, and not copied
+        held = held_by(model)
+        others = _tensors(held)
         if any(flaw_of(tensor) is not None for tensor in others):  # some buffer has no memory that could be looked at
             return
+        watched = [*others, *(_tensors(given) if made.in_place else ())]
         self._places = places() if torch_functions() else PlacesInPython()
-        self._places.take(tensors)
-        self._given = names, list(map(id, tensors)), options
-        self._alive = [weakref.ref(tensor, self._forget) for tensor in tensors]  # ids are given out again afterwards
+        self._places.take(watched)
+        self._given = list(map(list, [*given, *held])), list(map(id, watched)), options
+        self._alive = [weakref.ref(tensor, self._forget) for tensor in watched]  # ids are given out again afterwards
         self._plan, self._fishers = made.plan, made.fishers
+        for fisher in made.fishers if made.copied else ():
+            own = places()
+            own.take(list(fisher.as_dict().values()))
+            self._own.append((own, fisher.buffer.numpy().view(f"i{fisher.buffer.itemsize}")))
         self._values: tuple[float, float] | None = None
 
     def _forget(self, _: object = None) -> None:
-        self._plan, self._fishers = None, []
+        self._plan: ff.Plan | None = None
+        self._fishers: list[ff.Fisher] = []
+        self._own: list[
+            tuple[Any, np.ndarray]
+        ] = []  # of Fishers in the plan's own memory: their views, all as integers
 
-    def fitting(self, model: Any, given: Sequence[Mapping[str, Tensor]], options: tuple[Any, ...]) -> ff.Plan | None:
-        """The plan, if it is one of that model and these dicts, options and backend, and no entry has a sign."""
+    def fitting(
+        self, model: nn.Module, given: Sequence[Mapping[str, Tensor]], options: tuple[Any, ...]
+    ) -> ff.Plan | None:
+        """The plan, if it is one for that model and these dicts, options and backend, and no entry has a sign.
+
+        It has the values of these dicts then.
+        """
         plan = self._plan
         if plan is None or plan.models["model"] is not model or not all(type(one) is dict for one in given):
             return None
-        names, tensors = _held(model, given)
-        if self._given != (names, list(map(id, tensors)), options) or not self._places.unchanged(tensors):
+        held = held_by(model)
+        watched = _tensors(held if self._own else [*held, *given])
+        if self._given != (list(map(list, [*given, *held])), list(map(id, watched)), options):
+            return None
+        if not self._places.unchanged(watched):
             return None
         part = plan.parts[0]
         if select(options[0], part.table.device.type) is not part.backend:
             return None
+        if self._own:
+            return plan if self._copy(given) else None
         return plan if all(map(not_negative, {id(f): f.buffer for f in self._fishers}.values())) else None
+
+    def _copy(self, given: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Copy importances into the plan's memory; False where one is of another kind, or an entry has a sign."""
+        for (own, signed), fisher, values in zip(self._own, self._fishers, given, strict=True):
+            tensors = [values.get(name) for name in fisher.layout.names]
+            if not all_plain(tensors) or not own.copy_from(tensors, fisher.buffer.itemsize):
+                return False
+            if signed.size and signed.min() < 0:  # as `not_negative`; numpy wakes no other thread
+                return False
+        return True
 
     def set_values_(self, alpha: float, lam: float) -> None:
         """Change the plan's, where they are others than in the last call."""
@@ -86,19 +126,21 @@ class Kept:
             self._values = alpha, lam
 
 
-def _held(model: Any, given: Sequence[Mapping[str, Tensor]]) -> tuple[list[list[str]], list[Tensor]]:
-    """Names in the dicts and in the model's mappings, and the tensors there, in the same order."""
-    mappings = [*given, *held_by(model)]
-    return list(map(list, mappings)), [t for one in mappings for t in one.values() if t is not None]
+def _tensors(mappings: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    return [tensor for one in mappings for tensor in one.values() if tensor is not None]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A plan, the Fishers in it, and whether it reads and writes what it was made from, without copies between."""
+    """A plan, the Fishers in it, and what these are: the importances' own memory, or copies of all; neither: it varies.
+
+    Where they are either, the plan writes to the model's own parameters.
+    """
 
     plan: ff.Plan
     fishers: list[ff.Fisher]
     in_place: bool
+    copied: bool
 
 
 def dampen(
@@ -137,11 +179,12 @@ def dampen(
         parts.setdefault((parameters[name].device, wide, name in strided), []).append(name)
     dag, requests = ff.InheritanceDAG(), []
     fishers, in_place = [], len(parts) == 1 and not strided
+    small = sum(parameters[name].numel() for name in original) * (1 + len(forgets)) <= SMALL
     for (device, dtype, copied), names in parts.items():
         node = "model" if len(parts) == 1 else f"model, {dtype} on {device}{', strided' if copied else ''}"
-        made = [_part(original, names, device)]
-        made += [_part(forget, names, device, made[0].layout) for forget in forgets]
-        pairs = zip(made, (original, *forgets), strict=True)
+        chosen = [{name: values[name] for name in names} for values in (original, *forgets)]
+        made = [(ff.Fisher.from_dict if small else as_fisher)(values).to(device) for values in chosen]
+        pairs = zip(made, chosen, strict=True)
         in_place &= all(fisher.buffer.data_ptr() == values[names[0]].data_ptr() for fisher, values in pairs)
         dag.add_model(node, dense if copied else model, fisher=made[0])
         requests += [ff.ForgetRequest(node, fisher) for fisher in made[1:]]
@@ -154,7 +197,8 @@ def dampen(
         if not options["dry_run"]:
             for name, copy in dense.items():
                 _write(parameters[name], copy)
-    return report, Made(plan, fishers, in_place)
+    copied = small and len(parts) == 1 and not strided and fishers[0].buffer.is_cpu
+    return report, Made(plan, fishers, in_place, copied)
 
 
 def _check_apart(parameters: Mapping[str, Tensor]) -> None:
@@ -176,12 +220,6 @@ def _check_apart(parameters: Mapping[str, Tensor]) -> None:
 def _write(parameter: Tensor, values: Tensor) -> None:
     with torch.inference_mode() if parameter.is_inference() else torch.no_grad():
         parameter.copy_(values)
-
-
-def _part(
-    values: Mapping[str, Tensor], names: Sequence[str], device: torch.device, layout: ff.Layout | None = None
-) -> ff.Fisher:
-    return as_fisher({name: values[name] for name in names}, layout).to(device)
 
 
 @torch.no_grad()

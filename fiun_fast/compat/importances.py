@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fiun_fast as ff
-from fiun_fast.arguments import FISHER_DTYPES, check_number
+from fiun_fast.arguments import FISHER_DTYPES, THETA_DTYPES, check_number, listed, short
 from fiun_fast.memory import check_addressable
 from fiun_fast.naming import Names, matched, near
 from fiun_fast.wrappers import check_gathered
@@ -137,6 +137,16 @@ def mfim(importances: Sequence[Importances], divisor: float = 1.0) -> dict[str, 
         for _ in listed[1:]:
             buffer /= divisor
     return layout.views(buffer)
+
+
+def check_averaged(where: str, parameter: Tensor) -> None:
+    """Raise a FiunError that begins with `where`, unless a parameter's gradients can be squared and added up.
+
+    Frozen ones get none: they may be of any dtype.
+    """
+    check_addressable(where, parameter)
+    if parameter.requires_grad and parameter.dtype not in THETA_DTYPES:
+        raise ff.DTypeError(f"{where} is {short(parameter.dtype)}, expected {listed(THETA_DTYPES)}")
 
 
 def flat_zeros(like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import fiun_fast as ff
 from fiun_fast.estimators.job import called, checked
 from fiun_fast.estimators.loaders import NumberedBatches
 from fiun_fast.estimators.predictions import fitted
-from fiun_fast.estimators.reading import Forward, Loss, OwnLoss, Reading, Wanted, check_loss
+from fiun_fast.estimators.reading import Forward, Loss, OwnLoss, Reading, Wanted, check_loss, check_measurable
 
 NORMALIZE = ("batches", "samples", "weighted")
 FORMS = "(x, y), (x, …, y), (x, y, idx) with target_index=1, or a dict with labels"
@@ -117,7 +117,8 @@ class Pass:
 
         """
         if self._form.label_free:
-            loss = outputs.flatten(1).norm(p="fro", dim=1).pow(2).mean()
+            check_measurable(outputs)
+            loss = outputs.reshape(len(outputs), -1).norm(p="fro", dim=1).pow(2).mean()
         else:
             loss = self.loss(outputs, targets)
         if not bool(check_loss(loss, names).isfinite()):

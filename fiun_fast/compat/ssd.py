@@ -8,7 +8,7 @@ The rest of a script stays as it is. docs/migrate.md lists the variants in circu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +21,16 @@ from fiun_fast.estimators.claims import estimating
 from fiun_fast.estimators.loaders import of_batch
 from fiun_fast.estimators.reading import Forward, Loss
 from fiun_fast.estimators.totals import check_no_inference
+from fiun_fast.guards import alone
 from fiun_fast.memory import check_addressable, check_writable
 from fiun_fast.provenance import warn_if_unlike
 from fiun_fast.scope import check_module
-from fiun_fast.wrappers import check_gathered
+from fiun_fast.wrappers import check_gathered, said_of_quantised
 
 from .dampening import Kept, Numbers, dampen, dampen_in_half_precision
 from .differences import differences
 from .helpers import Helpers
-from .importances import Importances, flat_zeros, mfim, named_as, published, streamed, values_of
+from .importances import Importances, check_averaged, flat_zeros, mfim, named_as, published, streamed, values_of
 from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, given, is_device
 from .passes import NORMALIZE, Batches, Pass
 
@@ -93,7 +94,7 @@ class ParameterPerturber(Helpers):
         self.model, self.opt = model, opt
         first = next(model.parameters(), None)
         if first is None:
-            raise ff.LayoutError(f"{type(model).__name__} has no parameters")
+            raise ff.LayoutError(f"{type(model).__name__} has no parameters{said_of_quantised(model)}")
         self.device = first.device if device is None else torch.device(device)
         self.parameters = DEFAULTS | given(parameters)
         for key in DEFAULTS:
@@ -246,7 +247,7 @@ class ParameterPerturber(Helpers):
         check_gathered("model", self.model, for_good=True)
         parameters = dict(self.model.named_parameters())
         for name, p in parameters.items():
-            check_addressable(f"parameter {name!r}", p)
+            check_averaged(f"parameter {name!r}", p)
         check_no_inference(parameters.items())
         if not any(p.requires_grad for p in parameters.values()):
             raise ff.LayoutError(f"no parameter of {type(self.model).__name__} requires grad: no gradient will arrive")
@@ -385,7 +386,7 @@ class ParameterPerturber(Helpers):
         if not self._in_half(original):
             report, made = dampen(self.model, original, forgets, numbers, self._backend(), options)
             if len(given) == 1 + len(forgets):
-                self._kept.keep(made, given, self._plans_options())  # type: ignore[arg-type]  # a Fisher is not kept
+                self._kept.keep(self.model, made, given, self._plans_options())  # type: ignore[arg-type]  # a Fisher is not kept
             return report
         if any(options.values()):
             asked = ", ".join(key for key, on in options.items() if on)
@@ -401,14 +402,11 @@ class ParameterPerturber(Helpers):
             return None
         if len(given) > 2 and divisor != 1:
             return None
-        plan = self._kept.fitting(self.model, given, self._plans_options())
-        if plan is None:
-            return None
-        try:
-            self._kept.set_values_(float(self.selection_weighting), float(self.dampening_constant))
-            return plan.run_(**options)
-        except ff.FiunError:  # nothing was changed; the long way copes with it, or says it in this class's words
-            return None
+        with alone, suppress(ff.FiunError):  # nothing was changed then; the long way copes, or says it in its words
+            if (plan := self._kept.fitting(self.model, given, self._plans_options())) is not None:
+                self._kept.set_values_(float(self.selection_weighting), float(self.dampening_constant))
+                return plan.run_(**options)
+        return None
 
     def _backend(self) -> str | None:
         return "reference" if self.mode == "strict" and float(self.exponent) != 1 else self.backend

@@ -18,8 +18,8 @@ from ..fisher import Fisher
 from ..layout import Layout
 from ..scope import Params, check_module, select_parameters
 from . import claims
-from .job import Estimate, Job, count, explained_late, reduction_of
-from .reading import check_loss
+from .job import Estimate, Job, count, in_backward_of, reduction_of
+from .reading import check_loss, check_measurable
 from .streaming import at_steps, in_backward
 from .totals import Totals, check_parameters
 
@@ -223,7 +223,7 @@ class BatchEstimate(Estimate):
         loss = squared_length(outputs) if free else job.loss(outputs, targets)
         if self._totals.steps == 0:
             self._totals.note(outputs, "mean" if free else reduction_of(job, outputs, targets))
-        with explained_late(job, outputs, targets):
+        with in_backward_of(job, outputs, targets):
             check_loss(loss, job.selected).backward()
         found = {name: p.grad for name, p in job.selected.items() if p.grad is not None}
         if not found:
@@ -245,7 +245,5 @@ class BatchEstimate(Estimate):
 
 def squared_length(outputs: Any) -> Tensor:
     """mean_n ‖f(x_n)‖², the sensitivity of LFSSD (arXiv 2402.19308): outputs [B, ...] -> scalar."""
-    if not isinstance(outputs, Tensor) or outputs.dim() == 0:
-        found = "a scalar" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise EstimationError(f"the outputs are {found}, expected a tensor [B, ...], whose length label_free measures")
+    check_measurable(outputs)
     return outputs.flatten(1).square().sum(1).mean() if outputs.dim() > 1 else outputs.square().mean()

@@ -132,6 +132,7 @@ class Trace:
 
     uses: list[Use] = field(default_factory=list)
     strange: dict[str, str] = field(default_factory=dict)  # parameter -> the unknown function that used it
+    ragged: bool = False  # samples lie one behind the other in a tensor, and another says where they begin
 
 
 class Watch(TorchFunctionMode):
@@ -169,7 +170,14 @@ class Watch(TorchFunctionMode):
                 return _TRANSPARENT[func](*args, **kwargs)
         given = tensors((args, kwargs))
         touched = [t for t in given if id(t) in self._made]
+        if touched and func in _RESTATED:
+            with self:
+                result = _RESTATED[func](*args, **kwargs)
+            if result is not None:
+                return result
         name = getattr(func, "__name__", str(func))
+        if func is functional.embedding_bag and any(t.dim() == 1 and not t.is_floating_point() for t in given):
+            self.trace.ragged = True
         content = [] if name in OF_SHAPE else given[:1] if name in OF_FIRST else given
         tainted = self._calls.stage == 1 and any(id(t) in self._tainted for t in content)
         result = self._touched(func, name, args, kwargs, touched, tainted) if touched else func(*args, **kwargs)
@@ -188,7 +196,9 @@ class Watch(TorchFunctionMode):
         if name in HARMLESS:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
-            return self._strange(touched, "a call without gradients", func, args, kwargs)
+            return self._strange(
+                touched, "a call without gradients, as inside an autograd.Function", func, args, kwargs
+            )
         plain = name.strip("_")
         writes = name.endswith("_") and (not name.endswith("__") or name == "__setitem__")
         if writes and args[0] is touched[0] and (plain in ELEMENTWISE or name == "__setitem__"):
@@ -392,4 +402,31 @@ def _transparent(function: Any) -> Any:
     return copy
 
 
+def _embedding_bag(input: Tensor, weight: Tensor, offsets: Any = None, max_norm: Any = None, norm_type: Any = 2,  # noqa: A002
+                   scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
+                   per_sample_weights: Any = None, include_last_offset: bool = False,
+                   padding_idx: int | None = None) -> Tensor | None:  # fmt: skip
+    """Bags of one size, [B, T] numbers of rows, summed or averaged: rows looked up, then added up."""
+    if input.dim() != 2 or input.is_floating_point() or mode == "max" or max_norm or scale_grad_by_freq:
+        return None
+    rows = functional.embedding(input, weight, padding_idx)
+    factors = torch.ones_like(rows[..., 0]) if per_sample_weights is None else per_sample_weights
+    if padding_idx is not None:
+        factors = factors * (input != padding_idx % len(weight))
+    if mode == "mean":
+        factors = factors / factors.sum(1, keepdim=True).clamp(min=1)
+    return (rows * factors.unsqueeze(-1)).sum(1)
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer of all products of an element of the one and one of the other input."""
+    pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+    return functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
+
+
+# Functions in terms of watched ones; None where that cannot be done.
+_RESTATED: dict[Any, Callable[..., Tensor | None]] = {
+    functional.embedding_bag: _embedding_bag,
+    torch.bilinear: _bilinear,
+}
 _TRANSPARENT = {f: _transparent(f) for f in (functional.multi_head_attention_forward, torch.autograd.backward)}

@@ -12,6 +12,7 @@ import torch
 from ..arguments import Estimator, Per
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
+from ..memory import check_loaded
 from ..scope import Params, check_module, select_parameters
 from ..wrappers import check_gathered, silenced, unwrap
 from . import claims
@@ -159,6 +160,8 @@ def _sweep(
         jobs = {name: Job(model, select_parameters(model, params), options) for name, model in bare.items()}
         for job in jobs.values():
             check_parameters(job.selected)
+            if options.forward_fn is None:
+                check_loaded(job.model)
         check_no_transform()
         on = stack.enter_context(preserved([(job.model, job.selected.values()) for job in jobs.values()]))
         estimates = {name: _Chosen(job) for name, job in jobs.items()}

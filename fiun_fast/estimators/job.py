@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..arguments import ESTIMATORS, PER, Estimator, Per, check_count, check_one_of, short
-from ..errors import ArgumentError, EstimationError, FiunError
+from ..arguments import ESTIMATORS, PER, Estimator, Per, check_count, check_one_of
+from ..errors import ArgumentError, EstimationError
 from ..fisher import Fisher
 from .predictions import Elementwise, Predictions, fitted
+from .raised import in_loss
 from .reading import Forward, Loss, OwnLoss, Reading, Wanted, check_scalar, count, in_transform
 from .totals import BY_SAMPLE, Totals
 
@@ -179,38 +179,15 @@ def checked(loss: Known) -> Known:
 
 
 def called(loss_fn: Loss, outputs: Any, targets: Any) -> Any:
-    """The value of the caller's loss function; errors as `explained`."""
-    with explained(outputs, targets):
+    """The value of the caller's loss function; what it raises is an EstimationError."""
+    with in_loss(outputs, targets, count(outputs) <= 1):
         return loss_fn(outputs, targets)
 
 
-@contextmanager
-def explained(outputs: Any, targets: Any) -> Iterator[None]:
-    """What torch raises about a loss of the caller's becomes an EstimationError that says what a loss must take."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, FiunError):
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if not _is_torchs(error):
-            raise
-        shapes = " and ".join(
-            f"{short(part.dtype)} {list(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
-            for part in (outputs, targets)
-        )
-        one = ""
-        if count(outputs) <= 1:
-            one = "; it must take one sample: outputs [1, …] and targets [1, …], which a squeeze() would change"
-        raise EstimationError(
-            f"the loss of outputs and targets of {shapes} cannot be computed: {str(error).partition(chr(10))[0]}{one}; "
-            "if these are not the targets, pass target_index=… or forward_fn=…"
-        ) from error
-
-
-def explained_late(job: Job, outputs: Any, targets: Any) -> AbstractContextManager[None]:
+def in_backward_of(job: Job, outputs: Any, targets: Any) -> AbstractContextManager[None]:
     """The same around a backward: of one sample that lost its axis, torch may notice only there."""
     late = job.options.loss_fn is not None and count(outputs) == 1
-    return explained(outputs, targets) if late else nullcontext()
+    return in_loss(outputs, targets, True) if late else nullcontext()
 
 
 def reduction_of(job: Job, outputs: Any, targets: Any) -> str:
@@ -231,15 +208,6 @@ def reduction_of(job: Job, outputs: Any, targets: Any) -> str:
     except Exception:  # whatever a caller's function may raise on a batch of another size
         return ""
     return next((how for how, factor in REDUCTIONS.items() if math.isclose(twice, factor * once, rel_tol=1e-4)), "")
-
-
-def _is_torchs(error: BaseException) -> bool:
-    """Whether torch itself raised, also below a watch of this package, and not code of the caller's."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] in ("torch", "fiun_fast")
 
 
 def take(tree: Any, rows: slice, samples: int) -> Any:

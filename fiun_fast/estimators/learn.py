@@ -18,6 +18,7 @@ from .job import Job, NotApartError, count, take
 from .made import Calls, tensors
 from .per_sample import backward, weighted
 from .predictions import IGNORED
+from .raised import RaisedError
 from .reading import OwnLoss, check_loss
 from .rounds import Round, predicted
 from .rules import Axis
@@ -80,8 +81,10 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
             raise ValueError("it holds no tensor")
         one = take(batch, slice(0, 1), samples)
         learned.calls.begin(1)
-        with step_by_step(), Watch(job.selected, learned.calls, 1, tensors(one)):
+        with step_by_step(), Watch(job.selected, learned.calls, 1, tensors(one)) as watch:
             single, targets = job.forward(one)
+            if watch.trace.ragged:
+                raise ValueError("offsets say where samples begin in embedding_bag")
         if isinstance(targets, OwnLoss) and single is None:
             raise NotApartError("the model returns its loss alone")
         if count(single) != 1:
@@ -91,11 +94,11 @@ def learn(job: Job, batch: Any, samples: int) -> Learned:
             _compare(job, learned, single, take(batch, slice(0, 2), samples))
     except NotApartError:
         learned.reasons = dict.fromkeys(job.selected, "the loss is the model's own, one number for a whole batch")
-    except FiunError:
-        raise
     except Exception as error:  # a model may raise anything on a batch of one; its own errors come on the whole batch
+        if isinstance(error, FiunError) and not isinstance(error, RaisedError):
+            raise
         learned.separable = False
-        what = str(error).strip().partition("\n")[0][:80]
+        what = str(error.__cause__ or error).strip().partition("\n")[0][:80]
         learned.reasons = dict.fromkeys(job.selected, f"a batch cannot be cut into samples: {what}")
     learned.calls.begin(3)
     return learned

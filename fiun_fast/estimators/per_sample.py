@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .claims import Shared
 from .job import Job, is_cut, per_sample, take
+from .raised import RaisedError
 from .rounds import Round
 from .totals import Totals
 
@@ -82,8 +83,9 @@ class PerSample:
                     for round_ in rounds:
                         self._by_vmap(batch, samples, names, round_, sums)
             except Exception as error:  # many kinds: no batching rule, data-dependent control flow, in-place writes
-                first = str(error).strip().partition("\n")[0].partition(". ")[0]
-                self.refused = f"{type(error).__name__}: {first[:80]}"
+                cause = error.__cause__ or error if isinstance(error, RaisedError) else error
+                first = str(cause).strip().partition("\n")[0].partition(". ")[0]
+                self.refused = f"{type(cause).__name__}: {first[:80]}"
             else:
                 for name, square in sums.items():
                     self._totals.views[name] += square

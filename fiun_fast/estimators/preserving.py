@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EstimationError, LayoutError
 from ..memory import flaw_of, flaw_of_storage, is_lazy, place_of
+from .attributes import Attributes
 from .claims import random_state
 from .totals import check_no_inference
 
@@ -25,10 +25,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
     """Eval mode, gradients only for each model's scope, no gradients from before; all is put back at the end.
 
-    Put back, also after an error: modes; which parameters, buffers, submodules and other attributes every module has
-    (the same objects; of lists, dicts and sets what is in them); requires_grad and .grad of every parameter; memory,
-    shape and bits of every buffer; and torch's random state on the CPU and on the devices of the models. Inside,
-    gradients are computed whatever mode the caller is in.
+    Put back, also after an error: modes; which parameters, buffers, submodules, hooks and other attributes every
+    module has (the same objects; of lists, dicts and sets what is in them, of configs their attributes); requires_grad
+    and .grad of every parameter; memory, shape and bits of every buffer; and torch's random state on the CPU and on
+    the devices of the models. Inside, gradients are computed whatever mode the caller is in.
 
     Yields:
         i -> a context in which model i is used. Where models share a part, each finds there what it left, as if it were
@@ -132,7 +132,7 @@ class Snapshot:
             if not isinstance(module, torch.jit.ScriptModule)  # keeps them elsewhere, and no forward can change them
             for held in (module._parameters, module._buffers, module._modules)
         ]
-        self._attributes = [(module, _attributes(module)) for module in model.modules()]
+        self._attributes = Attributes(model)
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._buffers = [_Buffer(name, buffer) for name, buffer in model.named_buffers()]
 
@@ -155,40 +155,13 @@ class Snapshot:
             ):
                 held.clear()
                 held.update(before)
-        for module, attributes in self._attributes:
-            _put_back(module, attributes)
+        self._attributes.put_back()
         for p, requires_grad, grad in self._parameters:
             attempt(p.requires_grad_, requires_grad)
             attempt(setattr, p, "grad", grad)
         for buffer in self._buffers:
             attempt(buffer.restore)
         return failed[0] if failed else None
-
-
-_KINDS: dict[type, Callable[[Any, Any], object]] = {
-    list: lambda held, before: held.__setitem__(slice(None), before),
-    dict: lambda held, before: (held.clear(), held.update(before)),
-    set: lambda held, before: (held.clear(), held.update(before)),
-}
-
-
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module keeps beside its parameters, buffers and submodules; of plain containers what is in them, too."""
-    found = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
-    return {key: (value, copy(value) if type(value) in _KINDS else None) for key, value in found.items()}
-
-
-def _put_back(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    """A forward may keep what it has computed, and with it the whole graph, or tensors that are dead outside vmap."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return
-    now = vars(module)
-    for key in now.keys() - before.keys():
-        del now[key]
-    for key, (value, content) in before.items():
-        now[key] = value
-        if content is not None and key not in ("_parameters", "_buffers", "_modules"):
-            _KINDS[type(value)](value, content)
 
 
 class _Buffer:

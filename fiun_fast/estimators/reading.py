@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import EstimationError
+from ..wrappers import wrapper_of
 from .predictions import IGNORED, Elementwise, Predictions, apart
+from .raised import ADVICE, described, in_forward, in_function
+from .single import check_batched, check_keywords
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 Loss = Callable[[Any, Any], Tensor]
@@ -21,8 +25,9 @@ Wanted = Literal["loss", "targets", "counted", "outputs"]
 
 LABELS = ("labels", "label", "label_ids")  # keys of a dict; the first one found counts
 LABELLED = "(inputs, targets), (inputs, …, targets), or a dict with labels"
+_SHORT = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32)
+_MAKES_A_LOSS = re.compile("label|_positions$|^return_loss$")  # arguments of models
 UNLABELLED = "(inputs, targets), inputs alone, or a dict of the model's keywords"
-ADVICE = "forward_fn=lambda model, batch: (outputs, targets)"
 
 
 @dataclass(eq=False)
@@ -32,6 +37,8 @@ class OwnLoss:
     loss: Tensor
     outputs: Tensor | None = None
     labels: Tensor | None = None
+    found: str = "its loss alone"  # what the model returned, and what to pass, where there are no outputs
+    advice: str = f"pass {ADVICE}"
 
     @cached_property
     def apart(self) -> Predictions | Elementwise | None:
@@ -89,7 +96,9 @@ class Reading:
 
         """
         if self.forward_fn is not None:
-            return self._by_caller(self.forward_fn(model, batch))
+            with in_function("forward_fn", batch, model):
+                returned = self.forward_fn(model, batch)
+            return self._by_caller(returned)
         device = next(model.parameters()).device if device is None else device
         batch = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), batch)
         if isinstance(batch, Mapping):
@@ -97,10 +106,10 @@ class Reading:
             inputs = batch.get("input_ids")
         else:
             inputs, targets = self._parts(batch)
-            outputs = outputs_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+            outputs = outputs_of(call(model, inputs, batch))
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else _mask_of(batch)
         if self.wanted == "outputs":
-            _check_batched(inputs, outputs)
+            check_batched(model, inputs if inputs is not None else batch, outputs, batch)
             return _without_padding(outputs, mask), None
         if self.wanted == "counted" and targets is None:
             positions = mask if mask is not None else _positions(inputs)
@@ -108,6 +117,15 @@ class Reading:
         if isinstance(targets, Tensor) and self.wanted != "targets":  # a loss of the caller's may shift them itself
             _check_not_inputs(outputs, targets, inputs)
         return outputs, targets
+
+    def check_samples(self, model: nn.Module, batch: Any) -> None:
+        """Raise an EstimationError, before it is cut, for a batch of an unknown form, or a dict that is one sample."""
+        if self.forward_fn is not None:
+            return
+        if isinstance(batch, Mapping):
+            check_keywords(model, batch, batch.get(_label_key(batch)))
+        else:
+            self._parts(batch)
 
     def is_empty(self, batch: Any) -> bool:
         """Whether a batch holds no sample, or labels of which none counts."""
@@ -174,10 +192,10 @@ class Reading:
             raise self._unknown(batch)
         key = _label_key(batch)
         if key is None and self.wanted == "targets":
-            raise self._without_labels(batch)
+            raise self._without_labels(model, batch)
         given = None if key is None else batch[key]
         keywords, held_out = _keywords(model, batch, key)
-        out = model(**keywords)
+        out = call(model, keywords, batch)
         first = out[0] if isinstance(out, (tuple, list)) and out else None
         behind = out[1:] if isinstance(first, Tensor) and first.dim() == 0 and len(out) > 1 else out
         if self.wanted == "outputs":
@@ -188,20 +206,26 @@ class Reading:
         if loss is None and key is not None:
             loss = first  # models configured to return tuples put the loss first
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            return (found := _found(behind)), OwnLoss(loss, found, given)
+            return (found := _found(behind)), OwnLoss(loss, found, given, returned(out), which(out))
         if self.wanted == "counted":
             return outputs_of(behind), given
         if key is None:
-            raise self._without_labels(batch)
+            raise self._without_labels(model, batch)
         raise EstimationError(
-            f"the model was called with the keywords {', '.join(map(str, keywords))} and returned a "
-            f"{type(out).__name__} without a scalar .loss; pass {ADVICE}"
+            f"the model was called with the keywords {', '.join(map(str, keywords))} and returned {returned(out)} "
+            f"without a scalar .loss; pass {ADVICE}"
         )
 
-    def _without_labels(self, batch: Mapping[str, Any]) -> EstimationError:
+    def _without_labels(self, model: nn.Module, batch: Mapping[str, Any]) -> EstimationError:
+        wanted = [name for name in _names(model) if _MAKES_A_LOSS.search(name) and name not in batch]
+        what = (
+            f"the model makes its loss of {', '.join(wanted)}"
+            if wanted and LABELS[0] not in wanted
+            else f"for a language model they are a copy of input_ids, {IGNORED} at padding, as transformers' collators "
+            "make it"
+        )
         return EstimationError(
-            f"a batch is a dict with {', '.join(map(str, batch))}, without labels; for a language model they are a "
-            f"copy of input_ids, {IGNORED} at padding, as transformers' collators make it; or pass {self.advice}"
+            f"a batch is a dict with {', '.join(map(str, batch))}, without labels; {what}; or pass {self.advice}"
         )
 
     def _unknown(self, batch: Any) -> EstimationError:
@@ -221,6 +245,13 @@ class Reading:
         return LABELLED if self.needs_labels else UNLABELLED
 
 
+def call(model: nn.Module, inputs: Any, batch: Any) -> Any:
+    """What the model returns for inputs, or for keywords; what it raises is an EstimationError."""
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else ((inputs,), {})
+    with in_forward(model, batch, args, kwargs):
+        return model(*args, **kwargs)
+
+
 def outputs_of(out: Any) -> Tensor:
     """The logits in what a model returned: a tensor, `.logits`, the first item of a tuple, "logits" or "out" in a dict.
 
@@ -230,10 +261,26 @@ def outputs_of(out: Any) -> Tensor:
     """
     if (found := _found(out)) is None:
         raise EstimationError(
-            f"the model returns a {type(out).__name__}, expected a tensor, a tuple that begins with one, or .logits; "
-            f"pass {ADVICE}"
+            f"the model returns {returned(out)}, expected a tensor, a tuple that begins with one, or .logits; "
+            f"{which(out)}"
         )
     return found
+
+
+def returned(out: Any) -> str:
+    """What a model returned, for messages."""
+    what = f"a {type(out).__name__}"
+    return f"{what} of {described(out)}" if isinstance(out, (Mapping, tuple, list)) and len(out) else what
+
+
+def which(out: Any) -> str:
+    """What to pass where a model returned something without logits."""
+    heads = out.items() if isinstance(out, Mapping) else ()
+    names = [key for key, part in heads if isinstance(part, Tensor) and part.dim() > 1]
+    if not names:
+        return f"pass {ADVICE}"
+    one = f".{names[0]}" if hasattr(out, names[0]) else f'["{names[0]}"]'
+    return f"say which is meant, such as forward_fn=lambda model, batch: (model(**batch){one}, targets)"
 
 
 def _found(out: Any) -> Tensor | None:
@@ -254,6 +301,16 @@ def check_scalar(loss: Any, expected: str = "a scalar tensor") -> Tensor:
         found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise EstimationError(f"the loss is {found}, expected {expected}")
     return loss
+
+
+def check_measurable(outputs: Any) -> None:
+    """Raise an EstimationError unless the outputs have a length for each sample, which `label_free` measures."""
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or not outputs.is_floating_point():
+        found = described(outputs) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        found = "a scalar" if isinstance(outputs, Tensor) and outputs.dim() == 0 else found
+        raise EstimationError(
+            f"the outputs are {found}, expected a tensor [B, ...] of floating point, whose length label_free measures"
+        )
 
 
 def check_loss(loss: Any, names: Iterable[str]) -> Tensor:
@@ -277,6 +334,16 @@ def _label_key(batch: Mapping[str, Any]) -> str | None:
     return next((key for key in LABELS if batch.get(key) is not None), None)
 
 
+def _reading(model: nn.Module) -> nn.Module:
+    """The module that names the arguments: wrappers, as PEFT's without a task, may hand on whatever they are given."""
+    while (wrapper := wrapper_of(model)) is not None:
+        kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+        if not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            break
+        model = model._modules[wrapper.key]  # type: ignore[assignment]
+    return model
+
+
 def _keywords(model: nn.Module, batch: Mapping[str, Any], key: str | None) -> tuple[dict[str, Any], bool]:
     """What the model is called with, and whether the labels are left out, since it takes none.
 
@@ -285,12 +352,14 @@ def _keywords(model: nn.Module, batch: Mapping[str, Any], key: str | None) -> tu
 
     """
     try:
-        given = inspect.signature(model.forward).parameters.values()
+        given = inspect.signature(_reading(model).forward).parameters.values()
     except (TypeError, ValueError):  # TorchScript
         return dict(batch), False
     names = {p.name for p in given if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in given)
     keywords, held_out = dict(batch), False
+    if key is not None and (labels := batch[key]).dtype in _SHORT:  # classes of any integer dtype, as elsewhere
+        keywords[key] = labels.long()
     if key is not None and key not in names:
         if LABELS[0] in names:  # a dataset's "label", which transformers' collators rename
             keywords[LABELS[0]] = keywords.pop(key)
@@ -305,6 +374,14 @@ def _keywords(model: nn.Module, batch: Mapping[str, Any], key: str | None) -> tu
             )
         keywords = {name: part for name, part in keywords.items() if name in names}  # texts, paths
     return keywords, held_out
+
+
+def _names(model: nn.Module) -> list[str]:
+    """What the model's forward takes."""
+    try:
+        return list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def _holds_tensor(parts: Iterable[Any]) -> bool:
@@ -347,7 +424,8 @@ def _companion(parts: Iterable[Any]) -> EstimationError:
     shapes = ", ".join(str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
     return EstimationError(
         f"a batch has the parts {shapes}, of which one besides the inputs and the targets has an entry for each token; "
-        "say what it is by a dict, such as {'input_ids': …, 'attention_mask': …, 'labels': …}, or pass " + ADVICE
+        "say what it is by a dict, such as {'input_ids': …, 'attention_mask': …, 'labels': …}, or pass "
+        "forward_fn=lambda model, batch: (outputs, targets), such as (model(batch[0], batch[1]), batch[2])"
     )
 
 
@@ -356,16 +434,6 @@ def _without_padding(outputs: Tensor, mask: Tensor | None) -> Tensor:
     if not isinstance(mask, Tensor) or outputs.dim() < 3 or mask.shape != outputs.shape[:2]:
         return outputs
     return outputs.masked_fill((mask == 0).view(*mask.shape, *[1] * (outputs.dim() - 2)), 0)
-
-
-def _check_batched(inputs: Any, outputs: Tensor) -> None:
-    """Raise an EstimationError where the inputs are one sample: features alone go in, and others come out."""
-    flat = isinstance(inputs, Tensor) and inputs.dim() == outputs.dim() == 1 and inputs.is_floating_point()
-    if flat and outputs.shape != inputs.shape:
-        raise EstimationError(
-            f"the inputs are {list(inputs.shape)} and the outputs {list(outputs.shape)}: this is one sample, not a "
-            "batch; pass torch.utils.data.DataLoader(dataset, batch_size=…)"
-        )
 
 
 def _check_not_inputs(outputs: Tensor, targets: Tensor, inputs: Any) -> None:

@@ -67,8 +67,12 @@ def predicted(outputs: Any, targets: Any) -> Predictions:
     """
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or not outputs.is_floating_point():
         found = f"returns outputs {list(outputs.shape)}" if isinstance(outputs, Tensor) else "returns no tensor"
-        found = "returns its loss alone" if outputs is None else found
-        raise EstimationError(f"the model {found}, expected logits [B, classes]")
+        hint = ""
+        if outputs is None and isinstance(targets, OwnLoss):
+            found, hint = f"returns {targets.found}", f"; {targets.advice}"
+        elif isinstance(outputs, Tensor) and outputs.dim() == 1:
+            hint = "; if there is no batch dimension, pass torch.utils.data.DataLoader(dataset, batch_size=…)"
+        raise EstimationError(f"the model {found}, expected logits [B, classes]{hint}")
     made = _predicted(outputs, targets)
     if made.classes == 1:
         raise EstimationError(f"the outputs are {list(outputs.shape)}, {ONE_NUMBER}, and estimator 'batch' or 'sample'")

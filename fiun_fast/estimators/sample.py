@@ -20,7 +20,7 @@ from ..fisher import Fisher
 from . import rules
 from .capture import Use, Watch, step_by_step
 from .gathering import Gathering
-from .job import Estimate, Job, NotApartError, checked, count, explained_late, take
+from .job import Estimate, Job, NotApartError, checked, count, in_backward_of, take
 from .learn import Learned, learn
 from .per_sample import PerSample, weighted
 from .predictions import Predictions
@@ -171,7 +171,7 @@ class SampleEstimate(Estimate):
                 if counted is not None and not bool(counted[n].any()):
                     continue
                 one = [take(part, slice(n, n + 1), len(losses)) for part in (outputs, targets)]
-                with explained_late(job, *one):
+                with in_backward_of(job, *one):
                     self._per_sample.add_gradients(losses[n], list(job.selected), keep_graph=True)
         assert self._learned is not None
         self._warn(list(job.selected))

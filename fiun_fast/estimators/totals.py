@@ -19,7 +19,7 @@ from ..fisher import Fisher
 from ..kernels import select
 from ..kernels.cpu import expect_writes
 from ..layout import Layout
-from ..memory import check_addressable, check_one_device, check_writable, flaw_of, span
+from ..memory import check_addressable, check_one_device, check_writable, flaw_of, is_lazy, span
 from ..provenance import Provenance
 
 POWERS = {"batch": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
@@ -256,8 +256,13 @@ def check_parameters(parameters: Mapping[str, Tensor], layout: Layout | None = N
 
 
 def check_no_inference(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise an EstimationError for the first tensor that was made under torch.inference_mode: autograd refuses it."""
+    """Raise an EstimationError for the first tensor that was made under torch.inference_mode: autograd refuses it.
+
+    A LayoutError for one that is lazy, and cannot even be asked.
+    """
     for name, tensor in named:
+        if is_lazy(tensor):
+            raise LayoutError(f"{name!r} has no shape yet: run the lazy module once on a batch")
         if tensor.is_inference():
             raise EstimationError(
                 f"{name!r} was made under torch.inference_mode(), which no gradient may pass: make the model outside "

@@ -217,7 +217,9 @@ def test_models_that_return_something_else():
         def forward(self, x):
             return {"features": super().forward(x)}
 
-    with pytest.raises(ff.EstimationError, match="the model returns a dict, expected a tensor, a tuple"):
+    with pytest.raises(
+        ff.EstimationError, match=r"the model returns a dict of features float32 \[2, 2\], expected a tensor, a tuple"
+    ):
         ParameterPerturber(Odd(3, 2)).calc_importance([(torch.rand(2, 3), torch.tensor([0, 1]))])
 
 

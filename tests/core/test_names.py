@@ -261,3 +261,29 @@ def test_a_copy_of_a_plan_is_not_needed_when_a_model_is_wrapped_later():
     expected = dampened(copy.deepcopy(model), original, forget)
     plan.run_()
     assert same(wrapped, expected)
+
+
+def test_nodes_that_are_wrapped_alike_or_not_are_dampened_as_bare_ones_and_what_is_put_inside_is_noticed():
+    def small_net(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    layout = ff.Layout.from_module(small_net(0))
+    original, forget = (ff.Fisher(torch.rand(layout.numel) + 0.1, layout) for _ in range(2))
+
+    def planned(models):
+        dag = ff.InheritanceDAG()
+        for i, model in enumerate(models):
+            dag.add_model(f"n{i}", model, fisher=original, parents=["n0"] if i else [])
+        return ff.plan(dag, [ff.ForgetRequest("n0", forget)], alpha=1.0, lam=0.5)
+
+    for wrappers in ([nn.DataParallel] * 2, [nn.DataParallel, lambda m: m]):
+        models, bare = [small_net(1), small_net(2)], [small_net(1), small_net(2), small_net(3)]
+        wrapped = [wrap(model) for wrap, model in zip(wrappers, models)]
+        plan = planned(wrapped)
+        assert plan.run_().selected == planned(bare[:2]).run_().selected > 0
+        wrapped[0].module = new = small_net(3)
+        plan.run_()
+        planned(bare[1:]).run_()
+        for model, wanted in zip((new, models[1]), (bare[2], bare[1])):
+            assert all(map(torch.equal, model.parameters(), wanted.parameters()))

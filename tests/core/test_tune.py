@@ -261,14 +261,39 @@ def test_search_lowers_the_percentile_until_the_accuracy_has_fallen():
         assert choice.score == pytest.approx(unchanged, abs=2 / len(ratio))
 
 
-def test_a_node_that_knows_nothing_is_left_at_the_first_percentile():
-    dag, requests, _ = family()
+def test_a_node_that_knows_nothing_is_left_alone():
+    dag, requests, models = family()
     calls: list[str] = []
     found = ff.search_alpha(dag, requests, lambda name, model: calls.append(name) or 0.0, start=99.0)
-    start = ff.search_alpha(dag, requests, lambda name, model: 1.0, start=99.0, step=99.0, rho=1.0)
-    assert len(calls) == 2 * len(found)
-    assert all(found[name].alpha >= choice.alpha for name, choice in start.items())
-    assert all(choice.alpha > 0 for choice in found.values())
+    assert sorted(calls) == sorted(found)
+    assert found.doubts == {}
+    plan, before = ff.plan(dag, requests), bits(models)
+    plan.set_values_(found)
+    assert plan.run_().selected == 0
+    assert same(bits(models), before)
+    with pytest.raises(ff.ArgumentError, match=r"evaluate\('\w+', …\) gave -0.5, expected an accuracy, 0 or more"):
+        ff.search_alpha(dag, requests, lambda name, model: -0.5)
+
+
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
+def test_an_accuracy_that_rises_on_the_way():
+    """Each node stops where its accuracy is below the goal for the first time, and one that never is says so."""
+    dag, requests, _ = family()
+    names = ff.plan(dag, requests).nodes
+    courses = {
+        names[0]: [0.9, 0.95, 1.0, 0.5, 0.1, 0.9, 0.0],
+        names[1]: [0.9, 0.2, 0.1, 0.9, 0.9, 0.9, 0.9],
+        names[2]: [0.9, 0.3, 0.25, 0.2, 0.19, 0.6, 0.7],
+    }
+    scores = {name: iter(course) for name, course in courses.items()}
+    found = ff.search_alpha(dag, requests, lambda name, model: next(scores[name]), start=50.0, step=10.0, rho=0.2)
+    assert {name: len(points) for name, points in found.points.items()} == dict(zip(names, (5, 3, 7)))
+    assert [found[name].score for name in names] == [0.1, 0.1, 0.7]
+    q = np.array([[50.0 - 10 * (len(found.points[name]) - 2) for name in names]]).reshape(-1)
+    alphas = ff.plan(dag, requests).ratios().percentiles(q).tolist()
+    assert [found[name].alpha for name in names] == pytest.approx(alphas)
+    assert found.doubts.keys() == {names[2]}
+    assert "the search failed: 0.7 is left at the lowest percentile, wanted less than 0.18" in found.doubts[names[2]]
 
 
 def test_search_that_never_gets_there_ends_at_the_lowest_percentile():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 
+import memory_kinds
 import numpy as np
 import pytest
 import torch
@@ -378,3 +379,70 @@ def test_second_moments(kind):
     state["exp_avg_sq"] = make(state["exp_avg_sq"])
     with pytest.raises(ff.FiunError, match=f"exp_avg_sq of '{NAME}': {says}"):
         ff.Fisher.from_optimizer(optimizer, model)
+
+
+OF_ANOTHER_KIND = sorted(
+    set(memory_kinds.KINDS) - {"meta", "freed", "shortened"}
+)  # these have a shape, and lack memory alone
+
+
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_a_layout_says_which_kinds_it_cannot_lay_out(kind):
+    make, says = memory_kinds.KINDS[kind]
+    if kind == "DTensor" and not torch.distributed.is_initialized():
+        pytest.skip("needs a process group")
+    model, tensor = net(), make()
+    own = tensor.requires_grad or tensor.is_floating_point()
+    p = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=own and kind != "quantised")
+    model.register_parameter("odd", p)
+    for run in (
+        lambda: ff.Layout.from_module(model, "*"),
+        lambda: ff.Layout.from_tensors(dict(model.named_parameters())),
+        lambda: ff.FisherAccumulator(model, "*", allow_frozen=True),
+    ):
+        with pytest.raises(ff.FiunError, match=f"'odd'.*({says})"):
+            run()
+
+
+def test_a_layout_of_a_model_on_meta():
+    """Sizes need no memory."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    layout = ff.Layout.from_module(model)
+    assert layout == ff.Layout.from_tensors(dict(model.named_parameters()))
+    assert (layout.numel, layout["1.weight"].shape) == (23, (2, 3))
+    with pytest.raises(ff.ArgumentError, match="'w': a list, expected a tensor"):
+        ff.Layout.from_tensors({"w": [1.0]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_parameters_of_dtypes_without_such_arithmetic(dtype):
+    """Frozen ones stand aside; those that are trained are refused by name, in every way in."""
+    for frozen in (True, False):
+        model = net()
+        model.register_parameter("odd", nn.Parameter(torch.zeros(3).to(dtype), requires_grad=not frozen))
+        ways = [
+            lambda m: ff.Layout.from_module(m),
+            lambda m: ff.estimate_fisher(m, BATCHES),
+            lambda m: ff.FisherAccumulator(m),
+            lambda m: ParameterPerturber(m).calc_importance(BATCHES),
+            lambda m: ParameterPerturber(m, mode="corrected").calc_importance(BATCHES),
+        ]
+        for way in ways:
+            if frozen:
+                way(model)
+                continue
+            with pytest.raises(ff.DTypeError, match=f"parameter 'odd' is .*{str(dtype)[6:]}, expected"):
+                way(model)
+
+
+def test_freed_and_lazy_parts_beside_the_layer_that_is_estimated():
+    for spoil, says in (
+        (lambda m: m[0].weight.untyped_storage().resize_(0), "parameter '0.weight': its storage holds 0 bytes"),
+        (lambda m: m.__setitem__(0, nn.LazyLinear(4)), "'0.weight'.* has no shape yet: run the lazy module once"),
+    ):
+        for estimator in ("batch", "sample", "expected", "label_free"):
+            model = net()
+            spoil(model)
+            with pytest.raises(ff.LayoutError, match=says):
+                ff.estimate_fisher(model, BATCHES, "1.*", estimator=estimator)

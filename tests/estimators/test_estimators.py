@@ -271,7 +271,10 @@ def test_a_model_that_returns_no_tensor():
         def forward(self, x):
             return (None, self.fc(x.flatten(1)))
 
-    with pytest.raises(ff.EstimationError, match="the model returns a tuple, expected a tensor, .*; pass forward_fn"):
+    with pytest.raises(
+        ff.EstimationError,
+        match="the model returns a tuple of None and float32 .*, expected a tensor, .*; pass forward_fn",
+    ):
         ff.estimate_fisher(Tuple(), batches())
 
 

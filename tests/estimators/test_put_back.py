@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from argparse import Namespace
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,8 +154,9 @@ def test_a_model_that_changes_itself_is_put_back(change, fails):
         return out, batch[1]
 
     if fails:
-        with pytest.raises(KeyError, match="the user's own"):
+        with pytest.raises(ff.EstimationError, match="batch 0: forward_fn raises KeyError: .the user's own") as caught:
             ff.estimate_fisher(model, batches(), forward_fn=forward)
+        assert isinstance(caught.value.__cause__, KeyError)
     else:
         fisher = ff.estimate_fisher(model, batches(), forward_fn=forward)
         assert torch.allclose(fisher.buffer, ff.estimate_fisher(net(), batches()).buffer, rtol=1e-5)
@@ -181,7 +186,7 @@ def test_parameters_that_a_forward_replaces():
 
 def test_what_cannot_be_put_back_is_said_and_keeps_nothing_else_from_it():
     for fails, error, text in (
-        (True, KeyError, "the user's own"),
+        (True, ff.EstimationError, "batch 0: forward_fn raises KeyError: .the user's own"),
         (False, ff.EstimationError, "not all of the model could be put back as it was: .*size"),
     ):
         model = net()
@@ -237,3 +242,46 @@ def test_a_shared_layer_and_what_a_forward_keeps(estimator, refused):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     if estimator == "sample":
         close(fisher, oracle(again, loader))
+
+
+class Keeping(nn.Module):
+    """Keeps plain containers, configs and hooks, and changes them all in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = net()
+        self.config = SimpleNamespace(problem=None, sizes=[1, 2], inner=Namespace(seen=0))
+        self.plans = {"a": Settings(), "b": [3]}
+        self.last, self.named = deque([1, 2], maxlen=2), OrderedDict(x=1)
+        self.counted = defaultdict(int, {"calls": 0})
+
+    def forward(self, x):
+        self.config.problem, self.config.more = "classes", 1
+        self.config.inner.seen += 1
+        self.config.sizes.append(3)
+        self.plans["a"].chosen = "fast"
+        self.plans["b"].clear()
+        self.last.append(7)
+        self.named.move_to_end("x")
+        self.named["y"] = 2
+        self.counted["calls"] += 1
+        self.fc[0].register_forward_hook(lambda *_: None)
+        return self.fc(x)
+
+
+@dataclass
+class Settings:
+    chosen: str | None = None
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_containers_configs_and_hooks_are_put_back(estimator):
+    model = Keeping()
+    held = (model.config, model.config.inner, model.config.sizes, model.plans["a"], model.plans["b"], model.last)
+    fisher = ff.estimate_fisher(model, batches(2), estimator=estimator)
+    assert torch.allclose(fisher.buffer, ff.estimate_fisher(net(), batches(2), estimator=estimator).buffer, rtol=1e-5)
+    now = (model.config, model.config.inner, model.config.sizes, model.plans["a"], model.plans["b"], model.last)
+    assert all(a is b for a, b in zip(now, held))
+    assert vars(model.config) == {"problem": None, "sizes": [1, 2], "inner": Namespace(seen=0)}
+    assert model.plans == {"a": Settings(), "b": [3]} and model.last == deque([1, 2]) and model.last.maxlen == 2
+    assert model.named == OrderedDict(x=1) and model.counted == {"calls": 0} and not model.fc[0]._forward_hooks

@@ -172,18 +172,23 @@ X, Y = SUBJECT.batches((4,))[0]
         (None, (X, ["b"]), {}, "the targets of a batch are a list, expected a tensor"),
         (Labelled("dict"), {"pixels": X}, {}, "a batch is a dict with pixels, without labels; .* pass forward_fn="),
         (Returns(lambda out, x: out), {"x": X, "y": Y, "label": Y}, {}, "a batch holds 'y', which the model does not"),
-        (Labelled("loss alone"), {"pixels": X, "labels": Y}, {"estimator": "expected"}, "returns its loss alone"),
+        (
+            Labelled("loss alone"),
+            {"pixels": X, "labels": Y},
+            {"estimator": "expected"},
+            r"returns a dict of loss float32 \[\], expected logits .B, classes.; pass forward_fn=",
+        ),
         (
             Returns(lambda out, x: {"x": x}),
             (X, Y),
             {},
-            r"returns a dict, expected a tensor, a tuple .*, or .logits; pass",
+            r"returns a dict of x float32 \[.*, expected a tensor, a tuple .*, or .logits; say which",
         ),
         (
             Labelled("dict", factor=torch.ones(2)),
             {"pixels": X, "labels": Y},
             {},
-            "called with the keywords pixels, labels and returned a dict without a scalar .loss; pass forward_fn",
+            "called with the keywords pixels, labels and returned a dict of .* without a scalar .loss; pass forward_fn",
         ),
     ],
 )

@@ -92,16 +92,77 @@ def test_a_part_in_place_of_the_whole():
         ff.estimate_fisher(InPlace("add_"), loader, estimator="sample")
 
 
+class Bag(nn.Module):
+    """Bags of words [B, T]; those of some words may be weighted."""
+
+    def __init__(self, weighted: bool = False, **options):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(9, 4, **options), nn.Linear(4, 5)
+        self.weighted = weighted
+
+    def forward(self, x):
+        weights = (x * 0.1 + 0.5).to(self.bag.weight.dtype) if self.weighted else None
+        return self.head(torch.tanh(self.bag(x, per_sample_weights=weights)))
+
+
+class Pairs(nn.Module):
+    """A bilinear layer over two parts of [B, T, 6]."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self.pairs, self.head = nn.Bilinear(4, 2, 3, bias=bias), nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.pairs(x[..., :4], x[..., 4:])).flatten(1, -2).sum(1))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Bag(mode="sum"),
+        lambda: Bag(mode="mean"),
+        lambda: Bag(mode="mean", padding_idx=2),
+        lambda: Bag(mode="sum", padding_idx=-7),
+        lambda: Bag(weighted=True, mode="sum", padding_idx=0),
+        lambda: Pairs(),
+        lambda: Pairs(bias=False),
+    ],
+    ids=["bag-sum", "bag-mean", "bag-padded", "bag-padded-from-the-end", "bag-weighted", "bilinear", "no-bias"],
+)
+def test_what_is_restated_in_functions_with_a_closed_form(model):
+    """No warning: nothing falls back."""
+    torch.manual_seed(2)
+    model = settled(model())
+    words = isinstance(model, Bag)
+    made = [torch.randint(9, (n, 6)) if words else torch.randn(n, 3, 6) for n in (4, 5, 3)]
+    if words:
+        made[0][1] = 2  # a bag of nothing, where that is padding
+    loader = [(x, torch.randint(5, (len(x),))) for x in made]
+    fisher = ff.estimate_fisher(model, loader, estimator="sample")
+    close(fisher, oracle(model, loader), 5e-5)
+    assert all(how.startswith("closed form") for how in fisher.provenance.how.values())
+
+
+def test_bags_without_a_closed_form():
+    torch.manual_seed(3)
+    loader = [(torch.randint(9, (n, 6)), torch.randint(5, (n,))) for n in (4, 3)]
+    for options in ({"mode": "max"}, {"mode": "sum", "scale_grad_by_freq": True}):
+        model = settled(Bag(**options))
+        with pytest.warns(ff.FallbackWarning, match=r"'bag.weight': used by embedding_bag"):
+            close(ff.estimate_fisher(model, loader, estimator="sample"), oracle(model, loader))
+
+
 def test_a_warning_says_which_and_why_once_and_can_be_silenced():
     torch.manual_seed(0)
-    model = settled(nn.Sequential(nn.Bilinear(3, 3, 4), nn.Linear(4, 5)))
-    forward = lambda m, b: (m[1](torch.tanh(m[0](b[0], b[0]))), b[1])
-    loader = [(torch.randn(4, 3), torch.randint(5, (4,))) for _ in range(3)]
+    model = settled(nn.Sequential(nn.GRU(3, 4, batch_first=True), nn.Linear(4, 5)))
+    forward = lambda m, b: (m[1](m[0](b[0])[0][:, -1]), b[1])
+    loader = [(torch.randn(4, 2, 3), torch.randint(5, (4,))) for _ in range(3)]
     with pytest.warns(ff.FallbackWarning) as caught:
         ff.estimate_fisher(model, loader, estimator="sample", forward_fn=forward)
     (one,) = caught
-    assert "2 of 4 parameters have no closed form" in str(one.message)
-    assert "'0.weight', '0.bias': used by bilinear" in str(one.message)
+    assert "4 of 6 parameters have no closed form" in str(one.message)
+    names = "'0.weight_ih_l0', '0.weight_hh_l0', '0.bias_ih_l0', '0.bias_hh_l0'"
+    assert f"{names}: used by gru" in str(one.message)
     assert one.filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")

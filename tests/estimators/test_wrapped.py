@@ -104,7 +104,7 @@ def test_the_stance_of_the_compiler_is_put_back():
             raise RuntimeError("the user's")
         return model(batch[0]), batch[1]
 
-    with pytest.raises(RuntimeError, match="the user's"):
+    with pytest.raises(ff.EstimationError, match="batch 2: forward_fn raises RuntimeError: the user's"):
         ff.estimate_fisher(net(), batches(), forward_fn=forward)
     assert stances == ["force_eager"] * 3
     assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +86,7 @@ def test_it_is_compiled_where_it_is_asked_for_or_a_gpu_is_there(machine, cuda, g
         machine.program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
     done = machine.build(cuda)
     assert done.returncode == 0, done.stderr
-    assert "building fiun_fast._cuda; no _cpu" in done.stdout
+    assert "building fiun_fast._cuda (some minutes); no _cpu" in done.stdout
     assert machine.built()
     compiled = [line for line in machine.calls.read_text().splitlines() if " -c " in line]
     assert len(compiled) == len(list((ROOT / "csrc" / "cuda").glob("*.c[up]*")))
@@ -92,6 +94,8 @@ def test_it_is_compiled_where_it_is_asked_for_or_a_gpu_is_there(machine, cuda, g
         for code in ("code=sm_80", "code=sm_90", "code=compute_90"):
             assert code in line
         assert "sm_75" not in line
+        threads = int(re.search(r"--threads=(\d+) ", line)[1])
+        assert threads * min(os.cpu_count(), len(compiled)) >= min(os.cpu_count(), 3 * len(compiled))  # all cores work
 
 
 def test_nothing_is_compiled_where_it_is_not_wanted(machine):
@@ -107,6 +111,38 @@ def test_a_failure_is_an_error_only_where_it_was_asked_for(machine):
     assert done.returncode == 0, done.stderr
     assert "fiun_fast works without the cuda backend" in done.stderr + done.stdout
     assert machine.build("1").returncode != 0
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_only_wheels_are_compiled_for_gpus_elsewhere(tmp_path):
+    """`make demo` on a machine with nvcc and no GPU compiles for the CPU only; no test needs more."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("FIUN_FAST", "MAKE"))}
+    done = {}
+    for target in ("install", "demo", "test", "wheel"):
+        command = ["make", "--dry-run", f"VENV={tmp_path / 'new'}", target]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        done[target] = run.stdout
+        assert "pip install" in run.stdout
+    assert {target for target, text in done.items() if "FIUN_FAST_CUDA" in text} == {"wheel"}
+    assert "FIUN_FAST_CUDA=${FIUN_FAST_CUDA:-auto}" in done["wheel"]
+
+
+def test_a_source_distribution_has_all_that_the_tests_read(tmp_path):
+    """What is in the repository, as setup.py would pack it, but for settings of git and of hooks in a checkout."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    command = [sys.executable, str(ROOT / "setup.py"), "-q", "egg_info", "--egg-base", str(tmp_path)]
+    environment = os.environ | {"FIUN_FAST_CPU": "0", "FIUN_FAST_CUDA": "0"}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    packed = set(next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text().splitlines())
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    there = {name for name in listed if name and (ROOT / name).exists()}
+    assert len(there) > 300
+    assert sorted(there - packed) == [".gitignore", ".pre-commit-config.yaml"]
+    foreign = {name for name in packed if (ROOT / name).exists()} - there
+    assert not [name for name in foreign if name.endswith((".so", ".pyc", ".o"))]
 
 
 def test_what_is_missing_is_named(machine):

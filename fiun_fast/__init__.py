@@ -3,11 +3,13 @@
 Method: FIUn with MFIM (arXiv 2408.08493); for one model, Selective Synaptic Dampening (arXiv 2308.07707).
 """
 
+from . import checkpoints as checkpoints
 from . import evaluation as evaluation
 from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import (
     ArgumentError,
     BackendError,
+    CheckpointError,
     DagError,
     DeviceError,
     DTypeError,
@@ -21,6 +23,7 @@ from .errors import (
     MissingPackageError,
     ProvenanceWarning,
     ScopeWarning,
+    TreeFileError,
     TuningWarning,
     UndoError,
     UndoFileError,
@@ -47,6 +50,7 @@ from .version import __version__
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "CheckpointError",
     "Choice",
     "DTypeError",
     "DagError",
@@ -79,6 +83,7 @@ __all__ = [
     "Segment",
     "SelectionProfile",
     "Shard",
+    "TreeFileError",
     "Trials",
     "TriedPoint",
     "Tuned",

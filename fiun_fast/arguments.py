@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import numbers
+import re
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -75,6 +78,20 @@ def check_count(what: str, value: object, least: int = 1, most: int | None = Non
     if most is not None and int(value) > most:
         raise ArgumentError(f"{what} is {hex(int(value)):.20}…, expected a whole number of at most {most}")
     return int(value)
+
+
+_UNITS = {"": 1, **{f"{p}B": 1000**k for k, p in enumerate(("", "K", "M", "G", "T"))}}
+_UNITS |= {f"{p}iB": 1024**k for k, p in enumerate(("", "K", "M", "G", "T")) if k}
+
+
+def check_size(what: str, value: object) -> int:
+    """A number of bytes, at least 1, of a whole number or a text: "2GB", "500 MB" (10^6), "1.5GiB" (2^30)."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"(\d{1,18}|\d{0,18}\.\d{1,18})\s*([KMGT]i?B|B|)", value.strip())
+        if found is None:
+            raise ArgumentError(f"{what} is {value!r:.80}, expected a size such as 2GB, 500MB or 1.5GiB")
+        value = math.floor(Fraction(found[1]) * _UNITS[found[2]])
+    return check_count(what, value, most=2**63 - 1)
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:

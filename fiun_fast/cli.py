@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import ESTIMATORS
+from .checkpoint_commands import add_commands
 from .demo import NETWORKS, SCOPES
 from .errors import FiunError
 from .kernels import BACKENDS
@@ -16,7 +17,7 @@ from .version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 0 for success, 1 for an error that was explained, 2 for wrong arguments."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return options.run(options)
     except FiunError as error:
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line: each subcommand sets `run`, which takes the options and returns the exit status."""
     parser = argparse.ArgumentParser(prog="fiun-fast", description="Machine unlearning in inheritance networks, fast.")
     parser.add_argument("--version", action="version", version=f"fiun-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -54,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     warmup = commands.add_parser("warmup", help="compile the Triton kernels ahead of the first run")
     warmup.add_argument("--target", help='"cuda:90", "hip:gfx942", …; default: the GPU of this machine')
     warmup.set_defaults(run=_warmup)
+
+    add_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, which backends work here and why others do not")
     doctor.set_defaults(run=_doctor)

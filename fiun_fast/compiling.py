@@ -131,8 +131,8 @@ def compile_program(
     check_one_of("on_mismatch", on_mismatch, MISMATCH_RULES)
     alike: dict[tuple[Layout, tuple[int, ...], torch.dtype, torch.device], list[int]] = {}
     for index, node in enumerate(nodes):
-        buffer = node.fisher.buffer
-        alike.setdefault((node.fisher.layout, node.requests, buffer.dtype, buffer.device), []).append(index)
+        fisher = node.fisher
+        alike.setdefault((fisher.layout, node.requests, fisher.dtype, fisher.device), []).append(index)
     groups: list[GroupPlan] = []
     matches: list[Match | None] = [None] * len(nodes)
     for (_, _, dtype, device), indices in alike.items():

@@ -14,7 +14,18 @@ from . import kernels
 from .errors import BackendError
 from .version import __version__
 
-PACKAGES = ("torch", "triton", "numpy", "networkx", "safetensors", "rich", "scikit-learn", "scipy", "matplotlib")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "networkx",
+    "safetensors",
+    "rich",
+    "pyyaml",
+    "scikit-learn",
+    "scipy",
+    "matplotlib",
+)
 
 
 def examine() -> dict[str, dict[str, str]]:

@@ -38,6 +38,14 @@ class FileWriteError(FiunError, OSError):
     """A file cannot be written: no such folder, no permission, a full disk. What was there before is still there."""
 
 
+class TreeFileError(FiunError, ValueError):
+    """A TOML file that does not describe a family of models on disk; the message names table and key."""
+
+
+class CheckpointError(FiunError, ValueError):
+    """Models, Fishers or a journal on disk that are damaged, of a form that is not read, in use, or have changed."""
+
+
 class BackendError(FiunError, RuntimeError):
     """A backend that is unknown, or known and not usable here."""
 

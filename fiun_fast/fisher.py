@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import files, optimizer_state
-from .arguments import MERGE_RULES, MergeRule, check_fraction, check_number, check_one_of, short
+from . import fisher_file, optimizer_state
+from .arguments import MERGE_RULES, MergeRule, check_fraction, check_number, check_one_of, check_size, short
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
 from .kernels import select
@@ -94,17 +94,17 @@ class Fisher(Vector):
         device: torch.device | str | None = None,
         layout: Layout | None = None,
     ) -> Fisher:
-        """Read a file that `save` wrote, into main memory: what becomes of the file later does not matter.
+        """Read a file or folder that `save` wrote, into main memory: what becomes of it on disk does not matter then.
 
         Args:
-            path: the file.
+            path: the file, or the folder of shards.
             device: where the buffer is to lie; None: in main memory.
             layout: what is expected; a file that does not fit is refused with the difference.
 
         Raises:
             FileNotFoundError: there is none.
             FisherFileError: the file is truncated, damaged (its checksum is another; files of version 0.1 have none),
-                foreign or from a newer format.
+                foreign or from a newer format; or a shard is.
             LayoutError: its layout is another than the one expected.
             ArgumentError: it holds a negative entry, or `path` is no path.
             DeviceError: the device is not there.
@@ -112,7 +112,8 @@ class Fisher(Vector):
         """
         if layout is not None and not isinstance(layout, Layout):
             raise ArgumentError(f"layout is a {type(layout).__name__}, expected a fiun_fast.Layout")
-        buffer, found, record = files.read_fisher(path)
+        with fisher_file.opened(path) as file:
+            buffer, found, record = file.read_all(), file.layout, file.record
         if layout is not None and layout != found:
             found = found.named_as(layout)
         if layout is not None and layout != found:
@@ -122,22 +123,43 @@ class Fisher(Vector):
         loaded = cls(buffer, found, Provenance(**record))
         return loaded if device is None else loaded.to(device)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: one tensor a parameter; layout, provenance and a checksum in the metadata.
+    @denormals_kept()
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        shard_size: int | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write a safetensors file, or a folder of them: one tensor a parameter; layout, provenance, checksums.
 
-        All or nothing. A symbolic link is followed and stays; a file that is replaced hands on its mode.
+        All or nothing. A symbolic link is followed and stays; a file that is replaced hands on its mode. In a folder
+        what was saved there before counts until the new index is in place; then its shards go, and no other file does.
+
+        Args:
+            path: the file, or with `shard_size` the folder, which is made where it is not there.
+            shard_size: bytes of a shard, a number or "2GB", "500MB", "1.5GiB"; a larger parameter has one to itself.
+            dtype: torch.bfloat16 halves the files. Each number is rounded to nearest even, by at most 1 part in 256;
+                read again it is float32. A ratio F / I moves by less than 0.8 %, and elements closer than that to the
+                threshold may be selected or not; docs/checkpoints.md. None: as the Fisher is.
 
         Raises:
             FileWriteError: the folder does not exist or cannot be written, or the disk is full; an OSError too. What
                 was there before is still there, and no partial file is left.
-            ArgumentError: a parameter's name that no file can hold, or `path` is no path.
+            ArgumentError: a parameter's name that no file can hold, `path` is no path, `shard_size` no size.
+            DTypeError: another dtype than bfloat16, or a float64 Fisher beside it.
 
         """
         self.check_memory("the Fisher to be saved")
-        record = {key: getattr(self.provenance, key) for key in files.RECORD}
+        if dtype is not None and (dtype != fisher_file.ROUNDED or self.dtype != torch.float32):
+            raise DTypeError(
+                f"dtype is {dtype} for a {short(self.dtype)} Fisher, expected None, or torch.bfloat16 for a float32 one"
+            )
+        size = None if shard_size is None else check_size("shard_size", shard_size)
+        record = {key: getattr(self.provenance, key) for key in fisher_file.RECORD}
         if isinstance(record["how"], Mapping):
             record["how"] = dict(record["how"])
-        files.write_fisher(path, self.as_dict(), record)
+        fisher_file.write(path, self.as_dict(), record, shard_size=size, dtype=dtype)
 
     def __repr__(self) -> str:
         p = self.provenance

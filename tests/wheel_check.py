@@ -2,9 +2,9 @@
 
     python tests/wheel_check.py dist/fiun_fast-….whl --torch 2.13.0
 
-It looks at what is inside (size, libraries needed, GPU architectures), installs the wheel beside that torch, runs
-tests/kernels/test_parity.py and the demo's short mode on what was installed, and `fiun-fast doctor`. Exit status 1 if
-anything is not as it should be.
+It looks at what is inside (size, libraries needed, GPU architectures), installs the wheel beside that torch, and runs
+on what was installed tests/kernels/test_parity.py, the demo's short mode, `fiun-fast unlearn` and `fiun-fast doctor`.
+Exit status 1 if anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from cuda_code import tool
@@ -30,6 +31,15 @@ SAY_ARCHITECTURES = (
     "from fiun_fast.kernels import cuda; "
     "print(*([] if isinstance(cuda.load(), str) else cuda.BACKEND.extension.architectures()))"
 )
+MAKE_MODELS = """
+from pathlib import Path
+import torch, llama_folders as llama
+llama.write(Path("models/base"), llama.tensors(0), shards=2)
+llama.write(Path("models/chat"), llama.tensors(1, torch.bfloat16), card="base_model: somebody/base")
+llama.fisher(0).save("models/base.fisher", shard_size=5000)
+llama.fisher(1).save("models/chat.fisher", dtype=torch.bfloat16)
+llama.fisher(2).save("forget.fisher")
+"""
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "ptxas")
 
 
@@ -93,7 +103,7 @@ def install(wheel: Path, torch: str, folder: Path) -> Path:
 
 
 def check_installed(programs: Path, folder: Path, gpu_code: set[str] | None) -> None:
-    """Everything from here on sees the installed package only: its folder has four files of tests, PATH no compiler."""
+    """Everything from here on sees the installed package only: its folder has a few tests' files, PATH no compiler."""
     environment = {"PATH": str(programs), "HOME": str(folder), "LANG": "C.UTF-8"}
     if compilers := [name for name in COMPILERS if shutil.which(name, path=environment["PATH"])]:
         fail(f"{programs} has {', '.join(compilers)}")
@@ -128,6 +138,19 @@ def check_installed(programs: Path, folder: Path, gpu_code: set[str] | None) -> 
         fail("the parity suite did not run on the cpu backend")
     written = run("fiun-fast", "demo", "--quick", "--out", "demo-out")
     print(f"demo --quick: {written.strip().splitlines()[-1]}")
+    check_models_on_disk(run, folder)
+
+
+def check_models_on_disk(run: Callable[..., str], folder: Path) -> None:
+    """Small folders of models, found, dampened and verified by the command line."""
+    shutil.copy(TESTS / "checkpoints" / "llama_folders.py", folder)
+    run("python", "-c", MAKE_MODELS)
+    run("fiun-fast", "tree", "models", "--write", "tree.toml")
+    run("fiun-fast", "unlearn", "tree.toml", "--out", "clean", "--memory", "100MB")
+    verified = run("fiun-fast", "verify", "clean").strip()
+    if not verified.endswith("all as recorded") or 'parents = ["base"]' not in (folder / "tree.toml").read_text():
+        fail(f"models on disk: {verified}")
+    print(f"models on disk: unlearn, verify: {verified}")
 
 
 def main() -> None:

@@ -44,14 +44,14 @@ def test_a_file_may_go_once_it_is_loaded(tmp_path):
     """In a process of its own: reading on from a mapping of a shortened file would end it."""
     script = f"""
 import os, sys, torch, fiun_fast as ff
-from fiun_fast import files
+from fiun_fast import fisher_file
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_file_safety import fisher, logged, same
 for spoil in (lambda path: os.truncate(path, 100), lambda path: open(path, "r+b").write(bytes([255]) * 9000)):
     model, before = logged({str(tmp_path / "log")!r})
     fisher().save({str(tmp_path / "fisher")!r})
     log, loaded = ff.UndoLog.load({str(tmp_path / "log")!r}), ff.Fisher.load({str(tmp_path / "fisher")!r})
-    with files.opened_fisher({str(tmp_path / "fisher")!r}) as file:
+    with fisher_file.opened({str(tmp_path / "fisher")!r}) as file:
         part = file.read("weight", 100, 1000)
     spoil({str(tmp_path / "log")!r}), spoil({str(tmp_path / "fisher")!r})
     log.undo_(model)

@@ -204,6 +204,25 @@ def fisher_files(folder: Path, checked: bool) -> Format:
     return Format(originals if checked else [aged(one) for one in originals], load, checked)
 
 
+def fisher_folders(folder: Path) -> Format:
+    """A folder of shards: its index, or a shard, is what is mutated."""
+    layout = ff.Layout({"a": (3, 5), "b": (40,), "c": ()})
+    written = ff.Fisher(torch.rand(layout.numel, generator=torch.Generator().manual_seed(5)), layout)
+    written.save(folder / "fisher", shard_size=100)
+    names = sorted(path.name for path in (folder / "fisher").iterdir())
+    originals = [(folder / "fisher" / name).read_bytes() for name in names]
+
+    def load(path: Path, k: int) -> bool:
+        (folder / "fisher" / names[k]).write_bytes(path.read_bytes())
+        try:
+            fisher = ff.Fisher.load(folder / "fisher")
+        finally:
+            (folder / "fisher" / names[k]).write_bytes(originals[k])
+        return torch.equal(fisher.buffer, written.buffer) and fisher.layout == layout
+
+    return Format(originals, load, True)
+
+
 def undo_files(folder: Path, checked: bool) -> Format:
     """Undo logs of dicts, one in half precision; what loads is applied to parameters with guards on both sides."""
     written: list[tuple[dict, dict]] = []
@@ -250,6 +269,7 @@ def aged(data: bytes) -> bytes:
 
 FORMATS: dict[str, Callable[[Path], Format]] = {
     "Fisher": lambda folder: fisher_files(folder, True),
+    "Fisher in shards": fisher_folders,
     "undo": lambda folder: undo_files(folder, True),
     "Fisher without checksum": lambda folder: fisher_files(folder, False),
     "undo without checksum": lambda folder: undo_files(folder, False),

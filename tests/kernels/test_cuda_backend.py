@@ -21,7 +21,7 @@ import fiun_fast as ff
 from fiun_fast import doctor, kernels
 from fiun_fast.kernels import cuda
 from fiun_fast.kernels.extension import KINDS
-from fiun_fast.kernels.schedule import WARP_TILE, warp_tiles
+from fiun_fast.kernels.schedule import TILE, cut
 from fiun_fast.kernels.table import Merging, Table
 
 SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
@@ -152,10 +152,12 @@ def tables(draw) -> Table:
 @given(table=tables(), warps=st.sampled_from([1, 16, 500, 10_000]))
 def test_every_element_of_every_node_lies_in_exactly_one_tile(table, warps):
     extension = shim.backend().extension.module()
-    unit, step = extension.tile_shape(KINDS[table.theta_dtype or table.fisher_dtype], KINDS[table.fisher_dtype])
+    kinds = (KINDS[table.theta_dtype or table.fisher_dtype], KINDS[table.fisher_dtype])
+    grain = cuda.grain(extension, *kinds, extension.tile_targets, warps)
+    unit = grain.unit
     covered: dict[int, list[tuple[int, int]]] = {}
     owner = {int(row[1]): row for row in table.rows}
-    for tile in warp_tiles(table, unit, step, warps, extension.tile_targets):
+    for tile in cut(table, grain):
         row = owner[int(tile["first_source"])]
         first, last = int(tile["first_target"]), int(tile["first_target"] + tile["targets"])
         start, length = int(tile["start"]), int(tile["length"])
@@ -310,6 +312,6 @@ def test_more_gradients_than_one_launch_takes():
 
 
 def test_the_tile_is_laid_out_as_in_the_header():
-    assert WARP_TILE.itemsize == 40
+    assert TILE.itemsize == 40
     if shim.why_not() is None:
-        assert shim.backend().extension.module().tile_bytes == WARP_TILE.itemsize
+        assert shim.backend().extension.module().tile_bytes == TILE.itemsize

@@ -15,7 +15,7 @@ import torch
 from ..arguments import MERGE_RULES
 from ..errors import BackendError
 from . import extension as extensions
-from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel
+from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel, pairs_of
 from .interface import Backend
 from .prepared import PreparedDampening, PreparedHistogram, stream
 from .schedule import Grain
@@ -23,6 +23,7 @@ from .table import Dampening, Merging, Table
 
 DRIVERS = {12: "525", 13: "580"}  # the first Linux driver for each major version of the toolkit
 MOST_STEPS = 8  # of a tile: long enough that finding it costs nothing, short enough to share out evenly
+AMD = "this torch is built for AMD GPUs, which the triton backend is for"
 PRODUCTS_BYTES = 16 << 20  # multiplied at a time: still in the L2 cache when the squares are added
 
 
@@ -112,7 +113,9 @@ class CudaExtension:
     def why_not(self) -> str | None:
         """None where the extension is there and a GPU of this machine can run it, else why not."""
         found = self._find()
-        return found if isinstance(found, str) else self._reason
+        if isinstance(found, str):
+            return found if torch.version.hip is None else AMD
+        return self._reason
 
     @functools.cached_property
     def _reason(self) -> str | None:
@@ -127,7 +130,7 @@ class CudaExtension:
         """
         module = self.module()
         if torch.version.hip is not None:
-            return "this torch is built for AMD GPUs"
+            return AMD
         driver, needed = module.driver_version(), module.toolkit_version
         if driver == 0:
             return "no NVIDIA driver is installed"
@@ -266,13 +269,7 @@ class CudaBackend(Backend):
         if not gradients:
             return
         dense = [gradient.detach().contiguous() for gradient in gradients]
-        pairs = np.array(
-            [
-                (g.data_ptr(), total.data_ptr(), total.numel(), self._kind(g, KINDS), self._kind(total, FISHER_KINDS))
-                for g, total in zip(dense, into, strict=True)
-            ],
-            dtype=np.int64,
-        )
+        pairs = pairs_of(self.name, dense, into)
         device, module = into[0].device, self.extension.module()
         arguments = (_index(device), pairs.ctypes.data, len(pairs), power == 2, zero, stream(device))
         self.extension.call(module.accumulate, *arguments)
@@ -299,9 +296,6 @@ class CudaBackend(Backend):
             torch.bmm(a, b.transpose(1, 2), out=products[: rows * groups])
             arguments = (device, into.data_ptr(), products.data_ptr(), rows, into.numel(), number, current)
             self.extension.call(add_squares, *arguments)
-
-    def _kind(self, tensor: torch.Tensor, known: dict[torch.dtype, int]) -> int:
-        return kind(self.name, tensor.dtype, known)
 
 
 def _index(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """What all Triton kernels share on the host: tile, options, constants, whether they run here, launching.
 
-Others read the names here through the module, so that whoever measures other settings (bench/tune_triton.py) changes
+Others read the names here through the module, so that whoever measures other settings (gpu/timed.py) changes
 them in one place.
 """
 
@@ -24,7 +24,7 @@ from .schedule import Grain
 NAME = "triton"
 OLDEST_CAPABILITY = (8, 0)
 
-# Fixed on purpose: no tuning at run time. Measured and argued in docs/kernels.md; bench/tune_triton.py tries others.
+# Fixed on purpose: no tuning at run time. Measured and argued in docs/kernels.md; `fiun-fast gpu` tries others.
 BLOCK = 2048  # elements of a tile: 16 per thread, so four 16-byte loads in flight for each stream of fp32
 INTERPRETED_BLOCK = 8192  # the interpreter's time goes by programs, hardly by elements
 NUM_WARPS = 4

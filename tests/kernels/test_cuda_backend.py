@@ -99,6 +99,35 @@ def test_why_it_cannot_run_here(pretend, machine, reason):
     assert doctor.examine()["CUDA extension"]["runs here"] == f"no: {cuda.BACKEND.why_not('cuda')}"
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_doctor_says_what_works_on_an_amd_gpu(pretend, monkeypatch, built):
+    pretend(hip="6.4", found=(94,))
+    if not built:
+        extension = cuda.CudaExtension("cuda", lambda: "its extension was not built: install the CUDA toolkit")
+        monkeypatch.setattr(cuda.BACKEND, "extension", extension)
+    gpus = [("AMD Instinct MI300X", "gfx942:sramecc+:xnack-", 64), ("AMD Radeon PRO W7900", "gfx1100", 32)]
+    seen = [SimpleNamespace(name=name, gcnArchName=arch, warp_size=lanes) for name, arch, lanes in gpus]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: seen[i].name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", seen.__getitem__)
+    for reason, said in (
+        (None, "works; inspected for gfx942, gfx950, not run by us"),
+        ("no compiler", "no: no compiler"),
+    ):
+        monkeypatch.setattr(kernels.load("triton"), "why_not", lambda kind, why=reason: why if kind == "cuda" else "no")
+        found = doctor.examine()
+        assert found["AMD GPUs"] == {
+            "ROCm": "6.4",
+            "GPU 0": "AMD Instinct MI300X, gfx942, 64 lanes a wavefront",
+            "GPU 1": "AMD Radeon PRO W7900, gfx1100, 32 lanes a wavefront; its kernels were compiled for others only",
+            "triton": said,
+            "estimators, cpu, reference": "work as anywhere: plain torch, and the CPU",
+        }
+        assert found["CUDA extension"] == {"runs here": f"no: {cuda.AMD}"}
+        assert found["backends"]["cuda"] == f"no: {cuda.AMD}"
+        assert (found["used by default"]["for cuda tensors"] == "triton") == (reason is None)
+
+
 def test_doctor_shows_what_is_inside_and_what_runs_it(pretend):
     pretend(found=(90, 75, 120))
     assert cuda.BACKEND.why_not("cuda") is None

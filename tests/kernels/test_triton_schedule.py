@@ -203,8 +203,8 @@ def test_split_nodes_read_f_once_a_share(traffic):
     watch("F", forgets)
     launch = TritonLaunch(plan.parts[0].table, Merging(), HOW, workers=3)
     launch.run(torch.zeros(6, 3, dtype=torch.int64))
-    assert moved["load", "F"] == 3 * 2 * 4 * 3000
-    assert [tile["targets"] for tile in launch.tiles] == [2, 2, 2]
+    assert moved["load", "F"] == 6 * 2 * 4 * 3000
+    assert [tile["targets"] for tile in launch.tiles] == [1] * 6, "two tiles a worker"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3])

@@ -70,6 +70,7 @@ def measure(kind: str, nodes: int, calls: int = CALLS) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write, fill the page."""
+    torch.set_num_threads(1)  # others use this machine too: a second thread would wait for them
     rows = [measure(kind, nodes) for kind in KINDS for nodes in NODES]
     for row in rows:
         print(f"{row['kind']:12} {row['nodes']:7,} nodes {row['least']:9.1f} {row['median']:9.1f}", flush=True)

@@ -58,6 +58,8 @@ def work_through(
             found["status"] = "passed"
         except SkippedError as error:
             found |= {"status": "skipped", "why": str(error)}
+        except ModuleNotFoundError as error:  # a demo's data, say
+            found |= {"status": "skipped", "why": f"{error.name} is not installed"}
         except Exception as error:  # whatever it is, the next item has its turn
             why = f"{type(error).__name__}: {error}".strip()
             found |= {"status": "failed", "why": why[:2000], "trace": traceback.format_exc(limit=-4)[-2000:]}

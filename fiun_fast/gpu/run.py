@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,19 @@ def _tail(log: Path) -> str:
     return text[-TAIL:]
 
 
+@contextmanager
+def _ended_by_term() -> Iterator[None]:
+    """Inside, SIGTERM is an exception, so that a step does not outlive the run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run(words: list[str], log: Path, seconds: float, dry: bool, bare: bool = False) -> tuple[int, bool]:
     """Run a command, its output added to `log`: exit status, and whether it was ended because its time was over.
 
@@ -154,7 +169,7 @@ def _run(words: list[str], log: Path, seconds: float, dry: bool, bare: bool = Fa
         surroundings["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if dry:
         surroundings |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with log.open("ab") as file:
+    with log.open("ab") as file, _ended_by_term():
         process = subprocess.Popen(
             words, stdout=file, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True, cwd=checkout()
         )

@@ -93,6 +93,8 @@ def cut(table: Table, grain: Grain) -> np.ndarray:
 
     """
     start, count, row, vector = _pieces(table, grain)
+    if not len(count):
+        return np.empty(0, dtype=TILE)
     _, first_source, sources, first_target, targets = table.rows.T
     pieces, costs = np.stack([count, sources[row], targets[row]], axis=1), _Cost.of(table, grain.step)
     best, soonest, least = None, np.inf, np.inf

@@ -73,6 +73,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU of {found[i]}")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: divmod(found[i], 10))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU of {found[i]}"))
 
     return made
 

@@ -100,6 +100,14 @@ def test_a_row_shorter_than_a_program_is_what_triton_cannot_fill():
     assert 1.10 * ideal < as_they_are_free(costs, 132 * PROGRAMS) < 1.16 * ideal
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_nothing_is_no_tiles_and_little_is_spread(backend):
+    its = grain(backend, 132, torch.float32)
+    assert len(cut(table_of([(0, 1, 3)]), its)) == 0
+    tiles = cut(table_of([(5, 2, 1), (64, 1, 7)]), its)
+    assert sorted(tiles["targets"].tolist()) == [1] * 8, "a node each: there are workers for all"
+
+
 def test_the_checks_see_an_uneven_table():
     """Tiles as they were once: five sixths of a round left over, and a large tile at the end."""
     even, workers = np.full(6 * 132, 1.0), 132

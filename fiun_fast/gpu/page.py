@@ -9,7 +9,11 @@ from typing import Any
 from ..bench.baselines import COMPILED
 from ..bench.files import describe, markdown
 
-DRY = "**Dry run on the CPU. It shows that every step works. No number on this page says anything about a GPU.**"
+DRY = (
+    "**Dry run on the CPU. It shows that every step works. No number on this page says anything about a GPU.** "
+    "In the place of `cuda` stand its kernels on the tests' shim (in a checkout that has a compiler) or the C++ backend, "
+    "in the place of `triton` its interpreter."
+)
 BEST = 4  # settings of a case that the page shows
 
 

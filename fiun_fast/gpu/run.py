@@ -101,7 +101,7 @@ def run_step(step: Step, seconds: float, dry: bool) -> dict[str, Any]:
             child = [sys.executable, "-m", "fiun_fast.gpu.child", step.name, "--lines", str(lines)]
             child += ["--seconds", f"{0.9 * left:.1f}", *(["--dry"] if dry else []), "--skip", *items]
             status, ended = _run([*before, *child], log, left, dry, bare=bool(before))
-            found = _items(lines)
+            found = _items(lines) | items  # what is known of the items before stands
             for item in found.values():
                 if item["status"] == "begun":
                     item |= {"status": "failed", "why": _ending(status, ended)}

@@ -11,7 +11,7 @@ from ..bench.files import describe, markdown
 
 DRY = (
     "**Dry run on the CPU. It shows that every step works. No number on this page says anything about a GPU.** "
-    "In the place of `cuda` stand its kernels on the tests' shim (in a checkout that has a compiler) or the C++ backend, "
+    "In the place of `cuda` stand its kernels on the tests' shim (in a checkout with a compiler) or the C++ backend, "
     "in the place of `triton` its interpreter."
 )
 BEST = 4  # settings of a case that the page shows

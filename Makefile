@@ -5,11 +5,12 @@ TORCH  ?= 2.13.0
 TEST_WORKERS ?= 2
 FUZZ_SECONDS ?= 60
 FUZZ_SEED    ?= 0
+GPU_MINUTES  ?= 20
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
 
-.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs fuzz sanitize sanitize-quick neon memcheck clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs fuzz sanitize sanitize-quick neon memcheck gpu gpu-dry clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -72,6 +73,12 @@ sanitize-quick: install  ## the cpu extension under the sanitizers with a part o
 neon:  ## the C++ sources for arm64 against the scalar rules; Debian: g++-aarch64-linux-gnu, qemu-user
 	sh tests/cpp/neon.sh
 
+gpu: install  ## everything a machine with a GPU can say, in GPU_MINUTES (20); gpu-out/gpu.md and gpu.json
+	$(BIN)/fiun-fast gpu --out gpu-out --minutes $(GPU_MINUTES)
+
+gpu-dry: install  ## the same steps on the CPU, in a minute; says nothing about a GPU
+	$(BIN)/fiun-fast gpu --out gpu-out --dry
+
 memcheck: install  ## the CUDA kernels under compute-sanitizer; needs an NVIDIA GPU
 	sh tests/memcheck.sh $(BIN)/python
 
@@ -79,5 +86,5 @@ docs: install  ## the documentation as a site, in site/; a warning is an error
 	$(BIN)/mkdocs build --strict --site-dir site
 
 clean:  ## all that the other targets made, but not the virtual environment
-	rm -rf build dist site demo-out *.egg-info fiun_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site demo-out gpu-out *.egg-info fiun_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fiun_fast tests bench -name __pycache__ -type d -exec rm -rf {} +

@@ -57,6 +57,15 @@ def parser() -> argparse.ArgumentParser:
     warmup.add_argument("--target", help='"cuda:90", "hip:gfx942", …; default: the GPU of this machine')
     warmup.set_defaults(run=_warmup)
 
+    gpu = commands.add_parser(
+        "gpu", help="ask a machine with a GPU everything: parity, speed, memory; one page, one JSON"
+    )
+    gpu.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder for gpu.json and gpu.md")
+    gpu.add_argument("--minutes", type=float, default=20.0, help="at the most; steps get shorter with it")
+    gpu.add_argument("--only", action="append", metavar="STEP", help="only this step; may be repeated")
+    gpu.add_argument("--dry", action="store_true", help="every step on the CPU, in a minute: only shows that all works")
+    gpu.set_defaults(run=_gpu)
+
     add_commands(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, which backends work here and why others do not")
@@ -99,6 +108,12 @@ def _warmup(options: argparse.Namespace) -> int:
         return 1
     print(f"{warmup(options.target, print)} kernels compiled")
     return 0
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from .gpu.run import main
+
+    return main(options.out, options.only, options.minutes, options.dry)
 
 
 def _doctor(options: argparse.Namespace) -> int:

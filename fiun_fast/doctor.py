@@ -14,6 +14,7 @@ from . import kernels
 from .errors import BackendError
 from .version import __version__
 
+AMD_COMPILED = ("gfx942", "gfx950")  # docs/kernels.md has their figures; MI300 and MI350
 PACKAGES = (
     "torch",
     "triton",
@@ -64,6 +65,7 @@ def examine() -> dict[str, dict[str, str]]:
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": backends,
         "CUDA extension": _cuda_extension(),
+        **({} if torch.version.hip is None else {"AMD GPUs": _amd()}),
         "used by default": defaults,
     }
 
@@ -87,6 +89,8 @@ def _cuda_extension() -> dict[str, str]:
     """What fiun_fast._cuda has inside, what it meets here, and whether the two go together."""
     from .kernels import cuda
 
+    if torch.version.hip is not None:
+        return {"runs here": f"no: {cuda.AMD}"}
     extension = cuda.BACKEND.extension
     try:
         inside = extension.architectures()
@@ -104,6 +108,24 @@ def _cuda_extension() -> dict[str, str]:
         findings[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}{covered}"
     reason = cuda.BACKEND.why_not("cuda")
     return findings | {"runs here": "yes" if reason is None else f"no: {reason}"}
+
+
+def _amd() -> dict[str, str]:
+    """What works with a torch that is built for ROCm."""
+    findings = {"ROCm": str(torch.version.hip)}
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found = torch.cuda.get_device_properties(i)
+        architecture = getattr(found, "gcnArchName", "of unknown architecture").partition(":")[0]
+        lanes = getattr(found, "warp_size", 64)
+        known = "" if architecture in AMD_COMPILED else "; its kernels were compiled for others only"
+        findings[f"GPU {i}"] = f"{found.name}, {architecture}, {lanes} lanes a wavefront{known}"
+    reason = kernels.load("triton").why_not("cuda")
+    return findings | {
+        "triton": f"works; inspected for {', '.join(AMD_COMPILED)}, not run by us"
+        if reason is None
+        else f"no: {reason}",
+        "estimators, cpu, reference": "work as anywhere: plain torch, and the CPU",
+    }
 
 
 def _version(package: str) -> str:

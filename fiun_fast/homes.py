@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
-from .memory import Place, cpu_extension, place_of, places, torch_functions, version_function
+from .memory import (
+    Place,
+    cpu_extension,
+    dict_numbers,
+    dicts_are_numbered,
+    place_of,
+    places,
+    torch_functions,
+    version_function,
+)
 
 Container = Mapping[str, Any]
 _CHUNK = 512  # tensors whose fields stay in the cache from one comparison to the next
@@ -57,6 +66,7 @@ class Homes:
         self._keys: list[str] = []
         self._tensors: list[Tensor] = []
         self._places: Any = None  # how they lay when it was first asked; None until then
+        self._held = Held()
 
     def add(self, containers: Sequence[Container | None], keys: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Take down that these tensors live there. How they lie is taken down at `settle`."""
@@ -71,7 +81,7 @@ class Homes:
 
     def moved(self) -> bool:
         """Whether any tensor was replaced or taken away, or lies otherwise than when all were settled."""
-        held = all_held(self._containers, self._keys, self._tensors)
+        held = self._held.all(self._containers, self._keys, self._tensors)
         return not held or not self._places.unchanged(self._tensors, torch.get_num_threads())
 
 
@@ -81,6 +91,21 @@ def all_held(containers: list[Any], keys: list[str], objects: list[Any]) -> bool
     if extension is not None:
         return extension.all_held(containers, keys, objects)
     return all(map(is_, map(_get, containers, keys), objects))
+
+
+class Held:
+    """`all_held`, asked again and again of the same mappings: where none was changed, nothing is looked up."""
+
+    def __init__(self) -> None:
+        self._numbers: Any = None  # of the dicts, when everything was last found in its place
+
+    def all(self, containers: list[Any], keys: list[str], objects: list[Any]) -> bool:
+        """Whether each object is still what its mapping holds under its key."""
+        if not dicts_are_numbered():
+            return all_held(containers, keys, objects)
+        if self._numbers is None:
+            self._numbers = dict_numbers()
+        return self._numbers.all(containers, keys, objects, torch.get_num_threads())
 
 
 class PlacesInPython:

@@ -17,7 +17,7 @@ from .dag import ForgetRequest, Model
 from .errors import ArgumentError, LayoutError
 from .fisher import Fisher
 from .gradient import Gradient
-from .homes import Container, Counters, Home, Homes, all_held
+from .homes import Container, Counters, Held, Home, Homes
 from .memory import all_plain, check_addressable, check_writable, has_no_shape
 from .naming import Names, matched
 from .vectors import Vector, all_fit
@@ -37,6 +37,7 @@ class Links:
         self._containers: list[Mapping[str, Any]] = []
         self._keys: list[str] = []
         self._modules: list[Any] = []
+        self._held = Held()
 
     def add(self, containers: Sequence[Mapping[str, Any]], key: str, modules: Sequence[Any]) -> None:
         """Take these down: each mapping holds one of the objects under that key."""
@@ -46,7 +47,7 @@ class Links:
 
     def replaced(self) -> str | None:
         """The key of one that was replaced or removed since; None where none was."""
-        if all_held(self._containers, self._keys, self._modules):
+        if self._held.all(self._containers, self._keys, self._modules):
             return None
         held = zip(self._containers, self._keys, self._modules, strict=True)
         return next(key for container, key, module in held if container.get(key) is not module)

@@ -334,6 +334,53 @@ def torch_functions() -> tuple[int, ...]:
     return addresses if told_apart else ()
 
 
+def dict_numbers() -> Any:
+    """An empty `_cpu.Held`; that this Python numbers its dicts has been tried."""
+    extension = cpu_extension()
+    assert extension is not None
+    return extension.Held()
+
+
+@functools.cache
+def dicts_are_numbered() -> bool:
+    """Whether a dict, and the attributes of an object, get a new number at each change that matters (PEP 509)."""
+    extension = cpu_extension()
+    if extension is None or extension.Held.number({}) == 0:
+        return False
+
+    class Holder:
+        """Its attributes lie in a dict that has been asked for, as a module's do."""
+
+        def __init__(self) -> None:
+            self.held: object = None
+
+    def store(holder: Holder, value: object) -> None:
+        holder.held = value
+
+    holder = Holder()
+    changes: list[Callable[[], object]] = [
+        lambda: vars(holder).__setitem__("held", object()),
+        lambda: vars(holder).update(held=object()),
+        lambda: setattr(holder, "held", object()),
+        lambda: object.__setattr__(holder, "held", object()),
+        *[lambda: store(holder, object())] * 64,  # the interpreter adapts to what is done often
+        lambda: vars(holder).pop("held"),
+        lambda: vars(holder).setdefault("held", object()),
+        lambda: delattr(holder, "held"),
+        lambda: vars(holder).__ior__({"held": object()}),
+        lambda: vars(holder).clear(),
+    ]
+    for change in changes:
+        dictionary = vars(holder)
+        before = extension.Held.number(dictionary)
+        if before != extension.Held.number(dictionary):
+            return False
+        change()
+        if extension.Held.number(dictionary) == before:
+            return False
+    return True
+
+
 @functools.cache
 def version_function() -> int:
     """Address of torch's C++ function that counts up a tensor's version; 0 where it cannot be relied on."""

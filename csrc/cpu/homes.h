@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <vector>
@@ -57,6 +58,74 @@ inline bool all_held(const py::list& mappings, const py::list& keys, const py::l
     }
     return true;
 }
+
+// The same question, asked again and again of the same mappings. CPython gives a dict a new number at each change, unique
+// in the process (PEP 509; Python 3.10 to 3.13): where all numbers are what they were when every object was last found in
+// its place, nothing has to be looked up. Only dicts have one; Python tries this out before it relies on it.
+class Held {
+  public:
+    bool all(const py::list& mappings, const py::list& keys, const py::list& objects, int threads) {
+        const size_t n = size_t(PyList_GET_SIZE(objects.ptr()));
+        if (!dicts_.empty() && known_ == n && same(threads)) return true;
+        dicts_.clear();
+        if (!all_held(mappings, keys, objects)) return false;
+        take(mappings, n);
+        return true;
+    }
+
+    // The number of a dict; 0 where this Python has none.
+    static uint64_t number(PyObject* mapping) {
+#if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+#endif
+        return PyDict_Check(mapping) ? reinterpret_cast<PyDictObject*>(mapping)->ma_version_tag : 0;
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+#else
+        (void)mapping;
+        return 0;
+#endif
+    }
+
+  private:
+    void take(const py::list& mappings, size_t n) {
+        for (size_t i = 0; i < n; ++i) {
+            PyObject* const mapping = PyList_GET_ITEM(mappings.ptr(), Py_ssize_t(i));
+            if (number(mapping) == 0) return dicts_.clear();  // one of another kind: all are looked up
+            dicts_.push_back(mapping);
+        }
+        std::sort(dicts_.begin(), dicts_.end());
+        dicts_.erase(std::unique(dicts_.begin(), dicts_.end()), dicts_.end());
+        numbers_.clear();
+        for (PyObject* dict : dicts_) numbers_.push_back(number(dict));
+        known_ = n;
+    }
+
+    // The threads only read; the caller holds the interpreter, and the list of mappings holds the dicts.
+    bool same(int threads) const {
+        constexpr int64_t chunk = 2048;
+        const int64_t n = int64_t(dicts_.size());
+        std::atomic<bool> same{true};
+        auto check = [&](int64_t part, int) {
+            const int64_t from = part * chunk, to = from + chunk < n ? from + chunk : n;
+            bool here = true;
+            for (int64_t i = from; i < to; ++i) {
+                if (i + before_turn < to) expect(dicts_[size_t(i + before_turn)]);
+                here &= number(dicts_[size_t(i)]) == numbers_[size_t(i)];
+            }
+            if (!here) same = false;
+        };
+        share_out((n + chunk - 1) / chunk, threads, check);
+        return same;
+    }
+
+    std::vector<PyObject*> dicts_;  // each once; none: not known
+    std::vector<uint64_t> numbers_;
+    size_t known_ = 0;  // objects that were looked up when the numbers were taken
+};
 
 class Places {
   public:

@@ -113,6 +113,10 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("add_squares", &add_squares, free_gil, arg("into"), arg("products"), arg("rows"), arg("n"),
                arg("fisher_kind"), arg("threads"), arg("isa") = "");
     module.def("all_held", &all_held, arg("mappings"), arg("keys"), arg("objects"));
+    py::class_<Held>(module, "Held")
+        .def(py::init<>())
+        .def("all", &Held::all, arg("mappings"), arg("keys"), arg("objects"), arg("threads"))
+        .def_static("number", [](const py::object& mapping) { return Held::number(mapping.ptr()); });
     py::class_<Places>(module, "Places")
         .def(py::init<const std::vector<int64_t>&>(), arg("functions"))
         .def("take", &Places::take, arg("tensors"))

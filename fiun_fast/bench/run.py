@@ -142,12 +142,12 @@ def select(names: Iterable[str] | None, mode: str) -> list[str]:
 class Bench:
     """A run of the benchmarks in one mode on one device; `weigh` measures memory as well.
 
-    compiler: backend of torch.compile; None leaves its variants out.
+    compiler: backend of torch.compile; None leaves its variants out. `effort` may be set to another than the mode's.
     """
 
     def __init__(self, mode: str, device: torch.device, compiler: str | None = "inductor", weigh: bool = True) -> None:
         self.mode, self.device, self.weigh = mode, device, weigh
-        self.makers = listed(mode)
+        self.makers, self.effort = listed(mode), EFFORTS[mode]
         self.machine = Machine(device, small=mode == "tiny")
         self.record = Record(mode, environment(device))
         self.compiler = compiler
@@ -167,7 +167,7 @@ class Bench:
         case = self.makers[name](self.device, self.compiler)
         with on_threads(case.threads):
             agreement = check(case)
-            times = race(case, self.machine, EFFORTS[self.mode])
+            times = race(case, self.machine, self.effort)
             limits = case.limits() if case.limits else {}
         rows = results.rows_of(case, self.device.type, times, self.machine.copy_bytes, agreement)
         weigh = self.weigh and name in WEIGHED[self.mode] and (self.device.type != "cpu" or CLEAR.exists())

@@ -19,7 +19,7 @@ import torch
 from ..arguments import MERGE_RULES
 from ..errors import BackendError
 from . import extension as extensions
-from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel, unknown
+from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel, pairs_of
 from .interface import Backend, Histogram, Launch
 from .table import BINS, Dampening, Merging, Table
 
@@ -202,15 +202,7 @@ class CpuBackend(Backend):
     ) -> None:
         """One call for all pairs, whatever their dtypes."""
         dense = [g if g.is_contiguous() else g.contiguous() for g in gradients]
-        pairs = np.empty((len(dense), 5), dtype=np.int64)
-        try:  # few calls per pair: with many small parameters they would take longer than the sums
-            pairs[:, 0] = [g.data_ptr() for g in dense]
-            pairs[:, 1] = [total.data_ptr() for total in into]
-            pairs[:, 2] = [total.numel() for total in into]
-            pairs[:, 3] = [KINDS[g.dtype] for g in dense]
-            pairs[:, 4] = [FISHER_KINDS[total.dtype] for total in into]
-        except KeyError as error:
-            raise unknown(NAME, error.args[0], KINDS) from None
+        pairs = pairs_of(NAME, dense, into)
         extension().accumulate(pairs.ctypes.data, len(pairs), power == 2, zero, torch.get_num_threads(), isa())
         if zero:
             for gradient, copy in zip(gradients, dense, strict=True):

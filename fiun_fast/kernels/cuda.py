@@ -1,8 +1,4 @@
-"""The `cuda` backend: the kernels of csrc/cuda over a work table, compiled ahead of time, for NVIDIA GPUs.
-
-A prepared launch allocates nothing and never waits for the device, so it can be captured in a CUDA graph; the plan has
-to outlive the graph, because the graph refers to its tables. Work goes to torch's current stream.
-"""
+"""The `cuda` backend: the kernels of csrc/cuda over a work table, compiled ahead of time, for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -19,12 +15,15 @@ import torch
 from ..arguments import MERGE_RULES
 from ..errors import BackendError
 from . import extension as extensions
-from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel
-from .interface import Backend, Histogram, Launch
-from .schedule import DeviceTables, by_node, stream, upload, warp_tiles
-from .table import BINS, Dampening, Merging, Table, number_type
+from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel, pairs_of
+from .interface import Backend
+from .prepared import PreparedDampening, PreparedHistogram, stream
+from .schedule import Grain
+from .table import Dampening, Merging, Table
 
 DRIVERS = {12: "525", 13: "580"}  # the first Linux driver for each major version of the toolkit
+MOST_STEPS = 8  # of a tile: long enough that finding it costs nothing, short enough to share out evenly
+AMD = "this torch is built for AMD GPUs, which the triton backend is for"
 PRODUCTS_BYTES = 16 << 20  # multiplied at a time: still in the L2 cache when the squares are added
 
 
@@ -114,7 +113,9 @@ class CudaExtension:
     def why_not(self) -> str | None:
         """None where the extension is there and a GPU of this machine can run it, else why not."""
         found = self._find()
-        return found if isinstance(found, str) else self._reason
+        if isinstance(found, str):
+            return found if torch.version.hip is None else AMD
+        return self._reason
 
     @functools.cached_property
     def _reason(self) -> str | None:
@@ -129,7 +130,7 @@ class CudaExtension:
         """
         module = self.module()
         if torch.version.hip is not None:
-            return "this torch is built for AMD GPUs"
+            return AMD
         driver, needed = module.driver_version(), module.toolkit_version
         if driver == 0:
             return "no NVIDIA driver is installed"
@@ -153,91 +154,62 @@ class CudaExtension:
 
 
 # -------------------------------------------------------------------------------------------------------- launches
-class CudaLaunch(Launch):
-    """One kernel for all nodes of a table."""
+def grain(module: ModuleType, theta: int, fisher: int, most_targets: int, warps: int) -> Grain:
+    """What a warp's tile may be, for parameters and Fishers of these kinds."""
+    unit, step = module.tile_shape(theta, fisher)
+    return Grain(unit, step, MOST_STEPS, most_targets, warps, unit)
 
-    in_one_call = True
+
+def _as_bytes(tiles: np.ndarray) -> np.ndarray:
+    return tiles.view(np.uint8)
+
+
+def _with_gradients(table: Table, uploaded: Sequence[int]) -> list[int]:
+    """Addresses of `tables_of`, with a null pointer in the place of gradients for none."""
+    return list(uploaded) if table.signed else [uploaded[0], 0, *uploaded[2:]]
+
+
+class CudaLaunch(PreparedDampening):
+    """A persistent grid: each warp takes tile after tile."""
 
     def __init__(self, extension: CudaExtension, table: Table, merging: Merging, dampening: Dampening) -> None:
         module, device = extension.module(), _index(table.device)
         theta = kind(extension.backend, table.theta_dtype, KINDS)
         fisher = kind(extension.backend, table.fisher_dtype, FISHER_KINDS)
         warps = extension.call(module.resident_warps, device, theta, fisher, dampening.exponent != 1, table.signed)
-        unit, step = module.tile_shape(theta, fisher)
-        tiles = warp_tiles(table, unit, step, warps, module.tile_targets)
-        self._extension, self._table, self._dampening = extension, table, dampening
-        self._tables = DeviceTables(
-            table,
-            (
-                tiles.view(np.uint8),
-                table.sources,
-                *gradients_of(table),
-                table.weights.astype(number_type(table.fisher_dtype)),
-                table.targets,
-                dampening.limits(table),
-            ),
-        )
-        tiles_at, *others = (tensor.data_ptr() for tensor in self._tables.tensors)
-        self._before = (device, tiles_at, len(tiles), *with_gradients(table, others))
-        numbers = (merging.scale, dampening.exponent, dampening.cap)
-        self._after = (theta, fisher, MERGE_RULES.index(merging.how), *numbers)
+        super().__init__(table, dampening, grain(module, theta, fisher, module.tile_targets, warps))
+        self._extension = extension
+        tiles, *others = (tensor.data_ptr() for tensor in self.tables.tensors)
+        self._before = (device, tiles, len(self.tiles), *_with_gradients(table, others))
+        self._after = (theta, fisher, MERGE_RULES.index(merging.how), merging.scale, dampening.exponent, dampening.cap)
 
-    def run(self, counts: torch.Tensor, dry_run: bool = False) -> None:
-        """Dampen every node of the table, or only count."""
-        current = self._tables.hold_for_stream(counts)
+    laid_out = staticmethod(_as_bytes)
+
+    def start(self, counts: torch.Tensor, dry_run: bool, stream: int) -> None:
+        """One call into the extension."""
         dampen = self._extension.module().dampen
-        self._extension.call(dampen, *self._before, counts.data_ptr(), *self._after, dry_run, current)
-
-    def refresh(self) -> None:
-        """Upload alpha and lam again."""
-        self._tables.tensors[-1].copy_(torch.from_numpy(self._dampening.limits(self._table)))
+        self._extension.call(dampen, *self._before, counts.data_ptr(), *self._after, dry_run, stream)
 
 
-def gradients_of(table: Table) -> list[np.ndarray]:
-    """Their addresses, to be uploaded after the sources; none of an unsigned table."""
-    return [] if table.gradients is None else [table.gradients]
-
-
-def with_gradients(table: Table, uploaded: Sequence[int]) -> list[int]:
-    """Addresses of uploaded arrays, the sources first, as kernels take them: 0 in the place of gradients for none."""
-    return list(uploaded) if table.signed else [uploaded[0], 0, *uploaded[1:]]
-
-
-class CudaHistogram(Histogram):
-    """One kernel for all nodes of a table; each node reads its forget Fishers."""
+class CudaHistogram(PreparedHistogram):
+    """A persistent grid: each warp takes run after run."""
 
     def __init__(self, extension: CudaExtension, table: Table, merging: Merging) -> None:
         module, device = extension.module(), _index(table.device)
         fisher = kind(extension.backend, table.fisher_dtype, FISHER_KINDS)
-        theta = (
-            kind(extension.backend, table.theta_dtype, KINDS) if table.signed else 0
-        )  # looked at where there are signs
+        theta = kind(extension.backend, table.theta_dtype, KINDS) if table.signed else 0  # looked at for its sign alone
         warps = extension.call(module.histogram_warps, device, theta, fisher, table.signed)
-        unit, step = module.tile_shape(fisher, fisher)
-        tiles = warp_tiles(table, unit, step, warps, 1)
-        order, runs = by_node(table.targets[tiles["first_target"], 2], warps)
-        self._extension, self._device = extension, table.device
-        self._tables = DeviceTables(
-            table,
-            (
-                tiles[order].view(np.uint8),
-                runs,
-                table.sources,
-                *gradients_of(table),
-                table.weights.astype(number_type(table.fisher_dtype)),
-                table.targets,
-            ),
-        )
-        tiles_at, runs_at, *others = (tensor.data_ptr() for tensor in self._tables.tensors)
-        self._before = (device, tiles_at, runs_at, len(runs) - 1, *with_gradients(table, others))
+        super().__init__(table, grain(module, fisher, fisher, 1, warps))
+        self._extension = extension
+        tiles, runs, *others = (tensor.data_ptr() for tensor in self.tables.tensors)
+        self._before = (device, tiles, runs, self.runs, *_with_gradients(table, others))
         self._after = (theta, fisher, MERGE_RULES.index(merging.how), merging.scale)
 
-    def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:
-        """Add to the counts of every node."""
-        assert counts.shape == (len(bases), BINS)
-        uploaded = upload(np.asarray(bases, dtype=np.int64), self._device)
-        current = self._tables.hold_for_stream(counts)
-        addresses, how = (uploaded.data_ptr(), counts.data_ptr()), (low, nearest, current)
+    laid_out = staticmethod(_as_bytes)
+
+    def start(self, counts: torch.Tensor, bases: torch.Tensor, low: int, nearest: bool, stream: int) -> None:
+        """One call into the extension."""
+        addresses, how = (bases.data_ptr(), counts.data_ptr()), (low, nearest, stream)
         self._extension.call(self._extension.module().histogram, *self._before, *addresses, *self._after, *how)
 
 
@@ -297,13 +269,7 @@ class CudaBackend(Backend):
         if not gradients:
             return
         dense = [gradient.detach().contiguous() for gradient in gradients]
-        pairs = np.array(
-            [
-                (g.data_ptr(), total.data_ptr(), total.numel(), self._kind(g, KINDS), self._kind(total, FISHER_KINDS))
-                for g, total in zip(dense, into, strict=True)
-            ],
-            dtype=np.int64,
-        )
+        pairs = pairs_of(self.name, dense, into)
         device, module = into[0].device, self.extension.module()
         arguments = (_index(device), pairs.ctypes.data, len(pairs), power == 2, zero, stream(device))
         self.extension.call(module.accumulate, *arguments)
@@ -330,9 +296,6 @@ class CudaBackend(Backend):
             torch.bmm(a, b.transpose(1, 2), out=products[: rows * groups])
             arguments = (device, into.data_ptr(), products.data_ptr(), rows, into.numel(), number, current)
             self.extension.call(add_squares, *arguments)
-
-    def _kind(self, tensor: torch.Tensor, known: dict[torch.dtype, int]) -> int:
-        return kind(self.name, tensor.dtype, known)
 
 
 def _index(device: torch.device) -> int:

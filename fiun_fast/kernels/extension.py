@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from ..arguments import FISHER_DTYPES, THETA_DTYPES
@@ -79,6 +80,25 @@ def merge_kind(backend: str, sources: Sequence[torch.Tensor], out: torch.Tensor)
             f"merge: sources of {[str(s.dtype) for s in sources]}, output of {out.dtype}; expected one dtype"
         )
     return number
+
+
+def pairs_of(backend: str, gradients: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> np.ndarray:
+    """What an extension accumulates, [pairs, 5] int64: addresses of both, elements, kinds of both.
+
+    Raises:
+        DTypeError: a dtype that it does not take.
+
+    """
+    pairs = np.empty((len(gradients), 5), dtype=np.int64)
+    try:  # few calls per pair: with many small parameters they would take longer than the sums
+        pairs[:, 0] = [g.data_ptr() for g in gradients]
+        pairs[:, 1] = [total.data_ptr() for total in into]
+        pairs[:, 2] = [total.numel() for total in into]
+        pairs[:, 3] = [KINDS[g.dtype] for g in gradients]
+        pairs[:, 4] = [FISHER_KINDS[total.dtype] for total in into]
+    except KeyError as error:
+        raise unknown(backend, error.args[0], KINDS) from None
+    return pairs
 
 
 def outer_square_without_kernel(backend: str, left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> bool:

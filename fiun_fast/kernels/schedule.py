@@ -1,22 +1,39 @@
-"""How a work table is cut into tiles for a GPU, and how the tables of a launch get into its memory."""
+"""How a work table is cut into tiles for a GPU, the same way for `cuda` and `triton`.
+
+A tile is a chunk of a row's elements times some of its nodes: the work of one warp, or of one Triton program. Each tile
+merges its forget Fishers by itself, so that splitting nodes costs reads, mostly from the L2 cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from .table import Table
 
-MOST_STEPS = 8  # in a warp's tile: long enough that finding the tile costs nothing, short enough to share out evenly
-TILES_PER_WARP = 4  # aimed at, so that no warp is left alone at the end
-WARP_TILE = np.dtype(  # `Tile` in csrc/cuda/tables.h
+TILE = np.dtype(  # `Tile` in csrc/cuda/tables.h
     {
         "names": ["start", "first_source", "first_target", "length", "sources", "targets", "vector"],
         "formats": ["i8"] * 3 + ["i4"] * 4,
     }
 )
+SHORTEST = 4  # a node takes a worker at least 1 / 4 of the time of a whole step: latency, however few its elements are
+SLIVER = 0.02  # of a worker's whole work: for less than that, forget Fishers are not merged once more
+ROUNDS = (2, 3, 4, 5, 6, 8, 12)  # tiles a worker that are tried; the more, the more often are forget Fishers merged
+
+
+@dataclass(frozen=True)
+class Grain:
+    """What one tile of a kernel may be, and how many of its workers (warps, programs) the device runs at once."""
+
+    unit: int  # elements of one wide access
+    step: int  # elements of each stream that a worker holds at once
+    most_steps: int  # that a tile may have
+    most_targets: int  # nodes that a tile may have
+    workers: int
+    end: int  # elements of a tile at an end of a row that is out of step: at least a unit, which the body then lacks
 
 
 # --------------------------------------------------------------------------------------------------------- alignment
@@ -62,91 +79,163 @@ def phases(table: Table, unit: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------------- tiles
-def warp_tiles(table: Table, unit: int, step: int, warps: int, most_targets: int) -> np.ndarray:
-    """Cut the table's rows into tiles for the `cuda` backend, each the work of one warp.
+def cut(table: Table, grain: Grain) -> np.ndarray:
+    """Cut the table's rows into tiles that cost about the same, so many that all workers end at about the same time.
 
-    A tile is a chunk of elements times some of the row's nodes. A row whose addresses agree modulo 16 bytes is cut into
-    an unaligned head, whole units, and a tail. Chunks get shorter, down to one step, and then nodes are split, until
-    there are some tiles for each warp of the device. Each tile merges its forget Fishers by itself, so that splitting
-    nodes costs reads, mostly from the L2 cache.
-
-    Args:
-        table: what is to be cut.
-        unit: elements that a lane loads at once.
-        step: elements that a warp holds at once.
-        warps: how many the device runs at once.
-        most_targets: the most nodes that one tile may have.
+    A row whose addresses agree modulo 16 bytes is cut into an unaligned head, whole units, and a tail; these into
+    chunks; then all nodes of all chunks stand in one line, which is divided evenly. What the ends of chunks leave over
+    are smaller tiles. The costly ones come first, and every second round goes backwards, so that workers that take
+    tiles in turn (a persistent grid) end together, as do those that take the next one when they are free (a grid of
+    all tiles).
 
     Returns:
-        [tiles] of WARP_TILE.
+        [tiles] of TILE.
 
     """
-    length, first_source, sources, first_target, targets = table.rows.T
-    head, fits = phases(table, unit)
-    body = (length - head) // unit * unit
-    cut = fits & (body > 0) & ((length > step) | (body == length))
-    head, body = np.where(cut, head, 0), np.where(cut, body, length)
-    start = np.stack([np.zeros_like(head), head, head + body], axis=1).reshape(-1)  # three pieces per row
-    count = np.stack([head, body, length - head - body], axis=1).reshape(-1)
-    row = np.repeat(np.arange(len(length)), 3)
-    vector = np.stack([~cut, cut, ~cut], axis=1).reshape(-1) & np.repeat(cut, 3)
-    start, count, row, vector = (a[count > 0] for a in (start, count, row, vector))
-
-    aim = TILES_PER_WARP * warps
-    chunk = step * min(max(int((-(-count // step)).sum()) // aim, 1), MOST_STEPS)
-    chunks = -(-count // chunk)
-    share = min(max(-(-int((chunks * targets[row]).sum()) // aim), 1), most_targets)
-    splits = -(-targets[row] // share)
-    piece = np.repeat(np.arange(len(row)), chunks * splits)
-    index = ranges(0, chunks * splits)
-    nth, split = np.divmod(index, splits[piece])  # tiles of one chunk are neighbours: its Fishers meet in the cache
-    row, begin = row[piece], nth * chunk
-    node, next_node = (targets[row] * s // splits[piece] for s in (split, split + 1))
-
-    tiles = np.empty(len(piece), dtype=WARP_TILE)
-    tiles["start"], tiles["length"] = start[piece] + begin, np.minimum(count[piece] - begin, chunk)
+    start, count, row, vector = _pieces(table, grain)
+    if not len(count):
+        return np.empty(0, dtype=TILE)
+    _, first_source, sources, first_target, targets = table.rows.T
+    pieces, costs = np.stack([count, sources[row], targets[row]], axis=1), _Cost.of(table, grain.step)
+    best, soonest, least = None, np.inf, np.inf
+    for rounds in ROUNDS if grain.workers > 1 else (1,):
+        parts = _divided(pieces, costs, grain, rounds)
+        its = row[parts.piece]
+        cost = costs(parts.length, sources[its], parts.nodes, targets[its])
+        order = np.argsort(-cost, kind="stable")
+        end = _last_end(cost[order], grain.workers)
+        if end < 0.99 * soonest:
+            best, soonest = (parts, order), end
+        least = min(least, float(cost.sum()))
+        if end * grain.workers < 1.03 * least:
+            break
+    assert best is not None
+    parts, order = best
+    piece, begin, length, node, nodes = (column[order[_to_and_fro(len(order), grain.workers)]] for column in parts)
+    row = row[piece]
+    tiles = np.empty(len(piece), dtype=TILE)
+    tiles["start"], tiles["length"] = start[piece] + begin, length
     tiles["first_source"], tiles["sources"] = first_source[row], sources[row]
-    tiles["first_target"], tiles["targets"] = first_target[row] + node, next_node - node
+    tiles["first_target"], tiles["targets"] = first_target[row] + node, nodes
     tiles["vector"] = vector[piece]
     return tiles
 
 
-def program_tiles(table: Table, programs: int, block: int) -> np.ndarray:
-    """Cut the table's rows into tiles for the Triton backend, each the work of one program.
+def _pieces(table: Table, grain: Grain) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Parts of rows that take one path: start in the row, length, row, whether it is the wide one; [pieces] each."""
+    length = table.rows[:, 0]
+    head, fits = phases(table, grain.unit)
+    head = np.where(head > 0, np.minimum(head + grain.end - grain.unit, length), 0)
+    rest = length - head
+    body = np.where(rest % grain.unit > 0, rest // grain.end * grain.end, rest)
+    wide = fits & (body > 0) & ((length > grain.step) | (body == length))
+    head, body = np.where(wide, head, 0), np.where(wide, body, length)
+    start = np.stack([np.zeros_like(head), head, head + body], axis=1).reshape(-1)
+    count = np.stack([head, body, length - head - body], axis=1).reshape(-1)
+    row = np.repeat(np.arange(len(length)), 3)
+    vector = np.repeat(wide, 3) & (np.arange(3 * len(length)) % 3 == 1)
+    there = count > 0
+    return start[there], count[there], row[there], vector[there]
 
-    A tile is a chunk of `block` elements times a share of the row's nodes. Nodes are split over tiles only until there
-    are about `programs` tiles of even work: each share of nodes merges its chunk of the forget Fishers again, mostly
-    from the L2 cache. Tiles of one chunk are neighbours, so that they meet there.
 
-    Returns:
-        [T, 7] int64: start, length, first source, K, first target, N, whether all addresses at the start and the length
-        are multiples of 16 bytes.
+class _Cost(NamedTuple):
+    """What a tile costs: the bytes of its streams where everything is selected, and no less than those of a latency."""
 
+    source: int  # bytes an element
+    target: int
+    least: int  # elements
+
+    @classmethod
+    def of(cls, table: Table, step: int) -> _Cost:
+        theta, fisher = 0 if table.theta_dtype is None else table.theta_dtype.itemsize, table.fisher_dtype.itemsize
+        return cls(fisher * (2 if table.signed else 1), fisher + 2 * theta, step // SHORTEST)
+
+    def __call__(self, length: np.ndarray, sources: np.ndarray, targets: np.ndarray, all_: np.ndarray) -> np.ndarray:
+        """Of tiles with some of all targets: sources that others merge too come from the L2 cache, at half the cost."""
+        merging = np.where(targets < all_, (self.source + 1) // 2, self.source) * sources
+        return np.maximum(length, self.least) * (merging + self.target * targets)
+
+
+class _Parts(NamedTuple):
+    """Tiles of pieces: which piece; first element there, elements; first node, nodes; [tiles] int64 each."""
+
+    piece: np.ndarray
+    begin: np.ndarray
+    length: np.ndarray
+    node: np.ndarray
+    nodes: np.ndarray
+
+
+def _divided(pieces: np.ndarray, cost: _Cost, grain: Grain, rounds: int) -> _Parts:
+    """Divide pieces, [P, 3]: elements, sources, nodes, evenly into about `rounds` tiles for each worker.
+
+    What is divided is a line of units: a piece's steps, each with all nodes, where that is little; else the nodes of
+    each of its chunks. A share of the line that is longer than a tile may be becomes several.
     """
-    length, first_source, source_count, first_target, target_count = table.rows.T
-    vector = 16 // min(itemsizes(table).values())
-    head, alignable = phases(table, vector)
-    first_chunk = np.where(alignable & (head > 0), block - vector + head, block)  # later chunks start aligned
-    chunks = 1 + np.maximum(0, -(-(length - first_chunk) // block))
-    share = max(1, int((chunks * target_count).sum()) // programs)
-    splits = -(-target_count // np.minimum(share, target_count))
+    count, sources, targets = pieces.T
+    few, one = np.minimum(targets, grain.most_targets), np.minimum(count, grain.step)
+    share = float((cost(count, sources, few, targets) * (targets / few)).sum()) / grain.workers
+    unit = cost(one, sources, few, targets)
+    by_step = (targets == few) & (unit <= 4 * SLIVER * share)
+    steps = np.where(by_step, -(-count // grain.step), np.clip(share / rounds // unit, 1, grain.most_steps))
+    chunk = steps.astype(np.int64) * grain.step  # the whole of a piece that is divided by step
 
-    per_row = chunks * splits
-    row = np.repeat(np.arange(len(length)), per_row)
-    chunk, split = np.divmod(ranges(0, per_row), splits[row])
-    start = np.where(chunk == 0, 0, first_chunk[row] + (chunk - 1) * block)
-    count = np.minimum(length[row], first_chunk[row] + chunk * block) - start
-    node = target_count[row] * split // splits[row]  # shares differ by one node at most
-    next_node = target_count[row] * (split + 1) // splits[row]
-    aligned = alignable[row] & ((start - head[row]) % vector == 0) & (count % vector == 0)
-    columns = (start, count, first_source[row], source_count[row], first_target[row] + node, next_node - node, aligned)
-    return np.stack(columns, axis=1).astype(np.int64)[count > 0]
+    lines = -(-count // chunk)
+    piece, begin = np.repeat(np.arange(len(pieces)), lines), ranges(0, lines) * np.repeat(chunk, lines)
+    length, by_step = np.minimum(count[piece] - begin, chunk[piece]), by_step[piece]
+    units = np.where(by_step, steps[piece].astype(np.int64), targets[piece])
+    each = cost(np.where(by_step, one[piece], length), sources[piece], few[piece], targets[piece])
+    each = np.where(by_step, each, each / few[piece])  # a node of a chunk has its part of the merging
+
+    ends = np.cumsum(each * units)
+    share = ends[-1] / grain.workers
+    marks = share / rounds * np.arange(1, grain.workers * rounds)
+    at = np.minimum(np.searchsorted(ends, marks, side="right"), len(ends) - 1)
+    before = np.rint(units[at] - (ends[at] - marks) / each[at]).astype(np.int64)
+    least = np.where(by_step[at], 0, SLIVER * share)
+    inside = np.minimum(before, units[at] - before) * each[at] > least
+    wide = int(units.max()) + 1
+    within = at[inside] * wide + before[inside]
+    within = within[np.diff(within, prepend=-1) > 0]
+    firsts = np.sort(np.concatenate([np.arange(len(piece)) * wide, within]), kind="stable")  # two runs, merged
+    line, first = np.divmod(firsts, wide)
+    number = np.where(np.append(line[1:] == line[:-1], False), np.append(first[1:], 0), units[line]) - first
+
+    splits = -(-number // np.where(by_step[line], grain.most_steps, grain.most_targets))
+    of, nth = np.repeat(np.arange(len(line)), splits), ranges(0, splits)
+    line, (low, high) = line[of], (first[of] + number[of] * k // splits[of] for k in (nth, nth + 1))
+    stepped, piece = by_step[line], piece[line]
+    offset = np.where(stepped, low * grain.step, 0)
+    return _Parts(
+        piece,
+        begin[line] + offset,
+        np.where(stepped, np.minimum(high * grain.step, length[line]) - offset, length[line]),
+        np.where(stepped, 0, low),
+        np.where(stepped, targets[piece], high - low),
+    )
+
+
+def _to_and_fro(count: int, workers: int) -> np.ndarray:
+    """0 .. count - 1 in rounds of `workers`, every second one backwards; of the whole ones, the last one is."""
+    order, whole = np.arange(count), count // workers
+    if workers > 1:
+        rounds = order[: whole * workers].reshape(whole, workers)
+        rounds[(whole - 1) % 2 :: 2] = rounds[(whole - 1) % 2 :: 2, ::-1].copy()
+    return order
+
+
+def _last_end(costs: np.ndarray, workers: int) -> float:
+    """What the worker has to do that has the most, where tiles of these costs are given out to and fro."""
+    whole = np.zeros(-(-len(costs) // workers) * workers)
+    whole[: len(costs)] = costs[_to_and_fro(len(costs), workers)]
+    return float(whole.reshape(-1, workers).sum(axis=0).max())
 
 
 def bytes_moved(tiles: np.ndarray, table: Table) -> int:
-    """Bytes of F, I, g and theta that `program_tiles` load and store where every 16 bytes have something selected."""
-    length, sources, targets = tiles[:, 1], tiles[:, 3] * (2 if table.signed else 1), tiles[:, 5]
+    """Bytes of F, I, g and theta that these tiles load and store where every 16 bytes have something selected."""
+    length, sources, targets = (tiles[name].astype(np.int64) for name in ("length", "sources", "targets"))
     theta = 0 if table.theta_dtype is None else table.theta_dtype.itemsize
+    sources *= 2 if table.signed else 1
     return int((table.fisher_dtype.itemsize * length * (sources + targets) + 2 * theta * length * targets).sum())
 
 
@@ -176,40 +265,3 @@ def cut_runs(nodes: np.ndarray, workers: int) -> np.ndarray:
     parts = -(-counts // max(1, -(-len(nodes) // workers)))
     starts = np.repeat(firsts, parts) + ranges(0, parts) * np.repeat(counts, parts) // np.repeat(parts, parts)
     return np.append(starts, len(nodes)).astype(np.int64)
-
-
-# ----------------------------------------------------------------------------------------------------- device memory
-def stream(device: torch.device) -> int:
-    """The current stream, as CUDA calls it; 0 on a CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to a device; on a CPU the tensor may share its memory."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def upload_ordered(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to a device without waiting: only work on the current stream may read it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-class DeviceTables:
-    """Arrays of a launch, uploaded once. Nothing else about a launch is in the device's memory."""
-
-    def __init__(self, table: Table, arrays: Iterable[np.ndarray]) -> None:
-        # Blocking copies: whichever stream launches later finds the tables there.
-        self.tensors = [upload(array, table.device) for array in arrays]
-        self._device = table.device
-        sources = [source for group in table.groups for source in (*group.forgets, *(group.gradients or ()))]
-        self._read = [*self.tensors, *sources]
-        self._uploaded_on = stream(table.device)
-
-    def hold_for_stream(self, counts: torch.Tensor) -> int:
-        """The current stream; memory of this launch is not reused before that stream is done, even if the plan goes."""
-        current = stream(self._device)
-        if current != self._uploaded_on:
-            for tensor in (*self._read, counts):
-                tensor.record_stream(torch.cuda.current_stream(self._device))
-        return current

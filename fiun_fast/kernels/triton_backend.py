@@ -14,62 +14,44 @@ import torch
 
 from . import triton_host as host
 from .extension import FISHER_KINDS, KINDS, kind, merge_kind, outer_square_without_kernel
-from .interface import Backend, Histogram, Launch
-from .schedule import DeviceTables, program_tiles, ranges, stream, upload_ordered
+from .interface import Backend, Histogram
+from .prepared import PreparedDampening, numbers_of, stream, upload, upload_ordered
+from .schedule import ranges
 from .table import Dampening, Merging, Table, number_type
 
-LIMITS = 5  # where alpha and lambda are among the uploaded tables
 CACHE_SIZE = 32
 
 _pairs_seen: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
 
-class TritonLaunch(Launch):
-    """One program per tile. It allocates nothing and never waits for the device."""
+class TritonLaunch(PreparedDampening):
+    """One program per tile."""
 
-    in_one_call = True
-
-    def __init__(self, table: Table, merging: Merging, dampening: Dampening, aim: int | None = None) -> None:
-        """Upload the tables, once; `aim` is how many tiles there should be (None: what fills the device)."""
+    def __init__(self, table: Table, merging: Merging, dampening: Dampening, workers: int | None = None) -> None:
+        """Upload the tables, once; `workers` is how many programs run at once (None: what the device has room for)."""
         kind(host.NAME, table.theta_dtype, KINDS)
         kind(host.NAME, table.fisher_dtype, FISHER_KINDS)
         assert table.theta_dtype is not None
-        self.table = table
-        self.tiles = program_tiles(table, aim or host.programs(table.device), host.block_size())
-        self._dampening = dampening
-        number = number_type(table.fisher_dtype)
-        self._tables = DeviceTables(
-            table,
-            (
-                self.tiles,
-                table.sources,
-                table.sources if table.gradients is None else table.gradients,
-                table.weights.astype(number),
-                table.targets,
-                dampening.limits(table),
-                np.array([merging.scale, dampening.exponent, dampening.cap]).astype(number),
-            ),
-        )
         power, dtypes = dampening.exponent != 1, (table.fisher_dtype, table.theta_dtype)
         self._constants = host.dampen_constants(*dtypes, merging.how, power, table.signed)
+        workers = workers or host.resident(table.device, self._constants)
+        super().__init__(table, dampening, host.grain(host.block_size(), workers, *dtypes))
+        self._numbers = upload(numbers_of(merging, dampening, table.fisher_dtype), table.device)
+        self._arguments = (*self.tables.tensors, self._numbers)
 
-    def run(self, counts: torch.Tensor, dry_run: bool = False) -> None:
-        """Dampen every node of the table, or only count."""
-        self._tables.hold_for_stream(counts)
-        if len(self.tiles):
-            arguments = (*self._tables.tensors, counts, int(not dry_run))
-            host.launch(host.device_code().dampen, self.table.device, len(self.tiles), *arguments, **self._constants)
+    laid_out = staticmethod(host.columns)
 
-    def refresh(self) -> None:
-        """Upload alpha and lam again."""
-        self._tables.tensors[LIMITS].copy_(torch.from_numpy(self._dampening.limits(self.table)))
+    def start(self, counts: torch.Tensor, dry_run: bool, stream: int) -> None:
+        """One launch."""
+        arguments = (*self._arguments, counts, int(not dry_run))
+        host.launch(host.device_code().dampen, self.table.device, len(self.tiles), *arguments, **self._constants)
 
     def warmup(self) -> None:
         """Compile the kernel that this table needs and load it, without running it: the first run may be captured."""
         if not host.interpreted():
             with torch.cuda.device(self.table.device):
                 flags = host.options(host.target_backend(), self._constants)
-                arguments = (*self._tables.tensors, torch.int64, 1)
+                arguments = (*self._arguments, torch.int64, 1)
                 kernel = host.device_code().dampen.warmup(*arguments, grid=(1,), **self._constants, **flags)
                 kernel[(1, 1, 1)]  # asking for a launcher loads the machine code, which a capture would not allow
 
@@ -151,7 +133,8 @@ class TritonBackend(Backend):
             return
         constants = host.outer_constants()
         tiles = -(-m // constants["BLOCK_M"]) * -(-k // constants["BLOCK_K"])
-        share = max(1, samples * tiles * groups // host.programs(into.device))
+        programs = host.ROUNDS * host.resident(into.device, constants)
+        share = max(1, samples * tiles * groups // programs)
         grid = (tiles, groups, -(-samples // share))
         sizes = (samples, groups, m, k, t, *left.stride(), *right.stride(), share)
         with host.on(into.device):

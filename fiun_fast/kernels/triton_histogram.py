@@ -9,8 +9,7 @@ import triton.language as tl
 
 from . import triton_host as host
 from .extension import FISHER_KINDS, kind
-from .interface import Histogram
-from .schedule import DeviceTables, by_node, program_tiles, upload
+from .prepared import PreparedHistogram, upload
 from .table import BINS, Merging, Table, number_type
 from .triton_kernels import divide, merge_sources, opposed, pointer_to, tile_of, widen
 
@@ -94,37 +93,23 @@ def constants(fisher: torch.dtype, how: str, theta: torch.dtype | None = None) -
     return types | {"BITS": bits, "MERGE": how, "SIGNED": theta is not None, "SOFT": host.interpreted()} | shapes
 
 
-class TritonHistogram(Histogram):
+class TritonHistogram(PreparedHistogram):
     """One program per run of tiles."""
 
     def __init__(self, table: Table, merging: Merging) -> None:
         """Upload the tables, once."""
         kind(host.NAME, table.fisher_dtype, FISHER_KINDS)
-        self._device = table.device
-        everyone = int(table.rows[:, 0] @ table.rows[:, 4]) + 1  # so many programs that every node gets its own tiles
-        tiles = program_tiles(table, everyone, host.histogram_block_size())
-        order, runs = by_node(table.targets[tiles[:, 4], 2], host.programs(table.device))
-        number = number_type(table.fisher_dtype)
-        self._grid = len(runs) - 1
-        self._tables = DeviceTables(
-            table,
-            (
-                runs,
-                tiles[order],
-                table.sources,
-                table.sources if table.gradients is None else table.gradients,
-                table.weights.astype(number),
-                table.targets,
-                np.array([merging.scale]).astype(number),
-            ),
-        )
         self._constants = constants(table.fisher_dtype, merging.how, table.theta_dtype if table.signed else None)
+        workers = host.ROUNDS * host.resident(table.device, self._constants)
+        dtypes = (table.fisher_dtype, table.theta_dtype or table.fisher_dtype)
+        super().__init__(table, host.grain(host.histogram_block_size(), workers, *dtypes, most_targets=1))
+        self._scale = upload(np.array([merging.scale]).astype(number_type(table.fisher_dtype)), table.device)
+        tiles, runs, *others = self.tables.tensors
+        self._arguments = (runs, tiles, *others, self._scale)
 
-    def run(self, counts: torch.Tensor, bases: np.ndarray, low: int, nearest: bool) -> None:
-        """Add to the counts of every node."""
-        assert counts.shape == (len(bases), BINS)
-        self._tables.hold_for_stream(counts)
-        if self._grid:
-            uploaded = upload(np.asarray(bases, dtype=np.int64), self._device)
-            arguments = (*self._tables.tensors, uploaded, counts, low, int(nearest))
-            host.launch(histogram, self._device, self._grid, *arguments, **self._constants)
+    laid_out = staticmethod(host.columns)
+
+    def start(self, counts: torch.Tensor, bases: torch.Tensor, low: int, nearest: bool, stream: int) -> None:
+        """One launch."""
+        arguments = (*self._arguments, bases, counts, low, int(nearest))
+        host.launch(histogram, self.device, self.runs, *arguments, **self._constants)

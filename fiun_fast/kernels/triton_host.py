@@ -1,6 +1,6 @@
 """What all Triton kernels share on the host: tile, options, constants, whether they run here, launching.
 
-Others read the names here through the module, so that whoever measures other settings (bench/tune_triton.py) changes
+Others read the names here through the module, so that whoever measures other settings (gpu/timed.py) changes
 them in one place.
 """
 
@@ -19,17 +19,19 @@ import torch
 
 from ..arguments import short
 from .extension import KINDS, kind
+from .schedule import Grain
 
 NAME = "triton"
 OLDEST_CAPABILITY = (8, 0)
 
-# Fixed on purpose: no tuning at run time. Measured and argued in docs/kernels.md; bench/tune_triton.py tries others.
+# Fixed on purpose: no tuning at run time. Measured and argued in docs/kernels.md; `fiun-fast gpu` tries others.
 BLOCK = 2048  # elements of a tile: 16 per thread, so four 16-byte loads in flight for each stream of fp32
 INTERPRETED_BLOCK = 8192  # the interpreter's time goes by programs, hardly by elements
 NUM_WARPS = 4
-PROGRAMS_PER_SM = 5 * 4  # 5 programs fit on an SM at once (registers); 4 rounds of them even out the tail
+RESIDENT, RESIDENT_WIDE = 5, 3  # programs that fit on an SM at once, by their registers; the latter: in float64
 MAX_REGISTERS = 96  # what 5 programs leave each thread; with 80, for 6, some versions of ptxas spill
-MAX_REGISTERS_WIDE = 168  # for 3 programs, where a tile is computed in float64
+MAX_REGISTERS_WIDE = 168
+ROUNDS = 4  # programs for each that fits at once, where their work is shared out by number and not by cost
 OUTER_TILE = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_T": 32}  # the product and its squares: 64 registers per thread
 
 
@@ -200,11 +202,23 @@ def target_backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-def programs(device: torch.device) -> int:
-    """How many programs fill the device."""
+def resident(device: torch.device, constants: dict[str, Any]) -> int:
+    """How many programs of such a kernel the device runs at once."""
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
+    each = RESIDENT if _fits(constants) else RESIDENT_WIDE
+    return torch.cuda.get_device_properties(device).multi_processor_count * each
+
+
+def grain(block: int, workers: int, *dtypes: torch.dtype, most_targets: int = 1 << 30) -> Grain:
+    """What a program's tile may be: one block, its unaligned ends included."""
+    return Grain(vector_width(*dtypes), block, 1, most_targets, workers, block)
+
+
+def columns(tiles: np.ndarray) -> np.ndarray:
+    """Tiles as the kernels read them, [T, 7] int64: start, length, first source, K, first target, N, aligned."""
+    names = ("start", "length", "first_source", "sources", "first_target", "targets", "vector")
+    return np.stack([tiles[name] for name in names], axis=1)
 
 
 @contextmanager

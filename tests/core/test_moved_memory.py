@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ def watch(request, monkeypatch) -> None:
         for module in (memory, homes):
             monkeypatch.setattr(module, "torch_functions", lambda: ())
             monkeypatch.setattr(module, "cpu_extension", lambda: None)
+            monkeypatch.setattr(module, "dicts_are_numbered", lambda: False)
         monkeypatch.setattr(homes, "version_function", lambda: 0)
     elif not memory.torch_functions():
         pytest.skip("the extension was not built, or this torch has no such functions")
@@ -310,6 +312,80 @@ def test_a_layout_does_not_change_and_another_one_is_noticed(watch):
     bad.layout = ff.Layout({"v": SHAPE})
     with pytest.raises(ff.LayoutError, match="v .* only in the forget Fisher"):
         plan.run_()
+
+
+def ways_to_replace() -> dict[str, Callable[[nn.Module, nn.Parameter], object]]:
+    """Every way that comes to mind to put another parameter into a module, or another module above it."""
+
+    def above(model: nn.Module, new: nn.Parameter) -> None:
+        layer = nn.Linear(4, 4, bias=False)
+        layer.weight = new
+        model[0] = layer
+
+    def state(model: nn.Module, new: nn.Parameter) -> None:
+        model[0].load_state_dict({"weight": new}, assign=True)
+
+    return {
+        "attribute": lambda model, new: setattr(model[0], "weight", new),
+        "dict": lambda model, new: model[0]._parameters.__setitem__("weight", new),
+        "update": lambda model, new: model[0]._parameters.update(weight=new),
+        "another dict": lambda model, new: vars(model[0]).update(_parameters={"weight": new}),
+        "another dict by attribute": lambda model, new: object.__setattr__(model[0], "_parameters", {"weight": new}),
+        "register": lambda model, new: model[0].register_parameter("weight", new),
+        "delete and set": lambda model, new: (delattr(model[0], "weight"), setattr(model[0], "weight", new)),
+        "pop and set": lambda model, new: (
+            model[0]._parameters.pop("weight"),
+            model[0]._parameters.setdefault("weight", new),
+        ),
+        "another layer": above,
+        "another dict of layers": lambda model, new: vars(model).update(
+            _modules=copy.copy(model._modules) | {"0": above(other := nn.Sequential(nn.Identity()), new) or other[0]}
+        ),
+        "state": state,
+        "swap": lambda model, new: torch.utils.swap_tensors(model[0].weight, new),
+        "data": lambda model, new: setattr(model[0].weight, "data", new.data),
+    }
+
+
+@pytest.mark.parametrize("way", ways_to_replace())
+def test_what_was_replaced_after_many_runs_is_noticed(way, watch):
+    """Runs in between have been told that nothing changed, by the numbers of dicts where Python has these."""
+    model, others = nn.Sequential(nn.Linear(4, 4, bias=False)), [nn.Linear(4, 4, bias=False) for _ in range(5)]
+    layout, thin = ff.Layout({"0.weight": (4, 4)}), ff.Layout({"weight": (4, 4)})
+    dag = ff.InheritanceDAG()
+    dag.add_model("m", model, ff.Fisher(torch.ones(16), layout))
+    for i, other in enumerate(others):
+        dag.add_model(f"o{i}", other, ff.Fisher(torch.ones(16), thin))
+    requests = [ff.ForgetRequest("m", ff.Fisher(torch.full((16,), 50.0), layout))]
+    requests += [ff.ForgetRequest(f"o{i}", ff.Fisher(torch.zeros(16), thin)) for i in range(5)]
+    plan = ff.plan(dag, requests, lam=5.0)
+    for _ in range(3):
+        plan.run_(dry_run=True)
+    model[0].note = "touched, and nothing that matters changed"
+    plan.run_(dry_run=True)
+    new = nn.Parameter(torch.randn(4, 4))
+    expected = new.detach() * torch.tensor(0.1)
+    ways_to_replace()[way](model, new)
+    plan.run_()
+    assert torch.equal(model[0].weight, expected)
+
+
+def test_dicts_are_looked_into_only_where_one_was_touched():
+    if not memory.dicts_are_numbered():
+        pytest.skip("this Python does not number its dicts")
+    dicts = [{"w": object()} for _ in range(5000)]
+    objects = [d["w"] for d in dicts]
+    held = memory.dict_numbers()
+    for _ in range(2):
+        assert held.all(dicts, ["w"] * 5000, objects, 2)
+    dicts[4321]["other"] = 1
+    assert held.all(dicts, ["w"] * 5000, objects, 2)
+    dicts[4321]["w"] = object()
+    assert not held.all(dicts, ["w"] * 5000, objects, 2)
+    assert not held.all(dicts, ["w"] * 5000, objects, 2)
+    dicts[4321]["w"] = objects[4321]
+    assert held.all(dicts, ["w"] * 5000, objects, 2)
+    assert not held.all(dicts, ["w"] * 5001, [*objects, 1], 2)
 
 
 def test_a_mapping_that_makes_tensors_when_asked_is_refused():

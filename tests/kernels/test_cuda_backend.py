@@ -21,7 +21,7 @@ import fiun_fast as ff
 from fiun_fast import doctor, kernels
 from fiun_fast.kernels import cuda
 from fiun_fast.kernels.extension import KINDS
-from fiun_fast.kernels.schedule import WARP_TILE, warp_tiles
+from fiun_fast.kernels.schedule import TILE, cut
 from fiun_fast.kernels.table import Merging, Table
 
 SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
@@ -73,6 +73,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU of {found[i]}")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: divmod(found[i], 10))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=f"GPU of {found[i]}"))
 
     return made
 
@@ -97,6 +98,35 @@ def test_why_it_cannot_run_here(pretend, machine, reason):
     with pytest.raises(ff.BackendError, match=reason):
         kernels.select("cuda", "cuda")
     assert doctor.examine()["CUDA extension"]["runs here"] == f"no: {cuda.BACKEND.why_not('cuda')}"
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_doctor_says_what_works_on_an_amd_gpu(pretend, monkeypatch, built):
+    pretend(hip="6.4", found=(94,))
+    if not built:
+        extension = cuda.CudaExtension("cuda", lambda: "its extension was not built: install the CUDA toolkit")
+        monkeypatch.setattr(cuda.BACKEND, "extension", extension)
+    gpus = [("AMD Instinct MI300X", "gfx942:sramecc+:xnack-", 64), ("AMD Radeon PRO W7900", "gfx1100", 32)]
+    seen = [SimpleNamespace(name=name, gcnArchName=arch, warp_size=lanes) for name, arch, lanes in gpus]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: seen[i].name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", seen.__getitem__)
+    for reason, said in (
+        (None, "works; inspected for gfx942, gfx950, not run by us"),
+        ("no compiler", "no: no compiler"),
+    ):
+        monkeypatch.setattr(kernels.load("triton"), "why_not", lambda kind, why=reason: why if kind == "cuda" else "no")
+        found = doctor.examine()
+        assert found["AMD GPUs"] == {
+            "ROCm": "6.4",
+            "GPU 0": "AMD Instinct MI300X, gfx942, 64 lanes a wavefront",
+            "GPU 1": "AMD Radeon PRO W7900, gfx1100, 32 lanes a wavefront; its kernels were compiled for others only",
+            "triton": said,
+            "estimators, cpu, reference": "work as anywhere: plain torch, and the CPU",
+        }
+        assert found["CUDA extension"] == {"runs here": f"no: {cuda.AMD}"}
+        assert found["backends"]["cuda"] == f"no: {cuda.AMD}"
+        assert (found["used by default"]["for cuda tensors"] == "triton") == (reason is None)
 
 
 def test_doctor_shows_what_is_inside_and_what_runs_it(pretend):
@@ -152,10 +182,12 @@ def tables(draw) -> Table:
 @given(table=tables(), warps=st.sampled_from([1, 16, 500, 10_000]))
 def test_every_element_of_every_node_lies_in_exactly_one_tile(table, warps):
     extension = shim.backend().extension.module()
-    unit, step = extension.tile_shape(KINDS[table.theta_dtype or table.fisher_dtype], KINDS[table.fisher_dtype])
+    kinds = (KINDS[table.theta_dtype or table.fisher_dtype], KINDS[table.fisher_dtype])
+    grain = cuda.grain(extension, *kinds, extension.tile_targets, warps)
+    unit = grain.unit
     covered: dict[int, list[tuple[int, int]]] = {}
     owner = {int(row[1]): row for row in table.rows}
-    for tile in warp_tiles(table, unit, step, warps, extension.tile_targets):
+    for tile in cut(table, grain):
         row = owner[int(tile["first_source"])]
         first, last = int(tile["first_target"]), int(tile["first_target"] + tile["targets"])
         start, length = int(tile["start"]), int(tile["length"])
@@ -310,6 +342,6 @@ def test_more_gradients_than_one_launch_takes():
 
 
 def test_the_tile_is_laid_out_as_in_the_header():
-    assert WARP_TILE.itemsize == 40
+    assert TILE.itemsize == 40
     if shim.why_not() is None:
-        assert shim.backend().extension.module().tile_bytes == WARP_TILE.itemsize
+        assert shim.backend().extension.module().tile_bytes == TILE.itemsize

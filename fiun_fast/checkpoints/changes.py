@@ -19,7 +19,7 @@ def write_changes(files: Mapping[int, Source], loaded: Loaded, outcome: Outcome,
     for span, change in outcome.changed.items():
         if change is None or span.file not in files:
             continue
-        pieces = list(_blocks(span, change.runs))
+        pieces = list(blocks_of(span, change.runs))
         total += sum(stop - start for start, stop in pieces)
         waiting.append(helpers.submit(_write, files[span.file], loaded.bytes_of(span), span.start, pieces))
     for one in waiting:
@@ -27,7 +27,7 @@ def write_changes(files: Mapping[int, Source], loaded: Loaded, outcome: Outcome,
     return total
 
 
-def _blocks(span: Span, runs: np.ndarray) -> Iterator[tuple[int, int]]:
+def blocks_of(span: Span, runs: np.ndarray) -> Iterator[tuple[int, int]]:
     """The blocks of a file that runs lie in, as far as they belong to the span; neighbours together."""
     if not len(runs):
         return

@@ -28,7 +28,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from . import disk
-from .changes import write_changes
+from .changes import blocks_of, write_changes
 from .disk import BLOCK, Source, room, up
 from .family import Family
 from .schedule import Span
@@ -184,10 +184,12 @@ class Journal:
             if record.kind != "window" or record.line["number"] <= after:
                 continue
             for span, change in self.log.changes(record).items():
-                at = 0
-                for start, length in change.runs.tolist():
-                    files[span.file].write(change.old[at : at + length], start)
-                    at += length
+                data, at = _read(files[span.file], span), 0
+                for piece in _pieces(data, span.start, change.runs):
+                    piece[:] = change.old[at : at + len(piece)]
+                    at += len(piece)
+                for start, stop in blocks_of(span, change.runs):
+                    files[span.file].write(data[start - span.start : stop - span.start], start)
                 total += at
         for file in files.values():
             file.flush()
@@ -199,7 +201,8 @@ class Journal:
             if record.kind != "window" or record.line["number"] > self.log.committed:
                 continue
             for (span, change), line in zip(self.log.changes(record).items(), record.line["changes"], strict=True):
-                now = np.concatenate([_read(files[span.file], *run) for run in change.runs.tolist()])
+                data = _read(files[span.file], span)
+                now = np.concatenate(list(_pieces(data, span.start, change.runs)))
                 if hashlib.sha256(now.data).hexdigest() != line["new"]:
                     raise changed_since(files[span.file].path, span.tensor)
 
@@ -209,11 +212,12 @@ def changed_since(path: Path, tensor: str) -> CheckpointError:
     return CheckpointError(f"{path}: tensor {tensor!r} is not as this journal left it: somebody else has changed it")
 
 
-def _read(file: Source, start: int, length: int) -> np.ndarray:
-    first = start % BLOCK
-    array = room(first + length)
-    file.read(array, start - first, first + length)
-    return array[first : first + length]
+def _read(file: Source, span: Span) -> np.ndarray:
+    """The bytes of a span, as they are now."""
+    first = span.start % BLOCK
+    array = room(first + span.stop - span.start)
+    file.read(array, span.start - first, first + span.stop - span.start)
+    return array[first : first + span.stop - span.start]
 
 
 def begin(folder: Path, plan: Mapping[str, Any]) -> None:

@@ -51,8 +51,8 @@ def unlearn(
         in_place: change the models' files themselves; needs `journal`.
         journal: a folder that is not there yet, for the old bytes of what is changed, and the record. `resume` and
             `rollback` take it.
-        memory: for buffers, bytes or a text such as "4GB"; half of it is used. What Python and torch take themselves
-            (0.3 GB) is not in it.
+        memory: for all buffers together, bytes or a text such as "4GB". What Python and torch take themselves (0.3 GB)
+            is not in it.
         dry_run: read everything and count; write nothing.
         threads: that compute; None: as torch has them.
         progress: called with bytes done and bytes in all, read and written ones together.

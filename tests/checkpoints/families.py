@@ -60,7 +60,8 @@ def textbook(theta, original, forgets, weights, *, alpha, lam, how="max", scale=
     selected = m > original * a
     factor = (original * b / m) ** exponent if exponent != 1 else original * b / m
     factor = factor.clamp(max=cap)
-    wide = torch.promote_types(theta.dtype, factor.dtype)
+    halves = theta.dtype in (torch.float16, torch.bfloat16)
+    wide = torch.float32 if halves else torch.promote_types(theta.dtype, factor.dtype)
     new = torch.where(selected, (theta.to(wide) * factor.to(wide)).to(theta.dtype), theta)
     return new, int(selected.sum())
 

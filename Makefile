@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
 
-.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs fuzz sanitize sanitize-quick neon memcheck clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots roofline wheel wheel-check docs fuzz sanitize sanitize-quick neon memcheck clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench-check: install  ## have ratios dropped by more than 30 % since the committ
 
 plots: install  ## pictures in docs/img/ and tables in README.md and docs/performance.md, from committed results
 	$(BIN)/python bench/plots.py
+
+roofline: install  ## how far the GPU kernels' machine code is from the memory's roof; no GPU needed, nvcc is; a few minutes
+	$(BIN)/python tests/roofline.py
 
 wheel: $(BUILT)  ## manylinux wheel for this Python, and a source distribution, in dist/
 	@ls -l "$$(cat $(BUILT))" | awk '{ printf "%s, %.2f MB\n", $$9, $$5 / 1e6 }'

@@ -25,7 +25,9 @@ PIPES = {
     "imad": r"IMAD|IDP",
     "xu": r"MUFU|FCHK|POPC|FLO|BREV|I2F|F2I|I2I|F2F|I2FP|F2IP",
     "lsu": r"LDG|STG|LDS|STS|LD\b|ST\b|LDL|STL|ATOM|RED|SHFL|CCTL|LDGSTS|LDSM|MEMBAR|QSPC",
-    "control": r"BRA|BRX|JMP|BSSY|BSYNC|BREAK|CALL|RET|EXIT|NOP|WARPSYNC|YIELD|DEPBAR|LDGDEPBAR|BAR|ERRBAR|BMOV|NANOSLEEP|SYNCS",
+    "control": (
+        r"BRA|BRX|JMP|BSSY|BSYNC|BREAK|CALL|RET|EXIT|NOP|WARPSYNC|YIELD|DEPBAR|LDGDEPBAR|BAR|ERRBAR|BMOV|SYNCS"
+    ),
     "uniform": r"U[A-Z]|R2UR|S2UR|LDCU|LDC|REDUX|S2R|CS2R|ELECT|ARRIVES|PREEXIT|ACQBULK",
     "alu": r"",
 }
@@ -192,11 +194,11 @@ class Code:
     def path(
         self, top: int, body: Iterable[int], stores: bool = True, loaded: int = 0, cold: str = SLOW_PATH
     ) -> list[Instruction]:
-        """What is executed from `top` to the end of `body`, each loop inside that has wide accesses once.
+        """What is executed from `top` to the end of `body`, each loop inside that has wide stores once.
 
-        Of all ways through as many of these loops as there can be the one with the most wide stores, and of these the one with the most wide loads; without `stores`
-        one that stores nothing, and of these one with the fewest wide loads that are at least `loaded` bytes a thread.
-        Then the fewest instructions. Blocks with an operation that matches `cold` are not entered.
+        Of all ways one with the most wide stores, or none; of these through as many of these loops as there can be;
+        then with the fewest wide loads that are at least `loaded` bytes a thread; then with the fewest instructions.
+        Blocks with an operation that matches `cold` are not entered.
 
         Raises:
             LookupError: there is no such way.
@@ -205,7 +207,8 @@ class Code:
         inside, back = set(body), set(self.back_edges)
         ends = {block for block, to in back if to == top} if top else set()
         order = [block for block in self._after(top, inside, back) if not self.blocks[block].has(cold)]
-        tops = {at for at, blocks in self.loops.items() if at != top and any(map(self._is_wide, blocks))}
+        # loops inside; where they store nothing, they may be passed by
+        tops = {at for at, blocks in self.loops.items() if at != top and any(map(self._stores, blocks))}
         # from a block on: (loops, stored, loaded) -> the cheapest way
         ways: dict[int, dict[tuple[int, int, int], tuple[int, list[int]]]] = {}
         for block in order:
@@ -221,17 +224,15 @@ class Code:
                 if key not in found or way[0] < found[key][0]:
                     found[key] = way
         known = ways.get(top, {})
-        if stores:
-            key = max(known, default=None)
-        else:
-            quiet = [key for key in known if key[1] == 0 and key[2] >= loaded]
-            key = min(quiet, key=lambda key: (-key[0], key[2]), default=None)
+        most = max((key[1] for key in known), default=0) if stores else 0
+        fitting = [key for key in known if key[1] == most and key[2] >= loaded]
+        key = min(fitting, key=lambda key: (-key[0], key[2]), default=None)
         if key is None:
             raise LookupError("no such path")
         return [one for block in known[key][1] for one in self.blocks[block].instructions]
 
-    def _is_wide(self, block: int) -> bool:
-        return any(one.wide_bytes for one in self.blocks[block].instructions)
+    def _stores(self, block: int) -> bool:
+        return any(one.stores for one in self.blocks[block].instructions)
 
     def whole(self) -> tuple[int, set[int]]:
         """The entry and all blocks, where a thread does one tile and ends."""

@@ -1,7 +1,7 @@
 """How far the kernels' machine code is from the roof that memory sets, on GPUs that are not here.
 
     python tests/roofline.py             all kernels, the table; writes bench/results/roofline.json and docs/kernels.md
-    python tests/roofline.py --json      the kernels that the tests have a floor for, as JSON
+    python tests/roofline.py --page      the same from the results that are there
 
 Nothing is run. A kernel's main loop is found in its machine code, and what one turn of it costs is set against what
 memory allows in that time (tests/gpus.json): head room 1 means that both need the same time, 2 that half of the issue
@@ -18,23 +18,28 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import cuda_code
-from machine_code import SLOW_PATH, Code, Instruction, by_pipe, in_flight
+from machine_code import Code, Instruction, by_pipe, in_flight
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "roofline.json"
+BEFORE = ROOT / "bench" / "results" / "roofline-before.json"  # of the kernels that had no such test
+PAGE = ROOT / "docs" / "kernels.md"
 TABLE = json.loads((ROOT / "tests" / "gpus.json").read_text())
 ARCHS: tuple[str, ...] = tuple(TABLE["architectures"])
 FLOOR = 1.5
 BYTES = {"float": 4, "fp32": 4, "double": 8, "fp64": 8, "bf16": 2, "fp16": 2}
+Kernels = dict[str, dict[str, dict[str, Any]]]  # backend -> architecture -> kernel -> figures
 BLOCK_THREADS = 128  # of both backends
 LOAD, STORE = r"LDG.*\.128", r"STG.*\.128"
 
@@ -50,6 +55,9 @@ class Case:
     loaded: int = 0  # bytes of a thread: the least that wide loads bring in where nothing is stored
     loop: str = ""  # an operation of the innermost loop that is meant; "": the whole program
     outward: int = 0  # loops outside that one
+    asks: int = -1  # loops outside the innermost where it prefetches, once in `period` turns of this case
+    period: int = 1
+    asked: int = 128  # bytes of a thread that it then asks for
 
 
 @dataclass(frozen=True)
@@ -72,47 +80,54 @@ class Cost:
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
-def dampen_cases(elements: int, theta: int, fisher: int, streams: int, step: dict, name: str) -> Iterator[Case]:
-    """Of a node's turn when a tile has many nodes, and of one with a single node: `step` says where, `name` how many
-    forget Fishers it reads; `streams`: these and the gradients beside them.
+def dampen_cases(
+    elements: int, theta: int, fisher: int, streams: int, turn: dict, step: dict, name: str
+) -> Iterator[Case]:
+    """Of a node's turn when a tile has many nodes, and of all that is done where it has one.
+
+    `turn` and `step` say where these are, `name` how many forget Fishers the second reads; `streams`: these and the
+    gradients beside them.
     """
     for selected in (False, True):
         how, write = ("all" if selected else "none") + " selected", 2 * theta * selected
-        yield Case(f"turn, {how}", elements, fisher + write, selected, fisher * elements, STORE)
+        own = theta * selected
+        yield Case(f"turn, {how}", elements, fisher + write, selected, (fisher + own) * elements, STORE, **turn)
         read = fisher * (1 + streams)
-        yield Case(f"{name}, {how}", elements, read + write, selected, read * elements, **step)
+        yield Case(f"{name}, {how}", elements, read + write, selected, (read + own) * elements, **step)
 
 
 def cuda_kernels() -> Iterator[Kernel]:
     """Those of csrc/cuda; a lane holds 32 bytes of the wider dtype."""
-    step = {"loop": STORE, "outward": 1}
+    turn = {"asks": 1, "period": 4}  # nodes are gone through in groups of 4
+    step = {"loop": STORE, "outward": 2, "asks": 2, "period": 2}
     for types, elements, streams in (
         ("float, float", 8, 1), ("bf16, float", 8, 1), ("fp16, float", 8, 1), ("double, double", 4, 1),
         ("float, float, signed", 8, 2), ("bf16, float, signed", 8, 2),
     ):  # fmt: skip
         theta, fisher = (BYTES[name] for name in types.split(", ")[:2])
-        cases = dampen_cases(elements, theta, fisher, streams, step, "step, K = 1")
+        cases = dampen_cases(elements, theta, fisher, streams, turn, step, "step, K = 1")
         yield Kernel("cuda", f"dampen<{types}>", tuple(cases), held=streams == 1 and fisher == 4)
     for gradient in ("float", "bf16", "fp16"):
         yield Kernel("cuda", f"accumulate<{gradient}, float>", (Case("step", 8, BYTES[gradient] + 8, loop=STORE),))
-    yield Kernel("cuda", "merge<float>", (Case("step, K = 1", 8, 8, loop=STORE),))
+    yield Kernel("cuda", "merge<float>", (Case("step, K = 2", 8, 12, loaded=64, loop=STORE),))
     yield Kernel("cuda", "histogram<float, float>", (Case("step", 8, 8, False, 64, LOAD, 1),), held=False)
 
 
 def triton_kernels() -> Iterator[Kernel]:
-    """Those of Triton, as tests/sass.py names them; what merges has the code of the first Fisher twice, hence K = 2."""
+    """Those of Triton, as tests/sass.py names them."""
     for types, elements, streams in (
-        ("fp32", 16, 2), ("bf16", 16, 2), ("fp16", 16, 2), ("fp64", 8, 2), ("fp32 signed", 8, 4), ("bf16 signed", 8, 4),
+        ("fp32", 16, 1), ("bf16", 16, 1), ("fp16", 16, 1), ("fp64", 8, 1), ("fp32 signed", 8, 2), ("bf16 signed", 8, 2),
     ):  # fmt: skip
         theta = BYTES[types.split()[0]]
-        whole = streams == 2 and theta < 8
-        step = {} if whole else {"loop": STORE, "outward": 1}
-        cases = dampen_cases(elements, theta, max(theta, 4), streams, step, "tile, K = 2")
+        whole = streams == 1 and theta < 8
+        turn = {"asks": 0, "asked": 64}  # the tile of the next node
+        step = turn if whole else {"loop": STORE, "outward": 1}
+        cases = dampen_cases(elements, theta, max(theta, 4), streams, turn, step, "tile, K = 1")
         yield Kernel("triton", f"dampen {types}", tuple(cases), held=whole)
     for gradient in ("fp32", "bf16", "fp16"):
         yield Kernel("triton", f"accumulate {gradient}", (Case("tile", 16, BYTES[gradient] + 8),))
     yield Kernel("triton", "accumulate one fp32", (Case("tile", 16, 12),))
-    yield Kernel("triton", "merge fp32", (Case("tile, K = 2", 16, 12),))
+    yield Kernel("triton", "merge fp32", (Case("tile, K = 2", 16, 12, loaded=128),))
     yield Kernel("triton", "histogram fp32", (Case("step", 8, 8, False, 64, LOAD, 1),), held=False)
 
 
@@ -188,10 +203,27 @@ def triton_codes(arch: str, kernels: Iterable[Kernel]) -> dict[str, tuple[str, i
 def cost(code: Code, case: Case) -> Cost:
     """What a case costs."""
     top, body = code.loop_with(case.loop, case.outward) if case.loop else code.whole()
-    cold = f"{SLOW_PATH}|MUFU" if case.name.endswith("none selected") else SLOW_PATH
-    path: list[Instruction] = code.path(top, body, case.stores, case.loaded, cold)
-    pipes = {pipe: round(count / case.elements, 2) for pipe, count in sorted(by_pipe(path).items())}
-    return Cost(case.moved, in_flight(path, repeats=bool(case.loop)), pipes)
+    path: list[Instruction] = code.path(top, body, case.stores, case.loaded)
+    count, flight = by_pipe(path), in_flight(path, repeats=bool(case.loop))
+    if case.asks >= 0:
+        extra, prefetched = prefetching(code, case, path)
+        flight += prefetched
+        count.update({pipe: number / case.period for pipe, number in extra.items()})
+    return Cost(case.moved, flight, {pipe: round(number / case.elements, 2) for pipe, number in sorted(count.items())})
+
+
+def prefetching(code: Code, case: Case, path: list[Instruction]) -> tuple[Counter[str], int]:
+    """What the loop that prefetches costs beside this case, by pipe, and bytes of a thread that it asks for."""
+    top, body = code.loop_with(case.loop, case.asks) if case.loop else code.whole()
+    inner = code.loop_with(case.loop, case.asks - 1)[1] if case.asks else set()
+    blocks = [code.blocks[block].instructions for block in body - inner if code.blocks[block].has(r"CCTL.*PF2")]
+    if not blocks:
+        return Counter(), 0
+    counted = {id(one) for one in path}
+    extra = by_pipe([one for block in blocks for one in block if id(one) not in counted])
+    if case.asks > case.outward:  # the loop's own overhead as well
+        extra.update(by_pipe(code.path(top, body, case.stores, case.loaded)) - by_pipe(path))
+    return extra, case.asked
 
 
 def resident_warps(arch: str, registers: int, shared: int) -> int:
@@ -203,10 +235,11 @@ def resident_warps(arch: str, registers: int, shared: int) -> int:
     return min(blocks) * warps
 
 
-def figures(job: tuple[str, str, tuple[Kernel, ...]]) -> dict[str, dict]:
+def figures(
+    backend: str, arch: str, kernels: Iterable[Kernel], csrc: Path = cuda_code.CSRC
+) -> dict[str, dict[str, Any]]:
     """Kernel -> registers, warps, cases; for one backend and architecture."""
-    backend, arch, kernels = job
-    codes = (cuda_codes if backend == "cuda" else triton_codes)(arch, kernels)
+    codes = cuda_codes(arch, kernels, csrc) if backend == "cuda" else triton_codes(arch, kernels)
     found = {}
     for kernel in kernels:
         if kernel.name not in codes:
@@ -238,66 +271,153 @@ def head_room(gpu: dict, row: dict, case: dict) -> dict[str, float | str]:
     }
 
 
-def examine(
-    held_only: bool = False, backends: Iterable[str] = ("cuda", "triton"), archs: Iterable[str] = ARCHS
-) -> dict:
-    """{"kernels": {backend: {arch: {kernel: figures}}}, "head_room": {backend: {kernel: {gpu: {case: ...}}}}}."""
-    every = {"cuda": tuple(cuda_kernels()), "triton": tuple(triton_kernels())}
-    jobs = [
-        (backend, arch, tuple(kernel for kernel in every[backend] if kernel.held or not held_only))
-        for backend in backends
-        for arch in archs
-    ]
+EVERY = {"cuda": tuple(cuda_kernels()), "triton": tuple(triton_kernels())}
+
+
+def held(backend: str) -> tuple[Kernel, ...]:
+    """The kernels of a backend that the floor is asserted of."""
+    return tuple(kernel for kernel in EVERY[backend] if kernel.held)
+
+
+def examine(targets: Iterable[tuple[str, str]], held_only: bool = False) -> Kernels:
+    """Backend -> architecture -> kernel -> figures, of pairs of the first two; compiled by two processes."""
+    jobs = [(backend, arch, held(backend) if held_only else EVERY[backend]) for backend, arch in targets]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(figures, jobs))
-    kernels: dict = {}
+        results = list(pool.map(figures, *zip(*jobs, strict=True)))
+    kernels: Kernels = {}
     for (backend, arch, _), found in zip(jobs, results, strict=True):
         kernels.setdefault(backend, {})[arch] = found
+    return kernels
+
+
+def head_rooms(by_arch: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Kernel -> GPU -> case -> head room; of one backend."""
     rooms: dict = {}
-    for backend, by_arch in kernels.items():
-        for name, gpu in TABLE["gpus"].items():
-            for kernel, row in by_arch.get(gpu["arch"], {}).items():
-                cases = {case: head_room(gpu, row, figure) for case, figure in row["cases"].items()}
-                rooms.setdefault(backend, {}).setdefault(kernel, {})[name] = cases
-    return {"kernels": kernels, "head_room": rooms}
+    for name, gpu in TABLE["gpus"].items():
+        for kernel, row in by_arch.get(gpu["arch"], {}).items():
+            cases = {case: head_room(gpu, row, figure) for case, figure in row["cases"].items()}
+            rooms.setdefault(kernel, {})[name] = cases
+    return rooms
 
 
 # -------------------------------------------------------------------------------------------------------------- table
-def lowest(found: dict, backend: str, kernel: str, gpu: str) -> tuple[float, str, str, float, str]:
-    """The least head room by instructions, its limit and case; by bytes in flight, and its case."""
-    cases = found["head_room"][backend][kernel][gpu]
-    by_issue = min(cases, key=lambda case: cases[case]["issue"])
-    by_flight = min(cases, key=lambda case: cases[case]["flight"])
-    return cases[by_issue]["issue"], cases[by_issue]["limit"], by_issue, cases[by_flight]["flight"], by_flight
+def least(cases: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    """The case with the least head room by instructions, and by bytes in flight."""
+    return min(cases, key=lambda case: cases[case]["issue"]), min(cases, key=lambda case: cases[case]["flight"])
 
 
-def show(found: dict) -> None:
+def show(kernels: Kernels) -> None:
     """Print, for each kernel and GPU, both head rooms."""
-    for backend, kernels in found["head_room"].items():
-        gpus = list(dict.fromkeys(gpu for rooms in kernels.values() for gpu in rooms))
-        print(f"\n{backend:34}" + "".join(f"{gpu[:13]:>14}" for gpu in gpus))
-        for kernel, rooms in kernels.items():
+    for backend, by_arch in kernels.items():
+        found = head_rooms(by_arch)
+        gpus = list(dict.fromkeys(gpu for rooms in found.values() for gpu in rooms))
+        print(f"\n{backend:44}" + "".join(f"{gpu[:13]:>14}" for gpu in gpus))
+        for kernel, rooms in found.items():
             for case in next(iter(rooms.values())):
                 cells = (rooms[gpu][case] for gpu in gpus)
                 text = "".join(f"{c['issue']:6.1f} {c['limit'][:2]} {c['flight']:4.1f}" for c in cells)
-                print(f"{kernel[:20] + ' ' + case:44}"[:44] + text)
+                print(f"{kernel[:22] + ' ' + case:44}"[:44] + text)
     print("\nof each: head room by instructions, the pipe that is the limit (is: issue slots), by bytes in flight")
+
+
+SHOWN = ("A100 SXM 80 GB", "RTX 4090", "H100 SXM", "H200", "B200", "RTX 5090")
+NAMES = {"issue": "issue slots", "alu": "integer", "lsu": "loads", "xu": "reciprocals", "fp32": "fp32", "fp64": "fp64"}
+
+
+def page_table(kernels: Kernels, before: Kernels) -> str:
+    """For docs/kernels.md: the least head room of each kernel, and where it was before, in brackets."""
+    lines = ["| kernel | " + " | ".join(SHOWN) + " | least on B200 |", "| --- |" + " --- |" * (len(SHOWN) + 1)]
+    for backend, by_arch in kernels.items():
+        old = head_rooms(before[backend])
+        for kernel, rooms in head_rooms(by_arch).items():
+            cells = []
+            for gpu in SHOWN:
+                if gpu not in rooms:
+                    cells.append("")
+                    continue
+                cells.append(
+                    " / ".join(
+                        f"{_least(rooms[gpu], key):.1f} ({_least(old[kernel][gpu], key):.1f})"
+                        for key in ("issue", "flight")
+                    )
+                )
+            limit = rooms["B200"][least(rooms["B200"])[0]]
+            if limit["issue"] > _least(rooms["B200"], "flight"):
+                what = "bytes in flight" + (", below the roof" if _least(rooms["B200"], "flight") < 1 else "")
+            else:
+                what = NAMES.get(limit["limit"], limit["limit"]) + (", below the roof" if limit["issue"] < 1 else "")
+            lines.append(f"| {backend}: `{kernel}` | " + " | ".join(cells) + f" | {what} |")
+    return "\n".join(lines) + "\n"
+
+
+def cost_table(kernels: Kernels) -> str:
+    """For docs/kernels.md: what each case costs on an H100 and a B200."""
+    lines = ["| kernel | way | bytes | instructions, sm_90 / sm_100 | integer | registers | warps | in flight, KB |"]
+    lines.append("| --- | --- | ---: | --- | --- | --- | --- | --- |")
+    for backend, by_arch in kernels.items():
+        for kernel, row in by_arch["100"].items():
+            rows = [by_arch["90"][kernel], row]
+            for case in row["cases"]:
+                each = [one["cases"][case] for one in rows]
+                flight = " / ".join(
+                    f"{one['warps'] * 32 * cost['flight'] / 1000:.0f}" for one, cost in zip(rows, each, strict=True)
+                )
+                columns = (
+                    [f"{cost['pipes']['issue']:.1f}" for cost in each],
+                    [f"{cost['pipes'].get('alu', 0):.1f}" for cost in each],
+                )
+                columns += [str(one["registers"]) for one in rows], [str(one["warps"]) for one in rows]
+                texts = " | ".join(" / ".join(column) for column in columns)
+                lines.append(f"| {backend}: `{kernel}` | {case} | {each[1]['moved']:g} | {texts} | {flight} |")
+    return "\n".join(lines) + "\n"
+
+
+def _least(cases: dict[str, dict[str, Any]], key: str) -> float:
+    return min(case[key] for case in cases.values())
+
+
+def fill_page(kernels: Kernels) -> None:
+    """Write both tables into docs/kernels.md."""
+    from fiun_fast.bench.files import fill
+
+    before = json.loads(BEFORE.read_text())
+    fill(PAGE, "roofline", page_table(kernels, before))
+    fill(PAGE, "costs", cost_table(kernels))
+
+
+def write(kernels: Kernels) -> None:
+    """Write the results, a kernel a line."""
+    lines = [
+        f"  {json.dumps(arch)}: {{\n"
+        + ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        + "\n  }"
+        for backend in kernels
+        for arch, rows in kernels[backend].items()
+    ]
+    per = iter(lines)
+    parts = [
+        f" {json.dumps(backend)}: {{\n" + ",\n".join(next(per) for _ in kernels[backend]) + "\n }"
+        for backend in kernels
+    ]
+    RESULTS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def main() -> None:
     """Examine, print, write."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--json", action="store_true", help="only what the tests hold, as JSON")
-    parser.add_argument("--backend", choices=("cuda", "triton"), action="append")
-    parser.add_argument("--arch", choices=ARCHS, action="append")
+    parser.add_argument("--json", nargs="+", metavar="BACKEND:ARCH", help="only what the tests hold, as JSON")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the results that are there")
     given = parser.parse_args()
-    found = examine(given.json, given.backend or ("cuda", "triton"), given.arch or ARCHS)
     if given.json:
-        json.dump(found, sys.stdout)
+        json.dump(examine((tuple(target.split(":")) for target in given.json), held_only=True), sys.stdout)
         return
-    show(found)
-    if not given.backend and not given.arch:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    if given.page:
+        kernels = json.loads(RESULTS.read_text())
+    else:
+        kernels = examine((backend, arch) for backend in EVERY for arch in ARCHS)
+        write(kernels)
+    show(kernels)
+    fill_page(kernels)
 
 
 if __name__ == "__main__":

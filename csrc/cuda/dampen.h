@@ -31,7 +31,8 @@ FIUN_DEVICE void load_theta(const T* theta, unsigned chosen, V (&values)[units][
 #pragma unroll
     for (int u = 0; u < units; ++u) {
         clear(values[u]);
-        if (chosen >> (u * unit) & whole) load<false>(reinterpret_cast<const V*>(theta + u * warp_threads * unit), values[u]);
+        if (!(chosen >> (u * unit) & whole)) continue;
+        load<false>(reinterpret_cast<const V*>(theta + u * warp_threads * unit), values[u]);
     }
 }
 
@@ -104,7 +105,8 @@ FIUN_DEVICE void prefetch_steps(const int64_t* sources, const Target* target, in
 template <class F>
 FIUN_DEVICE void prefetch_nodes(const Target* targets, int count, int64_t at, int left) {
     const int node = lane_index() / 8;
-    if (node < count) prefetch_line(targets[node].original + at * int64_t(sizeof(F)), lane_index() % 8, left * int(sizeof(F)));
+    if (node >= count) return;
+    prefetch_line(targets[node].original + at * int64_t(sizeof(F)), lane_index() % 8, left * int(sizeof(F)));
 }
 
 template <bool with_exponent, bool with_sign, int unit, int units, class T, class F>
@@ -123,7 +125,8 @@ FIUN_DEVICE void dampen_tile(const DampenArgs& args, const Tile& tile) {
         load_original(targets, at, left, original);
         if (unit > 1 && prefetches && done / step % 2 == 0) {
             const int next = done + 2 * step;
-            prefetch_steps<F>(args.sources + tile.first_source, targets, tile.start + next, smaller_of(tile.length - next, 2 * step));
+            prefetch_steps<F>(args.sources + tile.first_source, targets, tile.start + next,
+                              smaller_of(tile.length - next, 2 * step));
         }
         merge_units<true>(args.sources + tile.first_source, static_cast<const F*>(args.weights) + tile.first_source,
                           tile.sources, Merge(args.merge), at, left, merged);

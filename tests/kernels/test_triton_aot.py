@@ -18,8 +18,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 CEILING, WIDE_CEILING = 96, 168  # registers; the second for float64 and for exponents, which are computed in it
 COMPUTED_IN_FLOAT64 = ("dampen fp32 exponent", "dampen fp64")
 # 16-byte loads and stores of a thread in the aligned path. A stream of 4-byte elements takes 4 (2048 elements, 128
-# threads). dampen loads F twice in the code (the first source, and the loop over the others), I, and theta for the quick
-# way and the exact one, each of which stores it.
+# threads). dampen loads F twice in the code (the first source, and the loop over the others), I, and theta for the
+# quick way and the exact one, each of which stores it.
 WIDTHS = {
     "dampen fp32": (20, 8),
     "dampen bf16": (16, 4),

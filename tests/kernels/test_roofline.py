@@ -198,7 +198,7 @@ def test_ways_through_a_loop_are_counted():
 @pytest.mark.parametrize(
     ("operation", "name"),
     [("FSETP.GT.AND", "alu"), ("FMNMX", "alu"), ("FFMA", "fp32"), ("IMAD.WIDE", "imad"), ("MUFU.RCP", "xu"),
-     ("LDG.E", "lsu"), ("BRA.U", "control"), ("ULDC.64", "uniform"), ("DFMA", "fp64"), ("F2FP.BF16.PACK_AB", "alu")],
+     ("LDG.E", "lsu"), ("BRA.U", "control"), ("ULDC.64", "uniform"), ("DFMA", "fp64"), ("F2FP.BF16.PACK_AB", "xu")],
 )  # fmt: skip
 def test_each_operation_has_its_pipe(operation, name):
     assert pipe(operation) == name

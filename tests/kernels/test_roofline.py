@@ -89,11 +89,6 @@ SPOILED = {  # name -> (kernel, text in csrc/cuda -> what a careless change woul
         {"maybe_quick = has_quick<F> && !with_exponent": "maybe_quick = false && has_quick<F>"},
         "issue",
     ),
-    "a look that counts": (
-        "dampen<float, float>",
-        {"if (!__any_sync(whole_warp, look.above | !usual))": "if (args.scale == 0)"},
-        "issue",
-    ),
 }
 
 

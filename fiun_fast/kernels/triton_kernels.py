@@ -107,16 +107,10 @@ def _row_flags(x, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _negative_reciprocal(x):
-    return tl.inline_asm_elementwise(
-        "{ .reg .f32 y; neg.f32 y, $1; rcp.approx.ftz.f32 $0, y; }", "=f,f", [x], tl.float32, True, 1
-    )
-
-
-@triton.jit
 def _quick_quotient(x, y):
     """-x / y as div.rn.f32 has it on its fast path, for what `_row_flags` finds ordinary (csrc/cuda/quick.h)."""
-    r = _negative_reciprocal(y)
+    minus: tl.constexpr = "{ .reg .f32 y; neg.f32 y, $1; rcp.approx.ftz.f32 $0, y; }"  # -1 / y, nearly
+    r = tl.inline_asm_elementwise(minus, "=f,f", [y], tl.float32, True, 1)
     r = tl.fma(r, tl.fma(y, r, 1.0), r)
     q = x * r
     return tl.fma(r, tl.fma(y, q, x), q)

@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BUILT  := dist/.built-$(notdir $(VENV))
 
-.PHONY: help install demo test lint bench bench-quick bench-check plots wheel wheel-check docs fuzz sanitize sanitize-quick neon memcheck gpu gpu-dry clean
+.PHONY: help install demo test lint bench bench-quick bench-check plots roofline wheel wheel-check docs fuzz sanitize sanitize-quick neon memcheck gpu gpu-dry clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ bench-check: install  ## have ratios dropped by more than 30 % since the committ
 
 plots: install  ## pictures in docs/img/ and tables in README.md and docs/performance.md, from committed results
 	$(BIN)/python bench/plots.py
+
+roofline: install  ## how far the GPU kernels' machine code is from the memory's roof; no GPU needed, nvcc is; a few minutes
+	$(BIN)/python tests/roofline.py
 
 wheel: $(BUILT)  ## manylinux wheel for this Python, and a source distribution, in dist/; with GPU code where there is nvcc
 	@ls -l "$$(cat $(BUILT))" | awk '{ printf "%s, %.2f MB\n", $$9, $$5 / 1e6 }'

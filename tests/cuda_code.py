@@ -35,6 +35,7 @@ def setting(name: str):
 ARCHS: tuple[str, ...] = setting("ARCHS")
 FLAGS: list[str] = setting("NVCC_FLAGS")
 
+RECIPROCAL = "rcp.approx.ftz.f32"
 FLAGS_OF = {"dampen": ("exponent", "signed"), "histogram": ("signed",)}  # what a kernel's first template arguments say
 
 # One kernel in a file of its own, because the files that exist take longer to compile.
@@ -52,16 +53,27 @@ MUTANTS: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "theta by element": (
         "one.cu",
         {
-            "load<false>(theta + u * warp_threads * unit, values[u])": (
-                "for (int i = 0; i < unit; ++i) values[u][i] = theta[u * warp_threads * unit + i]"
+            "load<false>(reinterpret_cast<const V*>(theta + u * warp_threads * unit), values[u])": (
+                "for (int i = 0; i < count; ++i) values[u][i] = "
+                "reinterpret_cast<const V*>(theta + u * warp_threads * unit)[i]"
             )
         },
         [],
     ),
-    "too few registers": ("one.cu", {"blocks_at_once<with_sign, F>)": "16)"}, []),
+    "too few registers": ("one.cu", {"blocks_at_once<with_sign, T, F>)": "16)"}, []),
     "arrays indexed at run time": ("one.cu", {"#pragma unroll\n": "#pragma unroll 1\n"}, []),
     "approximate division": ("one.cu", {}, ["-prec-div=false"]),
     "contraction": ("streams.cu", {}, ["-fmad=true"]),
+    "as it is": ("one.cu", {}, []),  # for architectures that are too many to look at all kernels
+    "pairs contracted": (
+        "one.cu",
+        {
+            "minus({alpha * float(original[i]), alpha * float(original[i + 1])},": (
+                "minus(times({alpha, alpha}, two_of(original + i)),"
+            )
+        },
+        [],
+    ),
 }
 
 
@@ -128,8 +140,11 @@ def _figures(usage: str, ptx: str, code: str) -> dict[str, int]:
         "division_checks": matching(r"FCHK"),
         "div_rn_f32": len(re.findall(r"\bdiv\.rn\.f32", ptx)),
         "div_rn_f64": len(re.findall(r"\bdiv\.rn\.f64", ptx)),
-        "approximate": len(re.findall(r"\.(?:approx|full)\b|\.ftz\b", ptx)),
-        "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
+        "approximate": len(re.findall(r"\.(?:approx|full)\b|\.ftz\b", ptx.replace(RECIPROCAL, ""))),
+        "reciprocals": ptx.count(RECIPROCAL),  # what quick.h makes exact quotients of
+        "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)(?!x)", ptx)) + 2 * ptx.count("fma.rn.f32x2"),
+        "pairs_fused": matching("FFMA2"),  # in machine code; those of the PTX are what is meant
+        "pairs_meant": ptx.count("fma.rn.f32x2"),
         "fusible": len(re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)", ptx)),  # with .rn ptxas keeps the two steps apart
     }
 

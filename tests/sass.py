@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -27,11 +28,11 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 
+from fiun_fast.kernels import triton_histogram, triton_kernels
 from fiun_fast.kernels import triton_host as host
-from fiun_fast.kernels import triton_kernels
 from fiun_fast.kernels.triton_aot import Variant, accumulate_variant, compile_variant, dampen_variant, merge_variant
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942", "hip:gfx950")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 VARIANTS: dict[str, Variant] = {
@@ -48,10 +49,18 @@ VARIANTS: dict[str, Variant] = {
     "merge fp32 mean": merge_variant(FP32, "mean"),
     "accumulate fp32": accumulate_variant(FP32, FP32),
     "accumulate bf16": accumulate_variant(BF16, FP32),
+    "accumulate fp16": accumulate_variant(FP16, FP32),
     "accumulate fp32 |g|": accumulate_variant(FP32, FP32, power=1),
     "accumulate fp32 zeroing": accumulate_variant(FP32, FP32, zero=True),
     "accumulate one fp32": accumulate_variant(FP32, FP32, one=True),
 }
+
+INT64 = torch.int64
+HISTOGRAM = Variant(
+    "histogram",
+    (INT64, INT64, INT64, INT64, FP32, INT64, FP32, INT64, INT64, 1, 1),
+    triton_histogram.constants(FP32, "max"),
+)
 
 AMD_VARIANTS = ("dampen fp32", "dampen bf16", "merge fp32", "merge fp32 mean", "accumulate fp32 zeroing")
 
@@ -89,12 +98,22 @@ MUTANTS: dict[str, tuple[str, dict[str, str], dict[str, object]]] = {
 }
 
 
+RECIPROCAL = "rcp.approx.ftz.f32"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.M)
 
 
 def tool(name: str) -> str:
     """A program of the CUDA toolkit, from Triton's wheel."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def compiled(name: str, target: str):
+    """Triton's compiled kernel; "histogram fp32" is not among the variants, because its code stands elsewhere."""
+    if name != "histogram fp32":
+        return compile_variant(VARIANTS[name], target)
+    both = SimpleNamespace(histogram=triton_histogram.histogram, dampen=triton_kernels.dampen)
+    with mock.patch.object(host, "device_code", return_value=both):
+        return compile_variant(HISTOGRAM, target)
 
 
 def figures(kernel) -> dict[str, int | None]:
@@ -122,10 +141,11 @@ def _nvidia(kernel) -> dict[str, int | None]:
         "load128": matching(r"LDG\.E(\.\w+)*\.128"),
         "store128": matching(r"STG\.E(\.\w+)*\.128"),
         "local": matching(r"LDL|STL"),
-        "fences": matching(r"MEMBAR|FENCE|CCTL|ERRBAR"),
+        "fences": matching(r"MEMBAR|FENCE|CCTL(?!\.E\.PF)|ERRBAR"),
         "division_checks": matching(r"FCHK"),
         "div_rn": len(re.findall(r"\bdiv\.rn\.f", ptx)),
-        "approximate": len(re.findall(r"\.(?:approx|full)\b|\.ftz\b", ptx)),
+        "approximate": len(re.findall(r"\.(?:approx|full)\b|\.ftz\b", ptx.replace(RECIPROCAL, ""))),
+        "reciprocals": ptx.count(RECIPROCAL),  # what exact quotients are made of
         "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
         "nan_max": len(re.findall(r"\bmax\.NaN\.f32", ptx)),
     }
@@ -240,7 +260,7 @@ COLUMNS = {
     "registers": ("regs", "registers of a thread"),
     "warps": ("warps", "that a streaming multiprocessor (AMD: compute unit) holds at once with so many registers"),
     "instructions": ("ops", "instructions in all"),
-    "node_loop": ("loop", "instructions of a thread for one node: 16 elements, 8 in float64, if something is selected"),
+    "node_loop": ("loop", "instructions of the loop over nodes, with all ways through it; tests/roofline.py has each"),
     "load128": ("ld128", "loads of 16 bytes"),
     "store128": ("st128", "stores of 16 bytes"),
     "local": ("local", "accesses to local memory: spills"),

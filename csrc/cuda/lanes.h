@@ -7,14 +7,13 @@
 
 #include "../element.h"
 #include "tables.h"
-
-#define FIUN_DEVICE __device__ __forceinline__
+#include "two.h"
 
 namespace fiun {
 namespace FIUN_ISA {
 
-constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
-constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+FIUN_HD constexpr int smaller_of(int a, int b) { return a < b ? a : b; }
+FIUN_HD constexpr int larger_of(int a, int b) { return a > b ? a : b; }
 
 template <class A, class B>
 struct Shape {
@@ -88,29 +87,51 @@ FIUN_DEVICE int64_t warp_total() { return int64_t(gridDim.x) * block_warps; }
 
 // merged = reduce_k (w_k F_k) of this lane's units, which begin at element `at` and lie `stride` elements apart; 0 beyond
 // `left`, the elements from the first unit to the end. `shared`: neighbouring tiles may read the same, nothing writes it.
+template <bool shared, int unit, int units, class F>
+FIUN_DEVICE void load_source(int64_t source, int64_t at, int left, F (&loaded)[units][unit]) {
+    constexpr int stride = warp_threads * unit;
+    const F* forget = reinterpret_cast<const F*>(source) + at;
+#pragma unroll
+    for (int u = 0; u < units; ++u) {
+        clear(loaded[u]);
+        if (u * stride < left) load<shared>(forget + u * stride, loaded[u]);
+    }
+}
+
 template <bool shared, int unit, int units, class W, class F>
 FIUN_DEVICE void merge_units(const int64_t* sources, const W* weights, int count, Merge how, int64_t at, int left,
                              F (&merged)[units][unit]) {
-    constexpr int stride = warp_threads * unit;
-#pragma unroll 1
-    for (int k = 0; k < count; ++k) {
-        const F* forget = reinterpret_cast<const F*>(sources[k]) + at;
-        const F weight = F(weights[k]);
-        F loaded[units][unit];
+    F* const m = &merged[0][0];
+    load_source<shared>(sources[0], at, left, merged);
+    const F first = F(weights[0]);
+    if constexpr (sizeof(F) == 4 && unit * units % 2 == 0) {
 #pragma unroll
-        for (int u = 0; u < units; ++u) {
-            clear(loaded[u]);
-            if (u * stride < left) load<shared>(forget + u * stride, loaded[u]);
+        for (int i = 0; i < unit * units; i += 2) {
+            const Two both = times({float(first), float(first)}, two_of(m + i));
+            m[i] = F(both.a), m[i + 1] = F(both.b);
         }
+    } else {
 #pragma unroll
-        for (int u = 0; u < units; ++u) {
-#pragma unroll
-            for (int i = 0; i < unit; ++i) {
-                const F first = loaded[u][i] * weight;
-                merged[u][i] = k == 0 ? first : merged_with(merged[u][i], loaded[u][i], weight, how);
-            }
-        }
+        for (int i = 0; i < unit * units; ++i) m[i] *= first;
     }
+#pragma unroll 1
+    for (int k = 1; k < count; ++k) {
+        F loaded[units][unit];
+        load_source<shared>(sources[k], at, left, loaded);
+        const F weight = F(weights[k]);
+#pragma unroll
+        for (int i = 0; i < unit * units; ++i) m[i] = merged_with(m[i], (&loaded[0][0])[i], weight, how);
+    }
+}
+
+// Asks memory for `bytes` bytes from `address` on, which this lane's 128-byte line number `line` is part of. No register
+// waits for it; what comes is in the L2 cache when it is loaded.
+FIUN_DEVICE void prefetch_line(int64_t address, int line, int bytes) {
+#ifdef __CUDA_ARCH__
+    if (line * 128 < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(address + line * 128));
+#else
+    (void)address, (void)line, (void)bytes;
+#endif
 }
 
 template <int unit, int units, class F>

@@ -12,11 +12,29 @@ struct MergeStep {
     FIUN_DEVICE void enter(int) const {}
 
     template <int unit, int units>
+    FIUN_DEVICE static void add(const F (&loaded)[units][unit], F weight, Merge how, bool first, F (&merged)[units][unit]) {
+#pragma unroll
+        for (int u = 0; u < units; ++u) {
+#pragma unroll
+            for (int i = 0; i < unit; ++i) {
+                merged[u][i] = first ? loaded[u][i] * weight : merged_with(merged[u][i], loaded[u][i], weight, how);
+            }
+        }
+    }
+
+    template <int unit, int units>
     FIUN_DEVICE void step(int64_t at, int left) const {
         constexpr int stride = warp_threads * unit;
         const Merge how = Merge(args.merge);
         F merged[units][unit];
-        merge_units<false>(args.sources, args.weights, args.count, how, at, left, merged);
+#pragma unroll 1
+        for (int k = 0; k < args.count; k += 2) {  // both are on their way before the first is used
+            F first[units][unit], second[units][unit];
+            load_source<false>(args.sources[k], at, left, first);
+            if (k + 1 < args.count) load_source<false>(args.sources[k + 1], at, left, second);
+            add(first, F(args.weights[k]), how, k == 0, merged);
+            if (k + 1 < args.count) add(second, F(args.weights[k + 1]), how, false, merged);
+        }
         if (args.finish) finish_units(args.total, F(args.scale), how, merged);
         F* out = reinterpret_cast<F*>(args.out) + at;
 #pragma unroll
@@ -27,7 +45,7 @@ struct MergeStep {
 };
 
 template <class F>
-__global__ void __launch_bounds__(block_threads) merge(const __grid_constant__ MergeArgs args) {
+__global__ void __launch_bounds__(block_threads, 8) merge(const __grid_constant__ MergeArgs args) {
     MergeStep<F> body{args};
     walk_all<F, F>(args.walk, body);
 }
@@ -69,8 +87,9 @@ struct AccumulateStep {
     }
 };
 
+// Blocks on a multiprocessor: left to itself, ptxas saves registers by loading late, where nothing is gained by that.
 template <class T, class F>
-__global__ void __launch_bounds__(block_threads) accumulate(const __grid_constant__ AccumulateArgs args) {
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 2 ? 12 : 8) accumulate(const __grid_constant__ AccumulateArgs args) {
     AccumulateStep<T, F> body{args, nullptr, nullptr};
     walk_all<T, F>(args.walk, body);
 }

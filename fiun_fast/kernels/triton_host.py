@@ -129,6 +129,8 @@ def options(backend: str, constants: dict[str, Any]) -> dict[str, Any]:
         flags["maxnreg"] = MAX_REGISTERS if _fits(constants) else MAX_REGISTERS_WIDE
     if "MERGE" in constants:
         flags["FLUSHES"] = backend == "cuda" and not interpreted() and division_flushes()
+    if "POWER" in constants:  # what is written in PTX
+        flags["QUICK"] = backend == "cuda" and not interpreted()
     return flags
 
 

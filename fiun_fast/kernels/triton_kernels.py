@@ -91,6 +91,39 @@ def opposed(slope, theta):
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _row_flags(x, LEAST: tl.constexpr):
+    """Of each row [R] of float32 numbers [R, V]: 2 if one is not finite or the sum is large, 4 if one is tiny, not 0.
+
+    The sum stands for its numbers: nothing that is not finite hides in it. Less than LEAST in its bits is tiny.
+    """
+    least = tl.min(x.to(tl.uint32, bitcast=True) - 1, axis=1)  # 0 becomes the largest
+    large = tl.where(tl.abs(tl.sum(x, axis=1)) <= 16777216.0, 0, 2)
+    return large | tl.where(least < LEAST - 1, 4, 0)
+
+
+@triton.jit
+def _quick_quotient(x, y):
+    """-x / y as div.rn.f32 has it on its fast path, for what `_row_flags` finds ordinary (csrc/cuda/quick.h)."""
+    minus: tl.constexpr = "{ .reg .f32 y; neg.f32 y, $1; rcp.approx.ftz.f32 $0, y; }"  # -1 / y, nearly
+    r = tl.inline_asm_elementwise(minus, "=f,f", [y], tl.float32, True, 1)
+    r = tl.fma(r, tl.fma(y, r, 1.0), r)
+    q = x * r
+    return tl.fma(r, tl.fma(y, q, x), q)
+
+
+@triton.jit
+def _prefetch(pointer, BYTES: tl.constexpr):
+    """Ask memory for BYTES bytes from a pointer on: what comes is in the L2 cache when it is loaded."""
+    lines = pointer.to(tl.int64, bitcast=True) + tl.arange(0, BYTES // 128) * 128
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
+
+
+@triton.jit
 def _count(flags):
     return tl.sum(tl.sum(flags.to(tl.int32), axis=1), axis=0)
 
@@ -102,15 +135,83 @@ def _tally(counter, amount):
 
 
 @triton.jit
+def _dampen_exactly(
+    counter, theta_address, start, offsets, merged, slope, original, alpha, lam, exponent, cap, write,
+    FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, POWER: tl.constexpr, SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
+):  # fmt: skip
+    """Dampen one node's part of a tile, and count; numbers may be of any kind. `slope`: read where SIGNED."""
+    selected = merged > original * alpha  # never true in the padding, where both are 0
+    finite = (tl.abs(merged) < float("inf")) & (tl.abs(original) < float("inf"))
+    theta = pointer_to(theta_address, start, THETA, VECTOR) + offsets
+    if SIGNED:
+        # theta is asked for its sign where a 16-byte access holds something above the threshold
+        asked = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
+        asked = tl.broadcast_to(asked, [BLOCK // VECTOR, VECTOR])
+        value = tl.load(theta, mask=asked, other=0.0)
+        selected = selected & opposed(slope, widen(value, COMPUTE, SOFT))
+        finite = finite & (tl.abs(slope) < float("inf"))
+    both = _count(selected.to(tl.int32) + tl.where(finite, 0, 65536))  # one reduction for two counts
+    _tally(counter, both & 65535)
+    _tally(counter + 2, both >> 16)
+    if (both & 65535) > 0:
+        # theta is touched where a 16-byte access holds something selected; its other bits are put back as read
+        touched = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
+        touched = tl.broadcast_to(touched, [BLOCK // VECTOR, VECTOR])
+        if SIGNED:
+            before = value
+        else:
+            before = tl.load(theta, mask=touched)
+        factor = divide(original * lam, merged, FISHER, FLUSHES)
+        if POWER:
+            # in float64 the logarithm's error, times a large exponent, stays far below a float32 ulp
+            powered = tl.exp2(exponent.to(tl.float64) * tl.log2(factor.to(tl.float64))).to(FISHER)
+            factor = tl.where(original == 0, 0.0, tl.where(exponent == 0, 1.0, powered))
+            factor = tl.where(merged == float("inf"), 0.0, tl.minimum(factor, cap))
+        else:
+            factor = tl.where(factor == factor, tl.minimum(factor, cap), 0.0)  # infinity by infinity is 0
+        after = _narrow(widen(before, COMPUTE, SOFT) * factor.to(COMPUTE), THETA, SOFT)
+        if write != 0:
+            tl.store(theta, tl.where(selected, after, before), mask=touched)
+        _tally(counter + 1, _count(selected & (widen(after, COMPUTE, SOFT) == 0)))
+
+
+@triton.jit
+def _dampen_quickly(
+    counter, theta_address, start, offsets, merged, original, above, lam, cap, difference, write,
+    THETA: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The same of ordinary numbers. `above`: negative in the rows [R] that hold something selected."""
+    theta = pointer_to(theta_address, start, THETA, VECTOR) + offsets
+    touched = tl.broadcast_to((above < 0)[:, None], [BLOCK // VECTOR, VECTOR])
+    before = tl.load(theta, mask=touched)
+    factor = tl.minimum(_quick_quotient(original * -lam, merged), cap)
+    product = before.to(COMPUTE) * factor.to(COMPUTE)
+    selected = difference < 0
+    if write != 0:
+        tl.store(theta, tl.where(selected, _narrow(product, THETA, False), before), mask=touched)
+    # what is no more than half the smallest number of THETA becomes 0
+    HALF: tl.constexpr = 2.0**-134 if THETA == tl.bfloat16 else 2.0**-25 if THETA == tl.float16 else 0.0
+    both = _count(tl.where(selected, tl.where(tl.abs(product) <= HALF, 65537, 1), 0))
+    _tally(counter, both & 65535)
+    _tally(counter + 1, both >> 16)
+
+
+@triton.jit
 def _dampen_tile(
     tile, start, length, sources, gradients, weights, targets, limits, numbers, counts, write,
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
     SIGNED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
+    QUICK: tl.constexpr,
 ):  # fmt: skip
+    """A node's turn begins with a look, of float32: is anything selected, is any number not ordinary."""
     offsets, mask = tile_of(length, BLOCK, VECTOR)
     first_source, source_count = tl.load(tile + 2), tl.load(tile + 3).to(tl.int32)
     first_target, target_count = tl.load(tile + 4), tl.load(tile + 5).to(tl.int32)
     scale, exponent, cap = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    if QUICK and VECTOR > 1:  # noqa: SIM102 - known when compiling; the next one is not
+        if length == BLOCK:
+            _prefetch(pointer_to(tl.load(targets + first_target * 3 + 1), start, FISHER, VECTOR), BLOCK * 4)
     merged = merge_sources(
         sources + first_source, weights + first_source, start, source_count, scale, offsets, mask,
         FISHER, MERGE, VECTOR, FLUSHES,
@@ -120,48 +221,52 @@ def _dampen_tile(
             gradients + first_source, weights + first_source, start, source_count, 1.0, offsets, mask,
             FISHER, "sum", VECTOR, FLUSHES,
         )  # fmt: skip
+    else:
+        slope = merged
+    LOOKS: tl.constexpr = FISHER == tl.float32
+    if LOOKS:
+        divisors = _row_flags(merged, 0x0F800000)  # 2^-96
+        if SIGNED:
+            divisors = divisors | _row_flags(slope, 1)
     for n in range(0, target_count):
         target = targets + (first_target + n) * 3
         limit = limits + (first_target + n) * 2
         # all addresses and numbers are on their way before the first of them is used
         theta_address, original_address, node = tl.load(target), tl.load(target + 1), tl.load(target + 2)
         alpha, lam = tl.load(limit), tl.load(limit + 1)
+        if QUICK and VECTOR > 1:  # noqa: SIM102
+            if (length == BLOCK) & (n + 1 < target_count):
+                _prefetch(pointer_to(tl.load(target + 4), start, FISHER, VECTOR), BLOCK * 4)
         original = pointer_to(original_address, start, FISHER, VECTOR) + offsets
         original = tl.load(original, mask=mask, other=0.0, eviction_policy="evict_first")
-        selected = merged > original * alpha  # never true in the padding, where both are 0
-        finite = (tl.abs(merged) < float("inf")) & (tl.abs(original) < float("inf"))
-        if SIGNED:
-            # theta is asked for its sign where a 16-byte access holds something above the threshold
-            asked = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
-            asked = tl.broadcast_to(asked, [BLOCK // VECTOR, VECTOR])
-            value = tl.load(pointer_to(theta_address, start, THETA, VECTOR) + offsets, mask=asked, other=0.0)
-            selected = selected & opposed(slope, widen(value, COMPUTE, SOFT))
-            finite = finite & (tl.abs(slope) < float("inf"))
-        both = _count(selected.to(tl.int32) + tl.where(finite, 0, 65536))  # one reduction for two counts
         counter = counts + node * 3
-        _tally(counter, both & 65535)
-        _tally(counter + 2, both >> 16)
-        if (both & 65535) > 0:
-            # theta is touched where a 16-byte access holds something selected; its other bits are put back as read
-            touched = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
-            touched = tl.broadcast_to(touched, [BLOCK // VECTOR, VECTOR])
-            theta = pointer_to(theta_address, start, THETA, VECTOR) + offsets
-            if SIGNED:
-                before = value
-            else:
-                before = tl.load(theta, mask=touched)
-            factor = divide(original * lam, merged, FISHER, FLUSHES)
-            if POWER:
-                # in float64 the logarithm's error, times a large exponent, stays far below a float32 ulp
-                powered = tl.exp2(exponent.to(tl.float64) * tl.log2(factor.to(tl.float64))).to(FISHER)
-                factor = tl.where(original == 0, 0.0, tl.where(exponent == 0, 1.0, powered))
-                factor = tl.where(merged == float("inf"), 0.0, tl.minimum(factor, cap))
-            else:
-                factor = tl.where(factor == factor, tl.minimum(factor, cap), 0.0)  # infinity by infinity is 0
-            after = _narrow(widen(before, COMPUTE, SOFT) * factor.to(COMPUTE), THETA, SOFT)
-            if write != 0:
-                tl.store(theta, tl.where(selected, after, before), mask=touched)
-            _tally(counter + 1, _count(selected & (widen(after, COMPUTE, SOFT) == 0)))
+        if LOOKS:
+            difference = original * alpha - merged
+            above = tl.reduce(difference.to(tl.int32, bitcast=True), 1, _either)  # the sign says m > alpha I
+            flags = divisors | _row_flags(original, 0x11800000) | tl.where(above < 0, 1, 0)  # 2^-92
+            seen = tl.reduce(flags, 0, _either)
+            if (seen & 3) != 0:
+                if QUICK and not POWER and not SIGNED:
+                    if ((seen & 6) == 0) & (lam >= 0.015625) & (lam <= 64.0):
+                        _dampen_quickly(
+                            counter, theta_address, start, offsets, merged, original, above, lam, cap, difference,
+                            write, THETA, COMPUTE, BLOCK, VECTOR,
+                        )  # fmt: skip
+                    else:
+                        _dampen_exactly(
+                            counter, theta_address, start, offsets, merged, slope, original, alpha, lam, exponent, cap,
+                            write, FISHER, THETA, COMPUTE, POWER, SIGNED, BLOCK, VECTOR, SOFT, FLUSHES,
+                        )  # fmt: skip
+                else:
+                    _dampen_exactly(
+                        counter, theta_address, start, offsets, merged, slope, original, alpha, lam, exponent, cap,
+                        write, FISHER, THETA, COMPUTE, POWER, SIGNED, BLOCK, VECTOR, SOFT, FLUSHES,
+                    )  # fmt: skip
+        else:
+            _dampen_exactly(
+                counter, theta_address, start, offsets, merged, slope, original, alpha, lam, exponent, cap,
+                write, FISHER, THETA, COMPUTE, POWER, SIGNED, BLOCK, VECTOR, SOFT, FLUSHES,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["write"])
@@ -178,6 +283,7 @@ def dampen(
     FISHER: tl.constexpr, THETA: tl.constexpr, COMPUTE: tl.constexpr, MERGE: tl.constexpr, POWER: tl.constexpr,
     SIGNED: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, FLUSHES: tl.constexpr,
+    QUICK: tl.constexpr,
 ):  # fmt: skip
     """One program per tile: merge its forget Fishers once, then dampen its share of the group's nodes.
 
@@ -189,19 +295,21 @@ def dampen(
         if STEP == BLOCK:
             _dampen_tile(
                 tile, start, length, sources, gradients, weights, targets, limits, numbers, counts, write,
-                FISHER, THETA, COMPUTE, MERGE, POWER, SIGNED, BLOCK, VECTOR, SOFT, FLUSHES,
+                FISHER, THETA, COMPUTE, MERGE, POWER, SIGNED, BLOCK, VECTOR, SOFT, FLUSHES, QUICK,
             )  # fmt: skip
         else:
             for done in range(0, length, STEP):
                 _dampen_tile(
                     tile, start + done, tl.minimum(length - done, STEP), sources, gradients, weights, targets, limits,
                     numbers, counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, SIGNED, STEP, VECTOR, SOFT, FLUSHES,
+                    QUICK,
                 )  # fmt: skip
     else:
         for done in range(0, length, BLOCK // 2):  # in halves: an address for each element takes twice the registers
             _dampen_tile(
                 tile, start + done, tl.minimum(length - done, BLOCK // 2), sources, gradients, weights, targets, limits,
                 numbers, counts, write, FISHER, THETA, COMPUTE, MERGE, POWER, SIGNED, BLOCK // 2, 1, SOFT, FLUSHES,
+                QUICK,
             )  # fmt: skip
 
 

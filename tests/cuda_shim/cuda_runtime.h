@@ -91,12 +91,16 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {  // in shared mem
     return before;
 }
 
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+
 // ---- warp ----------------------------------------------------------------------------------------------------------
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
     return mask == 0xffffffffu ? shim::warp_sum(value) : (shim::misaligned(nullptr, 0), 0u);
 }
+inline int __any_sync(unsigned mask, bool here) { return __reduce_add_sync(mask, here) > 0; }
+inline int __all_sync(unsigned mask, bool here) { return __reduce_add_sync(mask, here) == 32; }
 inline void __syncwarp() { shim::warp_sum(0); }
 
 // ---- runtime -------------------------------------------------------------------------------------------------------

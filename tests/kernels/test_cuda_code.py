@@ -19,10 +19,10 @@ TARGETS = (
     "120",
 )  # for the time it takes; `python tests/cuda_code.py` has all, `make wheel-check` reads the wheel's
 SIZES = {"float": 4, "double": 8, "bf16": 2, "fp16": 2}
-# By __launch_bounds__: on a multiprocessor five blocks of 128 threads of a float32 dampen, four of a float64 one; of
-# signed ones four and two.
+# By __launch_bounds__: on a multiprocessor five blocks of 128 threads of a float32 dampen, four from sm_100 on and of a
+# float64 one; of signed ones four and two.
 REGISTERS = {
-    "dampen_f32": 96,
+    "dampen_f32": 128,
     "dampen_f64": 128,
     "dampen_signed_f32": 128,
     "dampen_signed_f64": 255,
@@ -56,9 +56,10 @@ def wide_accesses(kernel: str) -> tuple[int, int] | None:
     """16-byte loads and stores of the aligned path; None for a kernel whose accesses are not stated here.
 
     A lane holds 32 bytes of the wider dtype, and as many elements of the other. They form units of at most 16 bytes of
-    the narrower; a unit below 16 bytes is one smaller access. dampen has the code for I twice (the first node, the next
-    node), for F, if signed for g, and for theta; accumulate loads and stores both of its streams, the gradient to zero
-    it.
+    the narrower; a unit below 16 bytes is one smaller access. dampen has the code for I three times (the first node;
+    the next one after a turn without and with a selection), for F and if signed for g twice (the first source, others),
+    and for theta; it stores theta twice where it has a quick way (csrc/cuda/quick.h). merge has two sources at once;
+    accumulate loads and stores both of its streams, the gradient to zero it.
     """
     family, types = parts(kernel)
     if family not in ("dampen", "merge", "accumulate"):
@@ -72,9 +73,10 @@ def wide_accesses(kernel: str) -> tuple[int, int] | None:
 
     if family == "dampen":
         theta, fisher = sizes
-        return (4 if "signed" in types else 3) * stream(fisher) + stream(theta), stream(theta)
+        quick = fisher == 4 and "exponent" not in types
+        return (7 if "signed" in types else 5) * stream(fisher) + stream(theta), (2 if quick else 1) * stream(theta)
     if family == "merge":
-        return stream(sizes[0]), stream(sizes[0])
+        return 2 * stream(sizes[0]), stream(sizes[0])
     return sum(map(stream, sizes)), sum(map(stream, sizes))
 
 
@@ -152,7 +154,24 @@ def test_nothing_is_contracted(found):
     for (kernel, arch), figures in found.items():
         assert figures["fusible"] == 0, (kernel, arch)
         if wide_accesses(kernel) is not None and "exponent" not in kernel:  # others may ask for one by name
-            assert figures["fma"] == 0, (kernel, arch)
+            # a reciprocal takes two, the quotient made of it two
+            assert figures["fma"] == 4 * figures["reciprocals"], (kernel, arch)
+
+
+def test_only_ordinary_numbers_are_divided_by_hand(found):
+    for (kernel, arch), figures in found.items():
+        family, types = parts(kernel)
+        if "exponent" not in types:  # a power has a reciprocal too
+            by_hand = family == "dampen" and types[1] == "float"
+            assert (figures["reciprocals"] > 0) == by_hand, (kernel, arch)
+
+
+def test_pairs_of_numbers_are_not_contracted():
+    """ptxas does that in spite of .rn; sm_100 alone has such instructions."""
+    as_it_is, bad = (cuda_code.mutant(name, "100")["dampen<float, float>"] for name in ("as it is", "pairs contracted"))
+    assert as_it_is["pairs_fused"] == as_it_is["pairs_meant"] > 0
+    assert bad["pairs_fused"] > bad["pairs_meant"], "this check cannot fail"
+    assert as_it_is["spills"] == as_it_is["local"] == 0
 
 
 def test_the_contraction_check_can_fail(mutants):

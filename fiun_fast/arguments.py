@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar, get_args
@@ -75,6 +76,22 @@ def check_count(what: str, value: object, least: int = 1, most: int | None = Non
     if most is not None and int(value) > most:
         raise ArgumentError(f"{what} is {hex(int(value)):.20}…, expected a whole number of at most {most}")
     return int(value)
+
+
+def check_function(what: str, function: object, *arguments: str) -> None:
+    """Raise an ArgumentError unless it is a function that can be called with arguments of these meanings, by place."""
+    called = f"called as {what}({', '.join(arguments)})"
+    if not callable(function) or isinstance(function, type):
+        found = f"the class {function.__name__}" if isinstance(function, type) else f"a {type(function).__name__}"
+        raise ArgumentError(f"{what} is {found}, expected a function, {called}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ArgumentError(f"{what} takes {signature} and is {called}: {error}") from None
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import numbers
 import re
@@ -92,6 +93,22 @@ def check_size(what: str, value: object) -> int:
             raise ArgumentError(f"{what} is {value!r:.80}, expected a size such as 2GB, 500MB or 1.5GiB")
         value = math.floor(Fraction(found[1]) * _UNITS[found[2]])
     return check_count(what, value, most=2**63 - 1)
+
+
+def check_function(what: str, function: object, *arguments: str) -> None:
+    """Raise an ArgumentError unless it is a function that can be called with arguments of these meanings, by place."""
+    called = f"called as {what}({', '.join(arguments)})"
+    if not callable(function) or isinstance(function, type):
+        found = f"the class {function.__name__}" if isinstance(function, type) else f"a {type(function).__name__}"
+        raise ArgumentError(f"{what} is {found}, expected a function, {called}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ArgumentError(f"{what} takes {signature} and is {called}: {error}") from None
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:

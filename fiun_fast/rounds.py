@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_count, check_fraction
+from .arguments import check_count, check_fraction, check_function
 from .dag import ForgetRequest, InheritanceDAG
 from .errors import ArgumentError, EstimationError, UndoError
 from .estimators.preserving import preserved
@@ -126,8 +126,10 @@ def unlearn_rounds_(
         on_round: called with each `Round` when it is done; `print` will do.
 
     Raises:
-        ArgumentError: no items, or an argument out of range.
-        EstimationError: losses that are not one an item, not finite, or do not depend on the parameters.
+        ArgumentError: no items, an argument out of range, a `share` of less than one element, or a function that takes
+            other arguments.
+        EstimationError: losses, or answers of `remembered`, that are not one an item; losses that are not
+            finite, or do not depend on the parameters.
         FiunError: as `plan`. What `repair` and the other callbacks raise goes through; without `undo` the model is then
             as the last step left it.
 
@@ -138,10 +140,14 @@ def unlearn_rounds_(
     check_module("model", model)
     if not isinstance(original, Fisher):
         raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
-    for what, function in (("losses", losses), ("remembered", remembered), ("repair", repair), ("on_round", on_round)):
-        if not callable(function) and (function is not None or what in ("losses", "remembered")):
-            raise ArgumentError(f"{what} is a {type(function).__name__}, expected a function")
+    check_function("losses", losses, "model", "items")
+    check_function("remembered", remembered, "model", "items")
+    for what, function, argument in (("repair", repair, "model"), ("on_round", on_round, "round")):
+        if function is not None:
+            check_function(what, function, argument)
     share = check_fraction("share", share, "a share of the elements, in (0, 1]")
+    if int(share * original.numel) < 1:
+        raise ArgumentError(f"share is {share:g} of {original.numel:,} elements, less than one: nothing would change")
     factor = check_fraction("factor", factor, "a factor in (0, 1]")
     rounds, turns, batch = (check_count(*pair) for pair in (("rounds", rounds), ("turns", turns), ("batch", batch)))
     state = _State(model, original, losses, remembered, batch, factor, backend)
@@ -208,7 +214,14 @@ class _State:
         found: list[bool] = []
         with self._in_use(), torch.no_grad():
             for chunk in self._chunks(items):
-                answers = [bool(one) for one in self._remembered(self._model, chunk)]
+                given = self._remembered(self._model, chunk)
+                try:
+                    answers = [bool(one) for one in given]
+                except (TypeError, RuntimeError):  # one for all, or several for one
+                    shape = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+                    raise EstimationError(
+                        f"remembered gave {shape} for {len(chunk)} items, expected a bool for each"
+                    ) from None
                 if len(answers) != len(chunk):
                     raise EstimationError(f"remembered gave {len(answers)} values for {len(chunk)} items")
                 found += answers

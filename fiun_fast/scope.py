@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import THETA_DTYPES, short
+from .arguments import THETA_DTYPES, check_function, short
 from .errors import ArgumentError, DTypeError, LayoutError, ScopeWarning, warn
 from .memory import flaw_of_kind
 from .naming import Names, near
@@ -48,7 +48,7 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
             model's, nothing is selected, a selected parameter has no shape yet or is no dense tensor (a DTensor,
             sparse, nested, …), or the model is cut up by FullyShardedDataParallel (FSDP1).
         DTypeError: a selected parameter is not float32, float64, bfloat16 or float16.
-        ArgumentError: `params` or `model` is of another type.
+        ArgumentError: `params` or `model` is of another type, or `params` a function that takes other arguments.
 
     """
     check_module("model", model)
@@ -72,6 +72,7 @@ def _chosen(model: nn.Module, names: Names, params: Params) -> Iterable[Tensor]:
     if isinstance(params, (str, nn.Module, Tensor)):
         params = [params]
     elif callable(params):
+        check_function("params", params, "name", "parameter")
         return [p for name, p in names.every.items() if params(name, p)]
     if not isinstance(params, Iterable):
         raise ArgumentError(f"params is a {type(params).__name__}, expected None, {_EXPECTED}, or a callable")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from .arguments import MergeRule, OnMismatch, check_count, check_number
+from .arguments import MergeRule, OnMismatch, check_count, check_function, check_number
 from .dag import ForgetRequest, InheritanceDAG, Model
 from .errors import ArgumentError, TuningWarning, warn
 from .planning import Choice, Plan, Trials
@@ -66,10 +66,12 @@ def tune(
             unless less than 1 % stays of what is selected, the largest below 1.
 
     Raises:
-        ArgumentError: an empty grid, a number out of range, or a score that is no number or NaN.
+        ArgumentError: an empty grid, a number out of range, an `evaluate` that takes other arguments, or a score that
+            is no number or NaN.
         FiunError: as `plan`.
 
     """
+    check_function("evaluate", evaluate, "name", "model")
     compiled = plan(dag, requests, alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
     return _said("tune", tune_plan(compiled, evaluate, alphas=alphas, lams=lams, points=points, progress=progress))
 
@@ -148,11 +150,12 @@ def search_alpha(
         TuningWarning: at some node no percentile was low enough: the search failed there.
 
     Raises:
-        ArgumentError: a number out of range, no finite ratio at a node, or an accuracy that is no number, negative
-            (a loss or a score instead) or NaN.
+        ArgumentError: a number out of range, an `evaluate` that takes other arguments, no finite ratio at a node, or an
+            accuracy that is no number, negative (a loss or a score instead) or NaN.
         FiunError: as `plan`.
 
     """
+    check_function("evaluate", evaluate, "name", "model")
     lam = check_number("lam", lam)
     for what, value, least, most in (("rho", rho, 0, 1), ("start", start, 0, 100), ("step", step, 0, 100)):
         if not least < check_number(what, value) <= most:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import FISHER_DTYPES, Estimator, check_count, check_one_of, listed
-from ..errors import ArgumentError, DTypeError, EstimationError
+from ..errors import ArgumentError, DTypeError, EstimationError, LayoutError
 from ..fisher import Fisher
 from ..layout import Layout
 from ..scope import Params, check_module, select_parameters
@@ -74,6 +74,8 @@ class FisherAccumulator:
         if frozen and not allow_frozen:
             raise ArgumentError(f"parameter {frozen[0]!r} does not require grad: no gradient will arrive")
         self._totals = Totals(self._parameters, estimator, dtype=dtype, backend=backend, empty=EMPTY)
+        self._model = model
+        self._way = self._way_to_them()
         self._inside = ""  # streaming() or during(), while one is open
 
     @property
@@ -104,8 +106,8 @@ class FisherAccumulator:
             ArgumentError: `samples` is not a whole number.
             EstimationError: no parameter has a gradient; inside `streaming` or `during`; while another thread
                 estimates them; or an earlier update was interrupted half way.
-            LayoutError: a gradient has no plain memory of its own, or another shape than the parameter had when the
-                accumulator was made. All gradients are checked before any is added.
+            LayoutError: a parameter was replaced since the accumulator was made; a gradient has no plain memory of its
+                own, or another shape than the parameter had then. All gradients are checked before any is added.
             DeviceError: a gradient is on another device.
 
         """
@@ -113,8 +115,34 @@ class FisherAccumulator:
             raise EstimationError(f"update() inside {self._inside}, which adds each gradient by itself")
         self._update(1.0, zero_grads, check_count("samples", samples, least=0))
 
+    def _way_to_them(self) -> list[tuple[dict[str, Any], str, object]]:
+        """What the model is made of, (where, under which key, what), as long as which it holds the parameters.
+
+        Raises:
+            LayoutError: it does not hold one of them any more.
+
+        """
+        held = {id(p) for p in self._model.parameters()}
+        for name, p in self._parameters.items():
+            if id(p) not in held:
+                raise LayoutError(
+                    f"parameter {name!r} is not the model's any more: it was replaced after the accumulator was made, "
+                    "as by a new layer or load_state_dict(assign=True); make another FisherAccumulator(model)"
+                )
+        ours = {id(p) for p in self._parameters.values()}
+        own = [module for module in self._model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        return [(m._modules, key, child) for m in own for key, child in m._modules.items()] + [
+            (m._parameters, key, p) for m in own for key, p in m._parameters.items() if id(p) in ours
+        ]
+
+    def _check_held(self) -> None:
+        """Raise a LayoutError where a parameter has been replaced, so that its gradients go elsewhere."""
+        if any(where.get(key) is not what for where, key, what in self._way):
+            self._way = self._way_to_them()  # it may only have moved, as into a wrapper
+
     def _update(self, scale: float, zero_grads: bool = False, samples: int = 0) -> None:
         claims.check_not_estimated(self._parameters)
+        self._check_held()
         found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         if not found:
             raise EstimationError("no parameter has a gradient: call loss.backward() before update()")
@@ -122,6 +150,7 @@ class FisherAccumulator:
 
     @contextmanager
     def _open(self, what: str) -> Iterator[None]:
+        self._check_held()
         check_parameters(self._parameters, self.layout)
         if self._inside:
             raise EstimationError(

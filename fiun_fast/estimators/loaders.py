@@ -160,6 +160,8 @@ def check_loader(loader: object, reading: Reading) -> None:
         raise ArgumentError(
             f"loader is a {what}, a dataset of single samples; pass torch.utils.data.DataLoader(dataset, batch_size=…)"
         )
+    if isinstance(loader, type):
+        raise ArgumentError(f"loader is the class {loader.__name__}, expected one made of it, or a list of batches")
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise ArgumentError(f"loader is a {what}, expected an iterable of batches, such as a DataLoader")
     if isinstance(loader, (tuple, list)) and loader and reading.forward_fn is None and _is_one_batch(loader, reading):

@@ -27,7 +27,8 @@ def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
 
     Put back, also after an error: modes; which parameters, buffers, submodules, hooks and other attributes every
     module has (the same objects; of lists, dicts and sets what is in them, of configs their attributes); requires_grad
-    and .grad of every parameter; memory, shape and bits of every buffer; and torch's random state on the CPU and on
+    and .grad of every parameter; memory, shape and bits of every buffer and of
+    embeddings with a max_norm; and torch's random state on the CPU and on
     the devices of the models. Inside, gradients are computed whatever mode the caller is in.
 
     Yields:
@@ -134,7 +135,7 @@ class Snapshot:
         ]
         self._attributes = Attributes(model)
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        self._buffers = [_Buffer(name, buffer) for name, buffer in model.named_buffers()]
+        self._buffers = [_Buffer(name, buffer) for name, buffer in (*model.named_buffers(), *_renormed(model))]
 
     @torch.no_grad()
     def restore(self) -> Exception | None:
@@ -190,6 +191,15 @@ class _Buffer:
             if self._buffer.layout in _COMPRESSED and self._buffer.values().shape != self._before.values().shape:
                 self._buffer.resize_as_sparse_(self._before)
             self._buffer.copy_(self._before)  # sparse and its like have no memory of one piece
+
+
+def _renormed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tables of embeddings with a max_norm: their forward shrinks the rows that it looks up, for good."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            table = module._parameters.get("weight")
+            if table is not None:
+                yield f"{name}.weight", table
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -106,7 +106,7 @@ class Reading:
             inputs = batch.get("input_ids")
         else:
             inputs, targets = self._parts(batch)
-            outputs = outputs_of(call(model, inputs, batch))
+            outputs = outputs_of(call(model, inputs, batch), batch)
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else _mask_of(batch)
         if self.wanted == "outputs":
             check_batched(model, inputs if inputs is not None else batch, outputs, batch)
@@ -252,7 +252,7 @@ def call(model: nn.Module, inputs: Any, batch: Any) -> Any:
         return model(*args, **kwargs)
 
 
-def outputs_of(out: Any) -> Tensor:
+def outputs_of(out: Any, batch: Any = None) -> Tensor:
     """The logits in what a model returned: a tensor, `.logits`, the first item of a tuple, "logits" or "out" in a dict.
 
     Raises:
@@ -262,7 +262,7 @@ def outputs_of(out: Any) -> Tensor:
     if (found := _found(out)) is None:
         raise EstimationError(
             f"the model returns {returned(out)}, expected a tensor, a tuple that begins with one, or .logits; "
-            f"{which(out)}"
+            f"{which(out, batch)}"
         )
     return found
 
@@ -273,14 +273,15 @@ def returned(out: Any) -> str:
     return f"{what} of {described(out)}" if isinstance(out, (Mapping, tuple, list)) and len(out) else what
 
 
-def which(out: Any) -> str:
-    """What to pass where a model returned something without logits."""
+def which(out: Any, batch: Any = None) -> str:
+    """What to pass where a model returned something without logits; batch: None where it is a dict of keywords."""
     heads = out.items() if isinstance(out, Mapping) else ()
     names = [key for key, part in heads if isinstance(part, Tensor) and part.dim() > 1]
     if not names:
         return f"pass {ADVICE}"
+    given = "**batch" if batch is None else "batch[0]" if isinstance(batch, (tuple, list)) else "batch"
     one = f".{names[0]}" if hasattr(out, names[0]) else f'["{names[0]}"]'
-    return f"say which is meant, such as forward_fn=lambda model, batch: (model(**batch){one}, targets)"
+    return f"say which is meant, such as forward_fn=lambda model, batch: (model({given}){one}, targets)"
 
 
 def _found(out: Any) -> Tensor | None:

@@ -53,6 +53,8 @@ def test_of_a_submodule_what_requires_grad_or_all():
         (nn.ReLU(), "params has a ReLU, which has no parameters"),
         ([5], "params holds a int, expected a name, glob, submodule or parameter, or a list of these"),
         (5, "params is a int"),
+        (lambda name: True, r"params takes \(name\) and is called as params\(name, parameter\): too many"),
+        (nn.Linear, "params is the class Linear, expected a function"),
         ([], "no parameter of Sequential is selected"),
     ],
 )

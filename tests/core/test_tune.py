@@ -305,6 +305,25 @@ def test_search_that_never_gets_there_ends_at_the_lowest_percentile():
     )
 
 
+@pytest.mark.parametrize("call", [ff.tune, ff.search_alpha])
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        (3, r"evaluate is a int, expected a function, called as evaluate\(name, model\)"),
+        (nn.Linear, "evaluate is the class Linear"),
+        (lambda model: 1.0, r"evaluate takes \(model\) and is called as evaluate\(name, model\): too many"),
+        (lambda name, model, loader: 1.0, "evaluate takes .* missing a required argument: 'loader'"),
+        (lambda *, name, model: 1.0, "evaluate takes"),
+    ],
+)
+def test_an_evaluate_that_cannot_be_called_is_refused(call, evaluate, message):
+    dag, requests, models = family()
+    before = bits(models)
+    with pytest.raises(ff.ArgumentError, match=message):
+        call(dag, requests, evaluate)
+    assert same(bits(models), before)
+
+
 @pytest.mark.parametrize("options", [{"rho": 0}, {"rho": 1.1}, {"start": 101}, {"step": 0}, {"step": -1}, {"lam": -1}])
 def test_a_bad_search_is_refused(options):
     dag, requests, _ = family()

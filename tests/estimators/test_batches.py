@@ -295,6 +295,14 @@ def test_one_batch_in_the_place_of_a_loader(estimator, give):
         by_drop_in("strict", give(*pairs()[0]), label_free=estimator == "label_free")
 
 
+def test_a_class_in_the_place_of_a_loader():
+    for estimate in (lambda loader: ff.estimate_fisher(Net(), loader), lambda loader: by_drop_in("strict", loader)):
+        with pytest.raises(ff.ArgumentError, match="loader is the class list, expected one made of it"):
+            estimate(list)
+        with pytest.raises(ff.ArgumentError, match="loader is the class TensorDataset"):
+            estimate(torch.utils.data.TensorDataset)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_samples_in_the_place_of_batches(estimator):
     x, y = pairs()[0]

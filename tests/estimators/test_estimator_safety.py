@@ -201,3 +201,48 @@ def test_numbers_of_an_optimiser_and_of_an_update():
         state["step"] = bad
         with pytest.raises(ff.ArgumentError, match="step is"):
             ff.Fisher.from_optimizer(optimizer, model)
+
+
+def replaced_layer(model):
+    model[0] = nn.Linear(6, 5)
+
+
+def replaced_parameter(model):
+    model[2].bias = nn.Parameter(torch.zeros(3))
+
+
+def assigned(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("replace", [replaced_layer, replaced_parameter, assigned])
+def test_parameters_that_were_replaced_since_an_accumulator_was_made(replace):
+    """Their gradients go elsewhere: those held would count as zero."""
+    model, (x, y) = net(), batches()[0]
+    accumulator = ff.FisherAccumulator(model)
+    replace(model)
+    cross_entropy(model(x), y).backward()
+    with pytest.raises(ff.LayoutError, match="is not the model's any more: it was replaced"):
+        accumulator.update()
+    assert accumulator.steps == 0
+    with pytest.raises(ff.LayoutError, match="replaced"), accumulator.streaming():
+        pass
+    with (
+        pytest.raises(ff.LayoutError, match="replaced"),
+        accumulator.during(torch.optim.SGD(model.parameters(), lr=0.1)),
+    ):
+        pass
+    ff.FisherAccumulator(model).update()
+
+
+def test_parameters_that_only_moved_since_an_accumulator_was_made():
+    model, (x, y) = net(), batches()[0]
+    accumulator = ff.FisherAccumulator(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    inner = model[2]
+    model[2] = nn.Sequential(inner)
+    cross_entropy(model(x), y).backward()
+    accumulator.update()
+    found = accumulator.result().as_dict()
+    assert torch.allclose(found["0.weight"], model[0].parametrizations.weight.original.grad.square())
+    assert torch.allclose(found["2.bias"], inner.bias.grad.square())

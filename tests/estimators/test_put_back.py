@@ -184,6 +184,35 @@ def test_parameters_that_a_forward_replaces():
     assert model[0].bias is bias and bias.requires_grad
 
 
+class Bags(nn.Module):
+    """Tables whose forward shrinks the rows that it looks up, for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.bags = nn.Embedding(9, 5, max_norm=0.5), nn.EmbeddingBag(9, 5, max_norm=0.4, mode="sum")
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rows(x).sum(1) + self.bags(x))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("params", [None, "last"])
+@pytest.mark.filterwarnings("ignore::fiun_fast.FallbackWarning")
+def test_tables_with_a_max_norm_are_put_back(estimator, params):
+    torch.manual_seed(0)
+    model, data = Bags(), [(torch.randint(8, (4, 3)), torch.randint(3, (4,))) for _ in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    found = ff.estimate_fisher(model, data, params, estimator=estimator)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if estimator == "sample" and params is None:
+        close(found, oracle(model, data))
+    for x, _ in data:
+        model(x)
+    assert not torch.equal(model.rows.weight, before["rows.weight"])
+    assert not torch.equal(model.bags.weight, before["bags.weight"])
+
+
 def test_what_cannot_be_put_back_is_said_and_keeps_nothing_else_from_it():
     for fails, error, text in (
         (True, ff.EstimationError, "batch 0: forward_fn raises KeyError: .the user's own"),

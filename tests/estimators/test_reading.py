@@ -182,7 +182,14 @@ X, Y = SUBJECT.batches((4,))[0]
             Returns(lambda out, x: {"x": x}),
             (X, Y),
             {},
-            r"returns a dict of x float32 \[.*, expected a tensor, a tuple .*, or .logits; say which",
+            r"returns a dict of x float32 \[.*, expected a tensor, a tuple .*, or .logits; say which "
+            r".*model, batch: \(model\(batch\[0\]\)\[\"x\"\], targets",
+        ),
+        (
+            Returns(lambda out, x: {"x": x}),
+            {"x": X},
+            {"estimator": "label_free"},
+            r"returns a dict of x float32 \[.*model, batch: \(model\(\*\*batch\)\[\"x\"\], targets",
         ),
         (
             Labelled("dict", factor=torch.ones(2)),

@@ -238,12 +238,17 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.1, help="of each of the three models")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where the temporary folder is made")
+    parser.add_argument(
+        "--keep", help="a folder to make, and leave there for another run, in the place of a temporary one"
+    )
     parser.add_argument("--lock", help="a file that is locked while something is timed")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        root = Path(folder)
-        make(root, options.gigabytes)
+    with contextlib.ExitStack() as stack:
+        root = Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
+        if not (root / "lines.toml").exists():  # what is made last
+            root.mkdir(exist_ok=True)
+            make(root, options.gigabytes)
         bytes_of_models = sum(path.stat().st_size for model in MODELS for path in (root / model).iterdir())
         found = measured(root, options.rounds, options.lock)
     rows = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}

@@ -82,7 +82,11 @@ class Block:
 
     def has(self, pattern: str) -> bool:
         """Whether an operation of it, with its operands, matches."""
-        return any(re.match(pattern, f"{one.operation} {one.operands}") for one in self.instructions)
+        return self.count(pattern) > 0
+
+    def count(self, pattern: str) -> int:
+        """How many do."""
+        return sum(bool(re.match(pattern, f"{one.operation} {one.operands}")) for one in self.instructions)
 
 
 class Code:

@@ -1,6 +1,6 @@
 """What the compiler made of the Triton kernels: registers, spills, access widths, division. No GPU is needed.
 
-    python tests/sass.py            a table for each of sm_80, sm_90, sm_100, gfx90a and gfx942
+    python tests/sass.py            a table for each of sm_80, sm_90, sm_100, gfx90a, gfx942 and gfx950
     python tests/sass.py --json     the same and the deliberately bad kernels, for test_triton_aot.py
 
 It runs in a process of its own, because kernels are either compiled or interpreted, for the life of a process.
@@ -70,6 +70,9 @@ HINT_BEFORE_CAST = {
         "tl.multiple_of(address, 16).to(tl.pointer_type(DTYPE), bitcast=True)"
     )
 }
+SELECTED_FIRST = {  # the quick way too knows it before it reads theta
+    "    touched = tl.broadcast_to((above": "    selected = difference < 0\n    touched = tl.broadcast_to((above",
+}
 NO_ASM = {"elif FLUSHES:": "elif False:"}
 FLUSHING = 'tl.inline_asm_elementwise("div.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)'
 
@@ -78,7 +81,7 @@ MUTANTS: dict[str, tuple[str, dict[str, str], dict[str, object]]] = {
     "dampen: no alignment hint": ("dampen fp32", NO_HINT, {}),
     "dampen: hint before the cast": ("dampen fp32", HINT_BEFORE_CAST | NO_HINT, {}),
     "dampen: mask element by element": ("dampen fp32", {"rows < length // VECTOR": "offsets < length"}, {}),
-    "dampen: theta by element": ("dampen fp32", {"mask=touched": "mask=selected"}, {}),
+    "dampen: theta by element": ("dampen fp32", {"mask=touched": "mask=selected"} | SELECTED_FIRST, {}),
     "dampen: approximate division": ("dampen fp32", NO_ASM | {"tl.div_rn(x, y)": "x / y"}, {}),
     "dampen: flushing division": ("dampen fp32", NO_ASM | {"tl.div_rn(x, y)": FLUSHING}, {}),
     "dampen: too few registers": ("dampen fp32", {}, {"maxnreg": 40}),
@@ -146,7 +149,9 @@ def _nvidia(kernel) -> dict[str, int | None]:
         "div_rn": len(re.findall(r"\bdiv\.rn\.f", ptx)),
         "approximate": len(re.findall(r"\.(?:approx|full)\b|\.ftz\b", ptx.replace(RECIPROCAL, ""))),
         "reciprocals": ptx.count(RECIPROCAL),  # what exact quotients are made of
-        "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
+        "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)(?!x)", ptx)) + 2 * ptx.count("fma.rn.f32x2"),
+        "pairs_fused": matching("FFMA2"),  # in machine code, of two numbers each; those of the PTX are what is meant
+        "pairs_meant": ptx.count("fma.rn.f32x2"),
         "nan_max": len(re.findall(r"\bmax\.NaN\.f32", ptx)),
     }
 
@@ -290,12 +295,60 @@ def show(found: dict) -> None:
         print(f"{title:>5}  {meaning}")
 
 
+ROOT = Path(__file__).parent.parent
+AMD_RESULTS, PAGE = ROOT / "bench" / "results" / "amd-code.json", ROOT / "docs" / "kernels.md"
+AMD_COLUMNS = {
+    "registers": "vector registers",
+    "warps": "wavefronts of a compute unit",
+    "instructions": "instructions",
+    "load128": "16-byte loads",
+    "store128": "stores",
+    "local": "scratch, spills",
+    "div_rn": "IEEE divisions",
+}
+
+
+def amd_table(found: dict) -> str:
+    """For docs/kernels.md: a line for each kernel, a figure for each AMD target."""
+    targets = [target for target in found["kernels"] if target.startswith("hip")]
+    names = " / ".join(target.partition(":")[2] for target in targets)
+    lines = [f"| Triton {found['triton']}, {names} | " + " | ".join(AMD_COLUMNS.values()) + " |"]
+    lines.append("| --- |" + " --- |" * len(AMD_COLUMNS))
+    for name in AMD_VARIANTS:
+        rows = [found["kernels"][target][name] for target in targets]
+        cells = (" / ".join(str(row[key]) for row in rows) for key in AMD_COLUMNS)
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def fill_page(found: dict) -> None:
+    """Keep the AMD targets' figures, and put them into docs/kernels.md."""
+    from fiun_fast.bench.files import fill
+
+    kept = {t: rows for t, rows in found["kernels"].items() if t.startswith("hip")}
+    lines = (
+        f"  {json.dumps(t)}: {{\n"
+        + ",\n".join(f"   {json.dumps(n)}: {json.dumps(r)}" for n, r in rows.items())
+        + "\n  }"
+        for t, rows in kept.items()
+    )
+    text = f'{{\n "triton": {json.dumps(found["triton"])},\n "kernels": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+    AMD_RESULTS.write_text(text)
+    fill(PAGE, "amd", amd_table(json.loads(text)))
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--json", action="store_true", help="as JSON, and those of the deliberately bad kernels")
-    if parser.parse_args().json:
+    parser.add_argument(
+        "--page", action="store_true", help="AMD's, into bench/results/amd-code.json and docs/kernels.md"
+    )
+    given = parser.parse_args()
+    if given.json:
         json.dump(examine(mutants=True), sys.stdout)
+    elif given.page:
+        fill_page(examine())
     else:
         show(examine())
 

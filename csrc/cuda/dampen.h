@@ -48,10 +48,12 @@ FIUN_DEVICE int dampen_units(T* theta, T (&values)[units][unit], const F (&origi
 #pragma unroll
         for (int i = 0; i < unit; ++i) {
             const bool here = chosen >> (u * unit + i) & 1;
-            if (with_exponent && !here) continue;  // the power costs more than a branch
-            // where nothing is selected, 1 spares the division its slow path for zeros and subnormals
-            const F factor = dampening<with_exponent>(original[u][i], here ? merged[u][i] : F(1), rule);
-            const T damped = dampened(values[u][i], factor);
+            T damped = values[u][i];
+            if (!with_exponent || here) {  // the power costs more than a branch
+                // where nothing is selected, 1 spares the division its slow path for zeros and subnormals
+                const F factor = dampening<with_exponent>(original[u][i], here ? merged[u][i] : F(1), rule);
+                damped = dampened(damped, factor);
+            }
             zeroed += here && is_zero(damped);
             values[u][i] = pick(here, damped, values[u][i]);
         }

@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../element.h"
 #include "tables.h"
 #include "two.h"
@@ -47,7 +49,8 @@ template <class T, int n>
 struct Access {
     static constexpr int bytes = smaller_of(16, int(sizeof(T)) * n);
     static constexpr int count = int(sizeof(T)) * n / bytes;
-    using type = typename Word<bytes>::type;
+    // one double is no word: cast to and fro, it would leave stores to local memory behind that nobody reads
+    using type = std::conditional_t<std::is_same_v<T, double> && bytes == 8, double, typename Word<bytes>::type>;
 };
 
 // shared: nothing writes the data during the launch, and neighbouring tiles may read it again. Other data is used once

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=f"machine code of the
 
 TARGETS = (
     "90",
-    "120",
+    "100",
 )  # for the time it takes; `python tests/cuda_code.py` has all, `make wheel-check` reads the wheel's
 SIZES = {"float": 4, "double": 8, "bf16": 2, "fp16": 2}
 # By __launch_bounds__: on a multiprocessor five blocks of 128 threads of a float32 dampen, four from sm_100 on and of a
@@ -117,7 +117,11 @@ def test_accesses_are_16_bytes_wide(found):
     checked = 0
     for (kernel, arch), figures in found.items():
         if (expected := wide_accesses(kernel)) is not None:
-            assert (figures["load128"], figures["store128"]) == expected, (kernel, arch)
+            loads, stores = expected
+            # in float64, and where a power is taken, ptxas may double a load on the way to it
+            doubled = "exponent" in kernel or "double" in kernel
+            assert figures["load128"] == loads or (doubled and figures["load128"] > loads), (kernel, arch)
+            assert figures["store128"] == stores, (kernel, arch)
             checked += 1
     assert checked == 42 * len(TARGETS)
 
@@ -154,8 +158,11 @@ def test_nothing_is_contracted(found):
     for (kernel, arch), figures in found.items():
         assert figures["fusible"] == 0, (kernel, arch)
         if wide_accesses(kernel) is not None and "exponent" not in kernel:  # others may ask for one by name
-            # a reciprocal takes two, the quotient made of it two
-            assert figures["fma"] == 4 * figures["reciprocals"], (kernel, arch)
+            # a reciprocal takes two, the quotient made of it two; sm_100 divides in pairs, of which the path for
+            # addresses at odd offsets fills one half: four numbers, two steps
+            idle = 8 if arch == "100" and figures["reciprocals"] else 0
+            assert figures["fma"] == 4 * figures["reciprocals"] + idle, (kernel, arch)
+            assert figures["pairs_fused"] == figures["pairs_meant"], (kernel, arch)
 
 
 def test_only_ordinary_numbers_are_divided_by_hand(found):

@@ -62,11 +62,35 @@ def misses(backend: str, by_arch, names) -> list[str]:
     return found
 
 
+def faults(by_arch) -> list[str]:
+    """What no head room makes up for: local memory; in the CUDA kernels' loops also atomics to memory."""
+    return [
+        f"{name}, sm_{arch}: {row['local']} accesses to local memory; {row['cases']}"
+        for arch, rows in by_arch.items()
+        for name, row in rows.items()
+        if row["local"] or ("<" in name and any(case["atomics"] for case in row["cases"].values()))
+    ]
+
+
+def drift(by_arch) -> list[str]:
+    """Where the CUDA kernels are not those of the committed table, to a tenth: releases of ptxas differ a little."""
+    kept = json.loads(roofline.RESULTS.read_text())["cuda"]
+    return [
+        f"{name}, sm_{arch}, {case}: {cost} and before {old}"
+        for arch, rows in by_arch.items()
+        for name, row in rows.items()
+        for case, cost in row["cases"].items()
+        if (old := kept[arch][name]["cases"][case])
+        and (cost["pipes"]["issue"] != pytest.approx(old["pipes"]["issue"], rel=0.1) or cost["flight"] != old["flight"])
+    ]
+
+
 @needs_nvcc
 def test_cuda_kernels_are_half_as_fast_again_as_memory_on_every_gpu(cuda):
     names = [kernel.name for kernel in roofline.held("cuda")]
     assert set(cuda) == set(roofline.ARCHS)
     assert misses("cuda", cuda, names) == []
+    assert faults(cuda) == []
     assert {gpu["arch"] for gpu in roofline.TABLE["gpus"].values()} == set(cuda)
 
 
@@ -75,6 +99,7 @@ def test_triton_kernels_are_half_as_fast_again_as_memory(triton):
     if "100" not in triton or not triton["100"]:
         pytest.skip("this Triton's assembler does not know sm_100")
     assert misses("triton", triton, [kernel.name for kernel in roofline.held("triton")]) == []
+    assert faults(triton) == []
 
 
 SPOILED = {  # name -> (kernel, text in csrc/cuda -> what a careless change would write, what then is too little)
@@ -88,6 +113,21 @@ SPOILED = {  # name -> (kernel, text in csrc/cuda -> what a careless change woul
         "dampen<bf16, float>",
         {"maybe_quick = has_quick<F> && !with_exponent": "maybe_quick = false && has_quick<F>"},
         "issue",
+    ),
+    "too few registers": ("dampen<float, float>", {"blocks_at_once<with_sign, T, F>)\n": "8)\n"}, "faults"),
+    "counters in memory": (
+        "dampen<float, float>",
+        {
+            "selected_here += counts & 1023": (
+                "atomicAdd(reinterpret_cast<unsigned long long*>(args.counts) + 3 * targets[n].node, counts & 1023ull)"
+            )
+        },
+        "faults",
+    ),
+    "a second division": (
+        "dampen<float, float>",
+        {"{alpha * float(original[i])": "{alpha / float(original[i])"},
+        "drift",
     ),
 }
 
@@ -109,14 +149,16 @@ def spoiled(name: str, folder: Path):
 
 
 @needs_nvcc
-def test_the_floor_can_be_missed(tmp_path):
+def test_what_is_spoiled_is_found(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(SPOILED, pool.map(lambda name: spoiled(name, tmp_path), SPOILED), strict=True))
     for name, by_arch in found.items():
         kernel, _, less = SPOILED[name]
-        assert misses("cuda", by_arch, [kernel]), name
-        cases = roofline.head_rooms(by_arch)[kernel]["B200"].values()
-        assert min(case[less] for case in cases) < roofline.FLOOR, name
+        if less in ("issue", "flight"):
+            assert misses("cuda", by_arch, [kernel]), name
+            cases = roofline.head_rooms(by_arch)[kernel]["B200"].values()
+            assert min(case[less] for case in cases) < roofline.FLOOR, name
+        assert {"faults": faults, "drift": drift}.get(less, drift)(by_arch), name
 
 
 @needs_nvcc
@@ -135,14 +177,7 @@ def test_narrow_loads_are_no_way_that_is_known(tmp_path):
 
 @needs_nvcc
 def test_the_committed_table_is_of_these_kernels(cuda):
-    """To a tenth: other releases of nvcc and ptxas schedule a little differently."""
-    kept = json.loads(roofline.RESULTS.read_text())["cuda"]
-    for arch, kernels in cuda.items():
-        for name, row in kernels.items():
-            for case, cost in row["cases"].items():
-                old = kept[arch][name]["cases"][case]
-                assert cost["pipes"]["issue"] == pytest.approx(old["pipes"]["issue"], rel=0.1), (arch, name, case)
-                assert cost["flight"] == old["flight"], (arch, name, case)
+    assert drift(cuda) == []
 
 
 def test_the_page_has_the_committed_table():

@@ -11,7 +11,7 @@ import numpy as np
 
 from .schedule import Span
 
-Key = tuple[int, str]  # file, tensor ("" is the header)
+Key = tuple[int, str]  # file, tensor or HEADER
 
 
 class Digests:

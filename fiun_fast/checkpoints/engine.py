@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..arguments import check_count, check_size
-from ..errors import ArgumentError, CheckpointError, FiunError
+from ..errors import ArgumentError, CheckpointError, FileWriteError, FiunError
+from ..files import location
 from . import disk, record
 from .digests import Digests
 from .disk import Source
@@ -27,6 +28,7 @@ from .streaming import Progress, stream, with_threads
 from .tree_file import read_tree
 
 Location = str | os.PathLike[str]
+_MOST_THREADS = 1 << 16
 
 
 def unlearn(
@@ -70,7 +72,10 @@ def unlearn(
     began = time.monotonic()
     size = check_size("memory", memory)
     if threads is not None:
-        check_count("threads", threads)
+        check_count("threads", threads, most=_MOST_THREADS)
+    for place in (out, journal):
+        if place is not None:
+            location(place)  # complains of what is no path
     if (out is not None) + bool(in_place) > 1 or not (out is not None or in_place or dry_run):
         raise ArgumentError("give either out=folder, or in_place=True with journal=folder")
     if bool(in_place) != (journal is not None) and not dry_run:
@@ -111,7 +116,7 @@ def _dry_run(
         schedule = Schedule(items, [], memory, keep=in_place)
         run = Run(bytes_read(items, []), progress)
         stream(family, schedule, schedule, None, None, run.done)
-        rest = [] if in_place else rest_of(family, items)
+        rest = rest_of(family, items)
         run.read += sum(span.stop - span.start for span in rest)
         run.written = (
             sum(p.span.stop - p.span.start for i in items for p in i.thetas) if in_place else bytes_of_models(family)
@@ -122,7 +127,13 @@ def _dry_run(
 def _in_place(tree: Tree, journal: Path, memory: int, progress: Progress | None, began: float) -> Result:
     tree = absolute(tree)
     with Family(tree, writable=True) as family:
-        schedule = Schedule(items_of(family), [], memory, keep=True)
+        for model in tree.models:
+            if model.path.is_dir() and journal.resolve().is_relative_to(model.path.resolve()):
+                raise FileWriteError(
+                    f"{journal}: lies inside the model {model.name!r}, {model.path}, and copies of that would hold "
+                    "what was to be forgotten; name another folder"
+                )
+        schedule = _schedule(family, memory)
         files = [
             {"path": str(file.path), "size": file.size, "header_sha256": header.sha256}
             for weights in family.weights.values()
@@ -130,6 +141,7 @@ def _in_place(tree: Tree, journal: Path, memory: int, progress: Progress | None,
         ]
         family.check_unchanged()
         plan = {"tree": record.tree_to_dict(tree), "memory": memory, "windows": _fingerprint(schedule), "files": files}
+        plan["fishers"] = _fishers(family)
         begin(journal, plan)
         with Journal(journal) as opened:
             return _go_on(opened, family, schedule, progress, began)
@@ -148,16 +160,23 @@ def resume(journal: Location, *, threads: int | None = None, progress: Progress 
     """
     began = time.monotonic()
     if threads is not None:
-        check_count("threads", threads)
+        check_count("threads", threads, most=_MOST_THREADS)
     with Journal(Path(journal)) as opened, with_threads(threads):
         if opened.log.has("rollback"):
             raise CheckpointError(f"{opened.folder}: a rollback was begun and not finished: run rollback first")
         with _files_of(opened) as files:
+            opened.check_as_left(files, after=opened.log.committed)
             opened.put_back(files, after=opened.log.committed)
             opened.log.cut_after_commit()
         tree = record.tree_from_dict(opened.plan["tree"])
         with Family(tree, writable=True) as family:
-            schedule = Schedule(items_of(family), [], opened.plan["memory"], keep=True)
+            for now, line in zip(_fishers(family), opened.plan["fishers"], strict=False):
+                if now != line:
+                    raise CheckpointError(
+                        f"{now['path']}: changed since {opened.folder} was begun: what is left would not fit what was "
+                        "done; roll it back, and begin with another journal"
+                    )
+            schedule = _schedule(family, opened.plan["memory"])
             if _fingerprint(schedule) != opened.plan["windows"]:
                 raise CheckpointError(
                     f"{opened.folder}: the Fishers or models are not those that the run began with, or another version "
@@ -169,7 +188,7 @@ def resume(journal: Location, *, threads: int | None = None, progress: Progress 
 def _go_on(journal: Journal, family: Family, schedule: Schedule, progress: Progress | None, began: float) -> Result:
     """Do what is left of a run in place."""
     digests, items = Digests(), schedule.items
-    run = Run(bytes_read(items, []), progress, writes=False)
+    run = Run(bytes_read(items, schedule.rest), progress, writes=False)
     sink = JournalSink(journal, family)
     with _recoverable(journal.folder):
         stream(family, schedule, schedule, sink, digests, run.done, Past(journal.log, family))
@@ -177,9 +196,9 @@ def _go_on(journal: Journal, family: Family, schedule: Schedule, progress: Progr
             file.check_unchanged()
         if not journal.log.has("finished"):
             sink.commit()
-            made = record.make(family, items, run.counts, digests, {}, "in place")
+            made = record.make(family, items, run.counts, digests, {}, "in place") | {"log": journal.log.end}
             disk.write_whole(journal.folder / record.NAME, json.dumps(made, indent=1) + "\n")
-            journal.log.append({"kind": "finished"}, [], flushed=True)
+            journal.log.append({"kind": "finished"}, [])
     roots = {name: weights.root for name, weights in family.weights.items()}
     return result_of("in place", journal.folder, family, items, run, schedule, began, lambda name: roots[name])
 
@@ -198,13 +217,14 @@ def rollback(journal: Location) -> Result:
     began = time.monotonic()
     with Journal(Path(journal)) as opened, _files_of(opened) as files, _recoverable(opened.folder):
         log = opened.log
+        opened.check_as_left(files, after=-1)
         if log.records and not log.has("rollback"):
-            opened.check_as_left(files)
-            log.append({"kind": "rollback"}, [], flushed=True)
+            log.append({"kind": "rollback"}, [])
         restored = opened.put_back(files, after=-1)
-        log.cut([])
         with disk.said_of(opened.folder / record.NAME):
             (opened.folder / record.NAME).unlink(missing_ok=True)
+        disk.flush_folder(opened.folder)
+        log.cut([])
         return Result("rolled back", opened.folder, {}, 0, restored, 0, time.monotonic() - began)
 
 
@@ -212,6 +232,7 @@ def rollback(journal: Location) -> Result:
 def _files_of(journal: Journal) -> Iterator[dict[int, Source]]:
     """The files that a journal is about, locked, if each is there, with its size and header as they were."""
     files: dict[int, Source] = {}
+    _check_log(journal)
     try:
         for i, line in enumerate(journal.plan["files"]):
             files[i] = file = Source(Path(line["path"]), writable=True)
@@ -234,6 +255,30 @@ def _recoverable(journal: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             made.errno = error.errno  # type: ignore[attr-defined]
         raise made from error
+
+
+def _schedule(family: Family, memory: int) -> Schedule:
+    """Of a run in place; what is not computed is read too, after it, for its digests."""
+    items = items_of(family)
+    return Schedule(items, rest_of(family, items), memory, keep=True)
+
+
+def _fishers(family: Family) -> list[dict[str, object]]:
+    """By which a change of a Fisher is known."""
+    return [{"path": str(f.path), "size": f.size, "mtime": f.mtime} for f in family.files[family.first_fisher :]]
+
+
+def _check_log(journal: Journal) -> None:
+    """Raise a CheckpointError where the log has less than when the record was written, which goes before it is cut."""
+    try:
+        least = record.read(journal.folder).get("log", 0)
+    except CheckpointError:  # none, or damaged; that is no matter here
+        return
+    if journal.log.end < least:
+        raise CheckpointError(
+            f"{journal.log.path}: damaged: {journal.log.end:,} bytes of entries, and there were {least:,}; nothing was "
+            "changed. Bring back a copy of the log"
+        )
 
 
 def _fingerprint(schedule: Schedule) -> str:

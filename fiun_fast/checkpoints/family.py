@@ -122,12 +122,13 @@ class Family:
         if not writable:
             return
         owner: dict[tuple[int, int], Path] = {}
-        for file in self.files:
+        for i, file in enumerate(self.files):
             if file.identity in owner:
                 raise CheckpointError(
                     f"{file.path} and {owner[file.identity]} are one file: in place, one model a file"
                 )
-            owner[file.identity] = file.path
+            if i < self.first_fisher:  # Fishers are read only, and may be one file
+                owner[file.identity] = file.path
         for file in self.files[: self.first_fisher]:
             if file.links > 1:
                 raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +107,7 @@ def open_weights(path: Path, *, writable: bool = False, links: bool = False) -> 
     index = _index(path, links) if path.is_dir() and (path / INDEX).exists() else {}
     try:
         for name in names:
-            if path.is_dir():
-                _check_plain(path, name, links)
+            _check_plain(weights.root, name, links)
             weights.open(weights.root / name, writable=writable)
         for tensor, name in index.items():
             if tensor not in weights or weights.files[weights[tensor][0]].path.name != name:
@@ -159,13 +159,17 @@ def _check_plain(folder: Path, name: str, links: bool) -> None:
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder / INDEX}: names {name!r:.80}, expected the name of a file of that folder")
     path = folder / name
-    if path.is_symlink() and not links:
+    try:
+        linked = stat.S_ISLNK(path.lstat().st_mode)
+    except OSError as error:  # not there, or too long a name
+        raise CheckpointError(f"{path!s:.300}: missing, and named by {INDEX}: {error.strerror}") from error
+    if linked and not links:
         raise CheckpointError(
             f"{path}: a symbolic link, to a file that others may use too (a Hugging Face cache has these); make a copy "
             "first, such as `cp -rL FOLDER NEW` or `hf download MODEL --local-dir NEW`"
         )
     if not path.exists():
-        raise CheckpointError(f"{path}: missing, and named by {INDEX}")
+        raise CheckpointError(f"{path}: missing: a symbolic link to nothing")
 
 
 def _index(folder: Path, links: bool) -> dict[str, str]:

@@ -8,7 +8,8 @@ The order, in which power may fail at any point:
 
 What the log has of windows after that line may or may not have reached the files: a resume puts these old bytes back,
 cuts the log there, and goes on; a rollback puts all back and empties it. Both can be stopped and begun again. An entry
-at the end of a log that is not whole does not count: nothing that depends on it was written.
+at the end of a log that is not whole does not count: nothing that depends on it was written. One that is followed by
+others was damaged later, and is an error: all are flushed before the next.
 
 A block of a disk is taken to hold what it held or what was written to it, not anything else, after a loss of power.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,13 +29,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import CHECKSUM
+from ..fisher_file import checksum_of
 from . import disk
 from .changes import blocks_of, write_changes
 from .disk import BLOCK, Source, room, up
 from .family import Family
 from .schedule import Span
 from .streaming import Loaded
-from .window import Change, Outcome
+from .window import LINE, Change, Outcome
 
 NAME, LOG, FORMAT = "journal.json", "log", "fiun_fast.journal/1"
 _HEAD = struct.Struct("<8sQQ32s")  # magic, bytes of the JSON line, bytes of data, SHA-256 of both
@@ -66,7 +70,14 @@ class Log:
         while (record := self._record(at)) is not None:
             self.records.append(record)
             at = record.stop
-        self._end = at
+        self.end = at  # in bytes
+        for later in range(at + BLOCK, self._file.size, BLOCK):
+            if self._record(later) is not None:
+                self._file.close()
+                raise CheckpointError(
+                    f"{path}: damaged at byte {at:,}: what lies there is no entry, and entries follow; nothing was "
+                    "changed. Bring back a copy of the log"
+                )
 
     def _record(self, at: int) -> Record | None:
         """The entry there, if it is whole."""
@@ -96,8 +107,8 @@ class Log:
         """Whether there is an entry of that kind."""
         return any(record.kind == kind for record in self.records)
 
-    def append(self, line: Mapping[str, Any], data: list[np.ndarray], *, flushed: bool) -> None:
-        """Write an entry; `flushed`: it is on disk when this returns."""
+    def append(self, line: Mapping[str, Any], data: list[np.ndarray]) -> None:
+        """Write an entry, which is on disk when this returns."""
         head = json.dumps(line).encode()
         size = sum(one.nbytes for one in data)
         array = room(_HEAD.size + len(head) + size)
@@ -107,11 +118,10 @@ class Log:
             at += one.nbytes
         digest = hashlib.sha256(array[_HEAD.size : at].data).digest()
         array[: _HEAD.size] = np.frombuffer(_HEAD.pack(_MAGIC, len(head), size, digest), np.uint8)
-        self._file.write(array, self._end)
-        if flushed:
-            self._file.flush()
-        self.records.append(Record(self._end, self._end + len(array), line))
-        self._end += len(array)
+        self._file.write(array, self.end)
+        self._file.flush()
+        self.records.append(Record(self.end, self.end + len(array), line))
+        self.end += len(array)
 
     def changes(self, record: Record) -> dict[Span, Change]:
         """What a window changed: its runs, and old bytes."""
@@ -128,8 +138,8 @@ class Log:
 
     def cut(self, kept: list[Record]) -> None:
         """Leave these entries only, the first ones."""
-        self._end = kept[-1].stop if kept else 0
-        self._file.truncate(self._end)
+        self.end = kept[-1].stop if kept else 0
+        self._file.truncate(self.end)
         self.records = list(kept)
 
     def cut_after_commit(self) -> None:
@@ -165,9 +175,7 @@ class Journal:
         self._lock.__enter__()
         try:
             self.plan = _read_plan(self.folder / NAME)
-            path = self.folder / LOG
-            path.touch(exist_ok=True)
-            self.log = Log(path)
+            self.log = Log(self.folder / LOG)
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise
@@ -195,15 +203,22 @@ class Journal:
             file.flush()
         return total
 
-    def check_as_left(self, files: Mapping[int, Source]) -> None:
-        """Raise a CheckpointError where somebody else has changed what the windows up to the last commit left."""
+    def check_as_left(self, files: Mapping[int, Source], after: int) -> None:
+        """Raise a CheckpointError where somebody else has changed what the windows after that one read and left.
+
+        What they changed is known up to the last commit, until a rollback begins; what they did not change always is.
+        """
+        known = -1 if self.log.has("rollback") else self.log.committed
         for record in self.log.records:
-            if record.kind != "window" or record.line["number"] > self.log.committed:
+            if record.kind != "window" or record.line["number"] <= after:
                 continue
             for (span, change), line in zip(self.log.changes(record).items(), record.line["changes"], strict=True):
                 data = _read(files[span.file], span)
-                now = np.concatenate(list(_pieces(data, span.start, change.runs)))
-                if hashlib.sha256(now.data).hexdigest() != line["new"]:
+                same = _untouched(data, span.start, change.runs) == line["untouched"]
+                if same and record.line["number"] <= known:
+                    now = np.concatenate(list(_pieces(data, span.start, change.runs)))
+                    same = hashlib.sha256(now.data).hexdigest() == line["new"]
+                if not same:
                     raise changed_since(files[span.file].path, span.tensor)
 
 
@@ -230,15 +245,22 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> None:
     """
     try:
         folder.mkdir(exist_ok=True)
-        there = {path.name for path in folder.iterdir()}
-        if NAME in there:
-            raise CheckpointError(f"{folder}: a journal is there already: resume it, roll it back, or delete it")
-        if there - {f"{NAME}.partial"}:
-            raise CheckpointError(f"{folder}: is there already, and no journal; name a folder that is not, or is empty")
     except OSError as error:
         raise disk.failed(folder, error) from error
     with disk.locked_folder(folder):
-        disk.write_whole(folder / NAME, json.dumps({"format": FORMAT, **plan}, indent=1) + "\n")
+        with disk.said_of(folder):
+            there = {path.name for path in folder.iterdir()}
+            if NAME in there:
+                raise CheckpointError(f"{folder}: a journal is there already: resume it, roll it back, or delete it")
+            if there - {f"{NAME}.partial", LOG} or (LOG in there and (folder / LOG).stat().st_size):
+                raise CheckpointError(
+                    f"{folder}: is there already, and no journal; name a folder that is not, or is empty"
+                )
+            (folder / LOG).touch()
+        disk.write_whole(
+            folder / NAME,
+            json.dumps({"format": FORMAT, **plan, CHECKSUM: checksum_of({"format": FORMAT, **plan})}, indent=1) + "\n",
+        )
     disk.flush_folder(folder.parent)
 
 
@@ -249,6 +271,9 @@ def _read_plan(path: Path) -> dict[str, Any]:
             raise ValueError(f"not of format {FORMAT}")
         for file in found["files"]:
             _ = file["path"], file["size"], file["header_sha256"]
+        if found[CHECKSUM] != checksum_of(found):
+            raise ValueError("its checksum is another")
+        _ = found["fishers"]
         _ = found["tree"], found["memory"], found["windows"]
     except OSError as error:
         raise CheckpointError(f"{path}: no journal: {error.strerror}") from error
@@ -271,17 +296,20 @@ class JournalSink:
 
     def store(self, loaded: Loaded, outcome: Outcome, helpers: ThreadPoolExecutor) -> int:
         """Log the old bytes of a window, then write the new ones."""
+        if not loaded.window.pieces:
+            return 0  # read for its digests only
         changes = {s: c for s, c in outcome.changed.items() if c is not None and len(c.runs)}
         lines, data = [], []
         for span, change in changes.items():
             new = hashlib.sha256()
             for piece in _pieces(loaded.bytes_of(span), span.start, change.runs):
                 new.update(piece.data)
-            lines.append({"span": list(span), "runs": len(change.runs), "new": new.hexdigest()})
+            untouched = _untouched(loaded.bytes_of(span), span.start, change.runs)
+            lines.append({"span": list(span), "runs": len(change.runs), "new": new.hexdigest(), "untouched": untouched})
             data += [change.runs.view(np.uint8).reshape(-1), change.old]
         counts = [[*key, *found] for key, found in outcome.counts.items()]
         line = {"kind": "window", "number": loaded.window.number, "counts": counts, "changes": lines}
-        self._log.append(line, data, flushed=bool(changes))
+        self._log.append(line, data)
         written = write_changes(self._files, loaded, outcome, helpers)
         self._touched |= {span.file for span in changes}
         self._unflushed += written
@@ -294,7 +322,7 @@ class JournalSink:
         """Flush the files, then say in the log up to which window."""
         for i in sorted(self._touched):
             self._files[i].flush()
-        self._log.append({"kind": "commit", "number": self._number}, [], flushed=True)
+        self._log.append({"kind": "commit", "number": self._number}, [])
         self._touched.clear()
         self._unflushed = 0
 
@@ -335,3 +363,14 @@ class Past:
 def _pieces(data: np.ndarray, start: int, runs: np.ndarray) -> Iterator[np.ndarray]:
     for offset, length in runs.tolist():
         yield data[offset - start : offset - start + length]
+
+
+def _untouched(data: np.ndarray, start: int, runs: np.ndarray) -> int:
+    """CRC-32 of the lines that lie in a span as a whole, and in which nothing changed."""
+    head = -start % LINE
+    lines = data[head : head + max(0, len(data) - head) // LINE * LINE].reshape(-1, LINE)
+    begin = ((runs[:, 0] - start - head) // LINE).clip(0, len(lines))
+    end = (-((start + head - runs[:, 0] - runs[:, 1]) // LINE)).clip(0, len(lines))
+    size = len(lines) + 1
+    inside = np.cumsum(np.bincount(begin, minlength=size) - np.bincount(end, minlength=size))
+    return zlib.crc32(lines[inside[:-1] == 0])

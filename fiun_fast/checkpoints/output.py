@@ -45,6 +45,8 @@ class OutSink:
         for name in family.weights:
             if name in ("", ".", "..", MARK, record.NAME) or "/" in name or "\\" in name or "\0" in name:
                 raise ArgumentError(f"model {name!r:.80}: no name for a folder; --out has one for each model")
+        if not out.name:
+            raise FileWriteError(f"{out}: name a new folder, which gets its name when all is there")
         if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
             raise FileWriteError(f"{out}: is there already; name a folder that is not, or is empty")
         if not out.parent.is_dir():
@@ -64,9 +66,11 @@ class OutSink:
         except OSError as error:
             raise disk.failed(folder, error) from error
         with disk.locked_folder(folder):
-            self._empty()
+            with disk.said_of(folder):
+                self._empty()
             try:
-                self._begin()
+                with disk.said_of(folder):
+                    self._begin()
                 yield
             except BaseException:
                 self._close()
@@ -140,12 +144,10 @@ class OutSink:
         disk.write_whole(self._folder / record.NAME, json.dumps(made, indent=1) + "\n")
         for where, _, _ in os.walk(self._folder):
             disk.flush_folder(Path(where))
-        (self._folder / MARK).unlink()
-        disk.flush_folder(self._folder)
-        try:
+        with disk.said_of(self._out):
+            (self._folder / MARK).unlink()
+            disk.flush_folder(self._folder)
             disk.SYSTEM.rename(self._folder, self._out)
-        except OSError as error:
-            raise disk.failed(self._out, error) from error
         self.finished = True
         disk.flush_folder(self._out.parent)
         self._close()

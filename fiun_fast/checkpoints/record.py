@@ -190,12 +190,12 @@ def verify(folder: str | Path) -> Verification:
             for name, digest in model["others"].items():
                 files += 1
                 try:
-                    data = (root / name).read_bytes()
+                    size, found_digest = _digest_of_file(root / name)
                 except OSError as error:
                     differences.append(f"{root / name}: {error.strerror}")
                     continue
-                total += len(data)
-                if hashlib.sha256(data).hexdigest() != digest:
+                total += size
+                if found_digest != digest:
                     differences.append(f"{root / name}: another content")
     return Verification(tuple(differences), files, total)
 
@@ -252,5 +252,15 @@ def pieces_of(source: Source, start: int, stop: int) -> Iterator[np.ndarray]:
 
 
 def digests_of(paths: Iterable[tuple[str, Path]]) -> dict[str, str]:
-    """Name -> SHA-256 of small files."""
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths}
+    """Name -> SHA-256 of whole files."""
+    return {name: _digest_of_file(path)[1] for name, path in paths}
+
+
+def _digest_of_file(path: Path) -> tuple[int, str]:
+    """Bytes of a file, and their SHA-256; some are read at a time: a folder of a model may hold anything."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            digest.update(data)
+            size += len(data)
+    return size, digest.hexdigest()

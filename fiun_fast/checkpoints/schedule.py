@@ -17,11 +17,12 @@ from .stored import StoredFisher
 SLOTS = 4
 LARGEST = 64 << 20  # bytes of a window: more makes nothing faster
 _LEAST = 1024  # elements of a piece, where its tensor has as many
+HEADER = "__metadata__"  # in place of a tensor's name: the one that no tensor has
 _STEP = 4096  # elements; pieces begin at multiples of it, where they are long enough
 
 
 class Span(NamedTuple):
-    """Bytes of a file; of the tensor of that name, or of the header where there is none."""
+    """Bytes of a file: of the tensor of that name, or of its HEADER."""
 
     file: int
     start: int
@@ -188,7 +189,7 @@ def rest_of(family: Family, items: Iterable[Item]) -> list[Span]:
     for weights in family.weights.values():
         first = family.first_of(weights)
         for i, header in enumerate(weights.headers):
-            whole = [Span(first + i, 0, header.data, "")]
+            whole = [Span(first + i, 0, header.data, HEADER)]
             whole += [Span(first + i, e.start, e.stop, e.name) for e in header.tensors.values() if e.stop > e.start]
             spans += [span for span in whole if span not in reached]
     return spans

@@ -44,14 +44,16 @@ struct MergeStep {
     }
 };
 
-// Blocks on a multiprocessor: with eight, ptxas spills before sm_100.
+// Blocks on a multiprocessor: with eight, ptxas spills before sm_100, and there in double.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int merge_blocks = 8;
+template <class F>
+constexpr int merge_blocks = sizeof(F) == 4 ? 8 : 6;
 #else
+template <class F>
 constexpr int merge_blocks = 6;
 #endif
 template <class F>
-__global__ void __launch_bounds__(block_threads, merge_blocks) merge(const __grid_constant__ MergeArgs args) {
+__global__ void __launch_bounds__(block_threads, merge_blocks<F>) merge(const __grid_constant__ MergeArgs args) {
     MergeStep<F> body{args};
     walk_all<F, F>(args.walk, body);
 }

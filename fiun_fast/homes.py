@@ -99,6 +99,10 @@ class Held:
     def __init__(self) -> None:
         self._numbers: Any = None  # of the dicts, when everything was last found in its place
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy finds out for itself: its mappings may be others."""
+        return {"_numbers": None}
+
     def all(self, containers: list[Any], keys: list[str], objects: list[Any]) -> bool:
         """Whether each object is still what its mapping holds under its key."""
         if not dicts_are_numbered():

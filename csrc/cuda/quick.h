@@ -62,7 +62,8 @@ FIUN_DEVICE bool all_are_divisors(const F* merged) {
 }
 template <int n, class F>
 FIUN_DEVICE bool all_are_dividends(const F* original, const Rule<F>& rule) {
-    return all_are_from<n>(least_original, original) & (rule.lam >= F(least_lambda)) & (rule.lam <= F(most_lambda));
+    return all_are_from<n>(least_original, original) & (rule.lam >= F(least_lambda)) & (rule.lam <= F(most_lambda)) &
+           (rule.alpha <= F(3.402823466e38f));  // with an infinite alpha, which leaves a node alone, alpha I may be NaN
 }
 
 // What a lane sees of one node before anything is counted.

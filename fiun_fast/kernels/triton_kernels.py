@@ -247,7 +247,8 @@ def _dampen_tile(
             seen = tl.reduce(flags, 0, _either)
             if (seen & 3) != 0:
                 if QUICK and not POWER and not SIGNED:
-                    if ((seen & 6) == 0) & (lam >= 0.015625) & (lam <= 64.0):
+                    # with an infinite alpha, which leaves a node alone, alpha I may be NaN, of either sign
+                    if ((seen & 6) == 0) & (lam >= 0.015625) & (lam <= 64.0) & (alpha < float("inf")):
                         _dampen_quickly(
                             counter, theta_address, start, offsets, merged, original, above, lam, cap, difference,
                             write, THETA, COMPUTE, BLOCK, VECTOR,

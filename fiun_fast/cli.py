@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder for gpu.json and gpu.md")
     gpu.add_argument("--minutes", type=float, default=20.0, help="at the most; steps get shorter with it")
     gpu.add_argument("--only", action="append", metavar="STEP", help="only this step; may be repeated")
-    gpu.add_argument("--dry", action="store_true", help="every step on the CPU, in a minute: only shows that all works")
+    gpu.add_argument(
+        "--dry", action="store_true", help="every step on the CPU, in some minutes: only shows that all works"
+    )
     gpu.set_defaults(run=_gpu)
 
     add_commands(commands)

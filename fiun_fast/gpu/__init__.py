@@ -9,6 +9,6 @@ asked.py     graphs, streams, two devices, offsets beyond 32 bits, memory, the h
 timed.py     the benchmark cases in GB/s; launch settings of the Triton kernels against the fixed ones
 page.py      the page
 
-A dry run does all that on the CPU, in a minute: with the C++ backend, the CUDA kernels on the tests' shim (in a
+A dry run does all that on the CPU, in some minutes: with the C++ backend, the CUDA kernels on the tests' shim (in a
 checkout) and Triton's interpreter. It shows that the command works, and nothing about a GPU.
 """

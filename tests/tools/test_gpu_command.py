@@ -20,7 +20,7 @@ from fiun_fast.gpu.page import DRY, page
 from fiun_fast.gpu.steps import MINUTES, STEPS, Step
 
 # the others take a minute or more, of the shim and the interpreter, and run by `make gpu-dry` in .ci/run
-DRY_STEPS = ("bench", "costs", "sweep")
+DRY_STEPS = ("bench", "sweep")
 
 
 def test_a_dry_run_passes_every_step_and_says_that_it_is_one(tmp_path, monkeypatch, capsys):

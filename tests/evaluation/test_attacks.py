@@ -116,20 +116,26 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
 def test_entropy_attack_is_logistic_regression_on_entropies():
     from sklearn.linear_model import LogisticRegression
 
-    model = clouds.fit(clouds.Net(), clouds.batches(clouds.cloud(60, 0, distance=0.5)), epochs=60)
-    forget, retain, test = clouds.cloud(25, 1), clouds.cloud(60, 0, distance=0.5), clouds.cloud(200, 2, distance=0.5)
+    dice = torch.Generator().manual_seed(1)
 
-    def entropies(data):
-        p = model(data[0]).double().softmax(1).detach().numpy()
+    def drawn(count: int, sure: float) -> Answers:
+        """Logits that are the surer the larger `sure`; overlapping, so that no judge is always right."""
+        return Answers(sure * torch.randn(count, 3, generator=dice), torch.zeros(count, dtype=torch.long))
+
+    forget, retain, test = drawn(25, 1.5), drawn(60, 3.0), drawn(200, 0.7)
+    model = nn.Linear(1, 3)  # is not asked: the answers are given
+
+    def entropies(given: Answers):
+        p = given.logits.double().softmax(1).numpy()
         return np.array([[-sum(q * np.log(q) for q in row if q > 0)] for row in p])
 
     judge = LogisticRegression(class_weight="balanced")
     judge.fit(np.concatenate([entropies(retain), entropies(test)]), [1] * 60 + [0] * 200)
     expected = judge.predict(entropies(forget)).mean()
-    found = entropy_attack(model, forget=[forget], retain=[retain], test=[test])
+    found = entropy_attack(model, forget=forget, retain=retain, test=test)
     assert found.value == pytest.approx(expected)
-    members = entropy_attack(model, forget=[retain], retain=[retain], test=[test])
-    assert members.value > entropy_attack(model, forget=[test], retain=[retain], test=[test]).value
+    members = entropy_attack(model, forget=retain, retain=retain, test=test)
+    assert members.value > entropy_attack(model, forget=test, retain=retain, test=test).value
 
 
 def test_confidence_attack():

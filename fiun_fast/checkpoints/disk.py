@@ -337,8 +337,19 @@ def _lock(fd: int, path: Path, alone: bool) -> None:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Have a folder alone inside `with`; a CheckpointError where another process has it."""
+def locked_folder(folder: Path, *, make: bool = False) -> Iterator[None]:
+    """Have a folder alone inside `with`, made before if asked for.
+
+    Raises:
+        CheckpointError: another process has it.
+        FileWriteError: it cannot be made.
+
+    """
+    if make:
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise failed(folder, error) from error
     fd = os.open(folder, os.O_RDONLY)
     try:
         _lock(fd, folder, alone=True)

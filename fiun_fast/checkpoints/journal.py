@@ -243,11 +243,7 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> None:
         FileWriteError: it cannot be written.
 
     """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise disk.failed(folder, error) from error
-    with disk.locked_folder(folder):
+    with disk.locked_folder(folder, make=True):
         with disk.said_of(folder):
             there = {path.name for path in folder.iterdir()}
             if NAME in there:

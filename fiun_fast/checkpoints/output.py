@@ -61,11 +61,7 @@ class OutSink:
         """Have the folder, empty; a FileWriteError where the disk is full, a CheckpointError where another is."""
         self.check(self._out, self._family)
         self._folder = folder = self._out.with_name(self._out.name + ".incomplete")
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise disk.failed(folder, error) from error
-        with disk.locked_folder(folder):
+        with disk.locked_folder(folder, make=True):
             with disk.said_of(folder):
                 self._empty()
             try:

@@ -118,8 +118,8 @@ class PieceMemory:
         return self._forgets[request]
 
     def gradient(self, request: int, device: torch.device) -> Gradient:
-        """None has one on disk."""
-        raise NotImplementedError
+        """None has one on disk, and so no program asks."""
+        raise LookupError(f"request {request} has no gradient")
 
     def thetas(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Tensor]]:
         """Of each node, flat."""

@@ -72,3 +72,13 @@ def fisher(seed: int, scale: float = 1.0, layers: int = 2) -> ff.Fisher:
     layout = ff.Layout(shapes(layers))
     dice = torch.Generator().manual_seed(seed)
     return ff.Fisher(torch.empty(layout.numel).uniform_(-14, 0, generator=dice).exp2() * scale, layout)
+
+
+def small(seed: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two tensors, for tests about who is meant."""
+    dice = torch.Generator().manual_seed(seed)
+    return {"w": torch.randn(9, 7, generator=dice), "b": torch.randn(5, generator=dice), **more}
+
+
+def model(folder: Path, seed: int = 0, **options) -> Path:
+    return write(folder, small(seed), **options)

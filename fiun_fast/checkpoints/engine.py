@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..arguments import check_count, check_size
 from ..errors import ArgumentError, CheckpointError, FileWriteError, FiunError
-from ..files import location
-from . import disk, record
+from ..files import CHECKSUM, location
+from . import disk, record, unfinished
 from .digests import Digests
 from .disk import Source
 from .entries import Tree, absolute
@@ -92,6 +92,7 @@ def unlearn(
 
 def _into(tree: Tree, out: Path, memory: int, progress: Progress | None, began: float) -> Result:
     with Family(tree, writable=False) as family:
+        unfinished.check(family)
         items = items_of(family)
         rest = rest_of(family, items)
         Schedule(items, rest, memory, keep=False)  # complains before anything is made
@@ -110,6 +111,7 @@ def _dry_run(
     tree: Tree, out: Location | None, in_place: bool, memory: int, progress: Progress | None, began: float
 ) -> Result:
     with Family(tree, writable=in_place) as family:
+        unfinished.check(family)
         if out is not None:
             OutSink.check(Path(out), family)
         items = items_of(family)
@@ -127,6 +129,7 @@ def _dry_run(
 def _in_place(tree: Tree, journal: Path, memory: int, progress: Progress | None, began: float) -> Result:
     tree = absolute(tree)
     with Family(tree, writable=True) as family:
+        unfinished.check(family)
         for model in tree.models:
             if model.path.is_dir() and journal.resolve().is_relative_to(model.path.resolve()):
                 raise FileWriteError(
@@ -170,6 +173,7 @@ def resume(journal: Location, *, threads: int | None = None, progress: Progress 
             opened.log.cut_after_commit()
         tree = record.tree_from_dict(opened.plan["tree"])
         with Family(tree, writable=True) as family:
+            unfinished.check(family, opened.plan[CHECKSUM])
             for now, line in zip(_fishers(family), opened.plan["fishers"], strict=False):
                 if now != line:
                     raise CheckpointError(
@@ -191,6 +195,8 @@ def _go_on(journal: Journal, family: Family, schedule: Schedule, progress: Progr
     run = Run(bytes_read(items, schedule.rest), progress, writes=False)
     sink = JournalSink(journal, family)
     with _recoverable(journal.folder):
+        if not journal.log.has("finished"):
+            unfinished.mark(family, journal.folder, journal.plan[CHECKSUM])
         stream(family, schedule, schedule, sink, digests, run.done, Past(journal.log, family))
         for file in family.files[family.first_fisher :]:
             file.check_unchanged()
@@ -199,6 +205,7 @@ def _go_on(journal: Journal, family: Family, schedule: Schedule, progress: Progr
             made = record.make(family, items, run.counts, digests, {}, "in place") | {"log": journal.log.end}
             disk.write_whole(journal.folder / record.NAME, json.dumps(made, indent=1) + "\n")
             journal.log.append({"kind": "finished"}, [])
+        unfinished.clear(unfinished.first_files(family), journal.plan[CHECKSUM])
     roots = {name: weights.root for name, weights in family.weights.items()}
     return result_of("in place", journal.folder, family, items, run, schedule, began, lambda name: roots[name])
 
@@ -225,6 +232,7 @@ def rollback(journal: Location) -> Result:
             (opened.folder / record.NAME).unlink(missing_ok=True)
         disk.flush_folder(opened.folder)
         log.cut([])
+        unfinished.clear((file.path for file in files.values()), opened.plan[CHECKSUM])
         return Result("rolled back", opened.folder, {}, 0, restored, 0, time.monotonic() - began)
 
 

@@ -39,7 +39,7 @@ from .schedule import Span
 from .streaming import Loaded
 from .window import LINE, Change, Outcome
 
-NAME, LOG, FORMAT = "journal.json", "log", "fiun_fast.journal/1"
+NAME, LOG, FORMAT = "journal.json", "log", "fiun_fast.journal/2"
 _HEAD = struct.Struct("<8sQQ32s")  # magic, bytes of the JSON line, bytes of data, SHA-256 of both
 _MAGIC = b"fiunlog1"
 COMMIT = 256 << 20  # changed bytes after which the models' files are flushed
@@ -363,10 +363,9 @@ def _pieces(data: np.ndarray, start: int, runs: np.ndarray) -> Iterator[np.ndarr
 
 def _untouched(data: np.ndarray, start: int, runs: np.ndarray) -> int:
     """CRC-32 of the lines that lie in a span as a whole, and in which nothing changed."""
-    head = -start % LINE
-    lines = data[head : head + max(0, len(data) - head) // LINE * LINE].reshape(-1, LINE)
-    begin = ((runs[:, 0] - start - head) // LINE).clip(0, len(lines))
-    end = (-((start + head - runs[:, 0] - runs[:, 1]) // LINE)).clip(0, len(lines))
+    lines = data[: len(data) // LINE * LINE].reshape(-1, LINE)
+    begin = ((runs[:, 0] - start) // LINE).clip(0, len(lines))
+    end = (-((start - runs[:, 0] - runs[:, 1]) // LINE)).clip(0, len(lines))
     size = len(lines) + 1
     inside = np.cumsum(np.bincount(begin, minlength=size) - np.bincount(end, minlength=size))
     return zlib.crc32(lines[inside[:-1] == 0])

@@ -19,7 +19,7 @@ from .family import Family
 from .header import FLOATS
 from .schedule import Part, Piece, Span, Window
 
-LINE = 64  # bytes: what changed is found, and kept, by lines of this length in a file
+LINE = 64  # bytes: what changed is found, and kept, by lines of this length
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,15 @@ def _bytes(slot: np.ndarray, window: Window, span: Span) -> np.ndarray:
 
 
 def changed(old: np.ndarray, new: np.ndarray, start: int) -> Change:
-    """The lines of a file that differ; `start`: offset in the file of the first byte of both."""
-    first = start % LINE  # bytes of the first line that are before
-    lines = -(-(first + len(new)) // LINE)
+    """What differs, by lines of 64 bytes from the first byte of both on; `start`: its offset in the file."""
+    lines = -(-len(new) // LINE)
     differ = np.zeros(lines * LINE, dtype=bool)
-    np.not_equal(old, new, out=differ[first : first + len(new)])
+    np.not_equal(old, new, out=differ[: len(new)])
     hit = np.flatnonzero(differ.reshape(lines, LINE).any(axis=1))
     if not len(hit):
         return Change(np.empty((0, 2), np.int64), old[:0])
     ends = np.flatnonzero(np.diff(hit) > 1)
-    begin = hit[np.concatenate(([0], ends + 1))] * LINE - first
-    end = (hit[np.concatenate((ends, [len(hit) - 1]))] + 1) * LINE - first
-    begin, end = np.maximum(begin, 0), np.minimum(end, len(new))
+    begin = hit[np.concatenate(([0], ends + 1))] * LINE
+    end = np.minimum((hit[np.concatenate((ends, [len(hit) - 1]))] + 1) * LINE, len(new))
     kept = np.concatenate([old[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)])
     return Change(np.stack([begin + start, end - begin], axis=1), kept)

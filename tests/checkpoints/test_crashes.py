@@ -70,6 +70,9 @@ class Copy:
     def is_new(self, expected, where: Path | None = None) -> bool:
         return all(same(read_model((where or self.root) / n), t) == [] for n, t in expected.items())
 
+    def marks(self) -> list[Path]:
+        return list(self.root.rglob("*.unfinished*"))
+
     def in_place(self):
         return unlearn(self.tree, in_place=True, journal=self.journal, memory=MEMORY)
 
@@ -129,6 +132,7 @@ def check_in_place(copy, expected, dice, *, power=False) -> None:
         assert copy.is_old()
         copy.in_place()
         assert copy.is_new(expected)
+        assert copy.marks() == []
         return
     if dice.random() < 0.4 or not quietly(resume, copy.journal):
         rollback(copy.journal)
@@ -137,8 +141,10 @@ def check_in_place(copy, expected, dice, *, power=False) -> None:
             rollback(copy.journal)
             resume(copy.journal)
             assert copy.is_new(expected)
+        assert copy.marks() == []
         return
     assert copy.is_new(expected)
+    assert copy.marks() == []
     if dice.random() < 0.3:
         assert verify(copy.journal)
         rollback(copy.journal)

@@ -38,6 +38,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 MODELS, WIDTH, INNER, WORDS = ("base", "chat", "code"), 2048, 5632, 32000
 PARENTS = {"base": [], "chat": ["base"], "code": ["chat"]}
 NUMBERS = {"alpha": 10.0, "lam": 1.0}
+WHAT, HOW = ("read", "write"), ("direct", "through the page cache", "mmap")
 LINE = 16  # elements of float32 in 64 bytes
 
 # what the child processes run; FOLDER is argv[1], the Fishers' kind argv[2], the result's folder argv[3]
@@ -59,6 +60,40 @@ written = next(int(line.split()[1]) for line in open("/proc/self/io") if line.st
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 moved = result.bytes_read + result.bytes_written
 print(json.dumps({"seconds": seconds, "peak": peak, "written": written, "moved": moved, "selected": result.selected}))
+"""
+# one way to read or write files, `argv[1]`, in pieces of 16 MB
+WAYS = """
+import json, mmap, os, sys, time
+import numpy as np
+how, out, *paths = sys.argv[1:]
+BLOCK, STEP = 4096, 16 << 20
+room = np.frombuffer(mmap.mmap(-1, STEP), np.uint8)
+began, total = time.perf_counter(), 0
+for path in paths:
+    size = os.stat(path).st_size // BLOCK * BLOCK
+    total += size
+    writes = how.startswith("write")
+    flags = (os.O_RDWR | os.O_CREAT) if writes else os.O_RDONLY
+    flags |= os.O_DIRECT if "direct" in how else 0
+    fd = os.open(f"{out}/{os.path.basename(path)}" if writes else path, flags, 0o600)
+    if writes:
+        os.posix_fallocate(fd, 0, size)
+    mapped = None
+    if "mmap" in how:
+        kind = mmap.PROT_READ | (mmap.PROT_WRITE if writes else 0)
+        mapped = np.frombuffer(mmap.mmap(fd, size, mmap.MAP_SHARED, kind), np.uint8)
+    for at in range(0, size, STEP):
+        part = room[: min(STEP, size - at)]
+        if mapped is not None and writes:
+            mapped[at : at + len(part)] = part
+        elif mapped is not None:
+            part[:] = mapped[at : at + len(part)]
+        elif (os.pwritev if writes else os.preadv)(fd, [part], at) != len(part):
+            raise SystemExit("a short transfer")
+    if writes:
+        os.fsync(fd)
+    os.close(fd)
+print(json.dumps({"seconds": time.perf_counter() - began, "bytes": total}))
 """
 TEXTBOOK = """
 import json, os, sys, time
@@ -233,6 +268,20 @@ def measured(root: Path, rounds: int, lock: str | None) -> dict[str, list[dict[s
     return found
 
 
+def ways(root: Path, rounds: int) -> dict[str, float]:
+    """How the files of one model are read and written: GB/s, medians."""
+    kinds = [f"{what} {how}" for what in WHAT for how in HOW]
+    paths = [str(path) for path in sorted((root / MODELS[0]).glob("*.safetensors"))]
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind in kinds:
+            with tempfile.TemporaryDirectory(dir=root) as out:
+                cold(root)
+                run = child(WAYS, kind, out, *paths)
+                found[kind].append(run["bytes"] / run["seconds"] / 1e9)
+    return {kind: statistics.median(runs) for kind, runs in found.items()}
+
+
 def main() -> None:
     """Make the folders, measure, delete them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -244,12 +293,20 @@ def main() -> None:
     )
     parser.add_argument("--lock", help="a file that is locked while something is timed")
     parser.add_argument("--dry", action="store_true", help="write no results")
+    parser.add_argument("--ways", action="store_true", help="only how files are read and written, kept beside the rest")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         root = Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
         if not (root / "lines.toml").exists():  # what is made last
             root.mkdir(exist_ok=True)
             make(root, options.gigabytes)
+        how = ways(root, options.rounds)
+        if options.ways:
+            results = json.loads(TARGET.read_text()) | {"ways": how}
+            print(tables(results))
+            write_json(TARGET, results)
+            fill(PAGE, "measured", tables(results))
+            return
         bytes_of_models = sum(path.stat().st_size for model in MODELS for path in (root / model).iterdir())
         found = measured(root, options.rounds, options.lock)
     rows = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
@@ -263,7 +320,7 @@ def main() -> None:
             row["peak_of_textbook"] = row["peak"] / chain["peak"]
         if "moved" in row:
             row["moved_per_second"] = row["moved"] / row["seconds"] / 1e9
-    results = {"bytes_of_models": bytes_of_models, "rounds": options.rounds, "rows": rows, "runs": found}
+    results = {"bytes_of_models": bytes_of_models, "rounds": options.rounds, "rows": rows, "runs": found, "ways": how}
     print(tables(results))
     if not options.dry:
         write_json(TARGET, {"environment": environment(), **results})
@@ -294,7 +351,11 @@ def tables(results: dict[str, Any]) -> str:
         f"\nThe textbook chain takes {chain['seconds'] / out['seconds']:.1f} times as long and "
         f"{chain['peak'] / out['peak']:.1f} times the memory. With 1 % of the lines selected,\nat random places, "
         f"a run in place writes {share:.2f} of what `--out` does, the journal included. At the rate of\n"
-        f"`out, bfloat16` a family of 4 x 140 GB takes {minutes:.0f} minutes.\n"
+        f"`out, bfloat16` a family of 4 x 140 GB takes {minutes:.0f} minutes.\n\n"
+        "The files of one model alone, cold, in pieces of 16 MB, written until they are on disk:\n\n"
+        + markdown(
+            ["GB/s", *HOW], [[what, *(f"{results['ways'][f'{what} {how}']:.2f}" for how in HOW)] for what in WHAT]
+        )
     )
 
 

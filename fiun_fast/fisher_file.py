@@ -26,6 +26,7 @@ INDEX = "fisher.safetensors.index.json"
 INDEX_FORMAT, SHARD_FORMAT = "fiun_fast.fisher.index/1", "fiun_fast.fisher.shard/1"
 LARGEST_INDEX = 1 << 28  # bytes
 ROUNDED = torch.bfloat16  # on disk, where that is asked for; read as float32
+CODES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}  # in a safetensors header
 STORED = (*FISHER_DTYPES, ROUNDED)
 NEEDED = {"estimator": str, "steps": int, "samples": int}  # what the record of a provenance holds
 OPTIONAL = {"how": dict, "reduction": str, "dtype": str, "per": str}  # empty where it is not there
@@ -198,15 +199,17 @@ class FisherFile:
         first: torch.dtype | None = None
         for segment in self.layout:
             with files.unless_damaged(self.where, "a Fisher", FisherFileError):
-                tensor = self._parts[self._place[segment.name]][0].get_tensor(segment.name)  # mapped, nothing is read
-            if tensor.dtype not in STORED:
-                raise self._wrong(f"{segment.name!r} is {short(tensor.dtype)}, expected {listed(STORED)}")
-            if tuple(tensor.shape) != segment.shape:
-                found = f"{short(tensor.dtype)} {list(tensor.shape)}"
+                file = self._parts[self._place[segment.name]][0]
+                kept = file.get_slice(segment.name)  # of the header; a tensor, though mapped, takes a while
+                dtype = CODES.get(kept.get_dtype()) or file.get_tensor(segment.name).dtype
+            if dtype not in STORED:
+                raise self._wrong(f"{segment.name!r} is {short(dtype)}, expected {listed(STORED)}")
+            if tuple(kept.get_shape()) != segment.shape:
+                found = f"{short(dtype)} {list(kept.get_shape())}"
                 raise self._wrong(f"{segment.name!r} is {found}, expected {list(segment.shape)} as its layout says")
-            first = first or tensor.dtype
-            if tensor.dtype != first:
-                raise self._wrong(f"{segment.name!r} is {short(tensor.dtype)}, expected {short(first)} as the others")
+            first = first or dtype
+            if dtype != first:
+                raise self._wrong(f"{segment.name!r} is {short(dtype)}, expected {short(first)} as the others")
         assert first is not None  # a layout has a parameter
         return first
 

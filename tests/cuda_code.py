@@ -67,11 +67,7 @@ MUTANTS: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "as it is": ("one.cu", {}, []),  # for architectures that are too many to look at all kernels
     "pairs contracted": (
         "one.cu",
-        {
-            "minus({alpha * float(original[i]), alpha * float(original[i + 1])},": (
-                "minus(times({alpha, alpha}, two_of(original + i)),"
-            )
-        },
+        {"fused(alpha, two_of(original + i), {0, 0})": "times(alpha, two_of(original + i))"},
         [],
     ),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -76,7 +76,7 @@ SELECTED_FIRST = {  # the quick way too knows it before it reads theta
 NO_ASM = {"elif FLUSHES:": "elif False:"}
 FLUSHING = 'tl.inline_asm_elementwise("div.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)'
 
-# name -> (variant, text in triton_kernels.py -> what a careless change would write, further compiler options)
+# name -> (variant, text in the device code -> what a careless change would write, further compiler options)
 MUTANTS: dict[str, tuple[str, dict[str, str], dict[str, object]]] = {
     "dampen: no alignment hint": ("dampen fp32", NO_HINT, {}),
     "dampen: hint before the cast": ("dampen fp32", HINT_BEFORE_CAST | NO_HINT, {}),
@@ -196,23 +196,28 @@ def _counter(operations: list[str]) -> Callable[[str], int]:
     return lambda pattern: sum(n for operation, n in count.items() if re.match(pattern, operation))
 
 
+DEVICE_CODE = ("triton_kernels", "triton_quick", "triton_tiles")
+
+
 @contextmanager
 def changed(replacements: dict[str, str]):
-    """Inside, the kernels are those of a changed copy of triton_kernels.py."""
-    source = Path(triton_kernels.__file__).read_text()
+    """Inside, the kernels are those of a changed copy of the files of device code."""
+    sources = {name: Path(triton_kernels.__file__).with_name(f"{name}.py").read_text() for name in DEVICE_CODE}
     for old, new in replacements.items():
-        assert old in source, old
-        source = source.replace(old, new)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "changed_kernels.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location("changed_kernels", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        with mock.patch.object(host, "device_code", return_value=module):
-            yield
+        assert any(old in source for source in sources.values()), old
+        sources = {name: source.replace(old, new) for name, source in sources.items()}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "path", [folder, *sys.path]):
+        package = Path(folder) / "changed_kernels"
+        package.mkdir()
+        for name, source in sources.items():
+            (package / f"{name}.py").write_text(source)
+        try:
+            module = importlib.import_module("changed_kernels.triton_kernels")
+            with mock.patch.object(host, "device_code", return_value=module):
+                yield
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "changed_kernels"]:
+                del sys.modules[name]
 
 
 def mutant_figures(name: str, target: str = "cuda:90") -> dict[str, int | None]:

@@ -99,9 +99,10 @@ FIUN_DEVICE Look<n, F> looked_at(const F* original, const F* merged, const Rule<
 #pragma unroll
     for (int i = 0; i < n; i += 2) {
         if constexpr (has_quick<F>) {
-            // one by one: ptxas 13.0 contracts a product of two and a difference of two into one step, in spite of their .rn
-            const float alpha = float(rule.alpha);
-            const Two difference = minus({alpha * float(original[i]), alpha * float(original[i + 1])}, two_of(merged + i));
+            // With 0 added a product of -0 is 0, so that no difference is -0. And ptxas 13.0 cannot contract it with the
+            // difference, as it does with a product of two and a difference of two in spite of their .rn.
+            const Two alpha{float(rule.alpha), float(rule.alpha)};
+            const Two difference = minus(fused(alpha, two_of(original + i), {0, 0}), two_of(merged + i));
             look.difference[i] = F(difference.a), look.difference[i + 1] = F(difference.b);
             signs |= bit_cast<uint32_t>(difference.a) | bit_cast<uint32_t>(difference.b);
         } else {

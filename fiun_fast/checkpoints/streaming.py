@@ -19,7 +19,7 @@ from .schedule import SLOTS, Region, Schedule, Span, Window
 from .window import Outcome, Scratch, compute
 
 _CHUNK = 8 << 20  # bytes that one read takes, so that several are under way
-_HELPERS = 8  # threads that read, hash and write; they wait for the disk most of the time
+_HELPERS = 16  # threads that read, hash and write; they wait for the disk most of the time
 
 Progress = Callable[[int, int], Any]
 

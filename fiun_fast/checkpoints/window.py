@@ -103,8 +103,7 @@ class PieceMemory:
         values = raw.view(dtype)
         if dtype == torch.bfloat16:
             values = self._scratch.take(self._numel, torch.float32).copy_(values)
-        lowest = float(values.min())
-        if lowest < 0 or (lowest != lowest and bool((values < 0).any())):  # a NaN hides what is below 0
+        if _has_a_sign(values) and bool((values < 0).any()):
             path = self._family.files[part.span.file].path
             raise ArgumentError(f"{path}: {part.name!r} has negative entries ({short(dtype)}); a Fisher has none")
         return values
@@ -160,6 +159,12 @@ def compute(family: Family, window: Window, slot: Tensor, scratch: Scratch, *, d
                 change = changed(before[span], bytes_of[span], span.start) if keep else None
                 outcome.changed[span] = change
     return outcome
+
+
+def _has_a_sign(values: Tensor) -> bool:
+    """Whether a sign bit is set: of a number below 0, of -0, of a NaN. NumPy finds the least integer twice as fast as torch the least float."""
+    numbers = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).numpy()
+    return bool(numbers.size) and int(numbers.min()) < 0
 
 
 def _bytes(slot: np.ndarray, window: Window, span: Span) -> np.ndarray:

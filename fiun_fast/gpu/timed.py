@@ -75,8 +75,8 @@ class Setting:
         """Inside, the backend launches this way."""
         shipped = host.options
 
-        def options(target: str, constants: dict[str, Any]) -> dict[str, Any]:
-            flags = shipped(target, constants) | {"num_warps": self.warps, "num_stages": self.stages}
+        def options(target: str, arch: int, constants: dict[str, Any]) -> dict[str, Any]:
+            flags = shipped(target, arch, constants) | {"num_warps": self.warps, "num_stages": self.stages}
             flags.pop("maxnreg", None)
             return flags | ({"maxnreg": self.registers} if self.registers and target == "cuda" else {})
 

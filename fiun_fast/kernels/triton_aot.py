@@ -127,7 +127,8 @@ def compile_variant(variant: Variant, target: str) -> Any:
     wanted = parse_target(target)
     with standing_in(wanted):
         kernel = getattr(host.device_code(), variant.kernel)
-        flags = host.options(wanted.backend, variant.constants)
+        arch = wanted.arch if wanted.backend == "cuda" else 0
+        flags = host.options(wanted.backend, arch, variant.constants)
         return kernel.warmup(*variant.arguments, grid=(1,), **variant.constants, **flags)
 
 

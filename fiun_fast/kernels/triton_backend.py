@@ -50,7 +50,7 @@ class TritonLaunch(PreparedDampening):
         """Compile the kernel that this table needs and load it, without running it: the first run may be captured."""
         if not host.interpreted():
             with torch.cuda.device(self.table.device):
-                flags = host.options(host.target_backend(), self._constants)
+                flags = host.options(*host.target(self.table.device), self._constants)
                 arguments = (*self._arguments, torch.int64, 1)
                 kernel = host.device_code().dampen.warmup(*arguments, grid=(1,), **self._constants, **flags)
                 kernel[(1, 1, 1)]  # asking for a launcher loads the machine code, which a capture would not allow

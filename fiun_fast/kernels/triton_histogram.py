@@ -11,7 +11,7 @@ from . import triton_host as host
 from .extension import FISHER_KINDS, kind
 from .prepared import PreparedHistogram, upload
 from .table import BINS, Merging, Table, number_type
-from .triton_kernels import divide, merge_sources, opposed, pointer_to, tile_of, widen
+from .triton_tiles import divide, merge_sources, opposed, pointer_to, tile_of, widen
 
 
 @triton.jit

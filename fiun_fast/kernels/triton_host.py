@@ -122,15 +122,16 @@ def why_no_driver() -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------- options
-def options(backend: str, constants: dict[str, Any]) -> dict[str, Any]:
-    """What depends on the target. Products and sums are never contracted: the bits are part of the contract."""
+def options(backend: str, arch: int, constants: dict[str, Any]) -> dict[str, Any]:
+    """What depends on the target, "cuda" with its compute capability as 90, or "hip" with any number. Products and sums are never contracted: the bits are part of the contract."""
     flags: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     if backend == "cuda":
         flags["maxnreg"] = MAX_REGISTERS if _fits(constants) else MAX_REGISTERS_WIDE
     if "MERGE" in constants:
         flags["FLUSHES"] = backend == "cuda" and not interpreted() and division_flushes()
     if "POWER" in constants:  # what is written in PTX
-        flags["QUICK"] = backend == "cuda" and not interpreted()
+        pairs = 100 <= arch < 120  # instructions of two numbers
+        flags["QUICK"] = 0 if backend != "cuda" or interpreted() else 2 if pairs else 1
     return flags
 
 
@@ -196,12 +197,20 @@ def outer_constants() -> dict[str, Any]:
 def launch(kernel: Any, device: torch.device, grid: int, *arguments: Any, **constants: Any) -> None:
     """Start `grid` programs of a kernel on the device's current stream."""
     with on(device):
-        kernel[(grid,)](*arguments, **constants, **options(target_backend(), constants))
+        kernel[(grid,)](*arguments, **constants, **options(*target(device), constants))
 
 
-def target_backend() -> str:
-    """What Triton compiles for with this torch: "cuda" or "hip"."""
-    return "hip" if torch.version.hip else "cuda"
+def target(device: torch.device) -> tuple[str, int]:
+    """What Triton compiles for with this torch: "hip", or "cuda" with the compute capability; 0 where there is none."""
+    if torch.version.hip:
+        return "hip", 0
+    return "cuda", _capability(device) if device.type == "cuda" else 0
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def resident(device: torch.device, constants: dict[str, Any]) -> int:

@@ -1,137 +1,12 @@
-"""Device code of the Triton backend. docs/kernels.md has the traffic, tiles and SASS figures.
-
-Every tensor is reached through an int64 address from a table, so one launch serves any number of tensors. A tile is a
-matrix [BLOCK / VECTOR, VECTOR] of consecutive elements: one thread owns whole rows of it, a row is one 16-byte access,
-and a mask that is constant along a row keeps it one access. Tiles whose addresses or length are not multiples of 16
-bytes run the same code with VECTOR = 1: 4-byte accesses, still coalesced over the warp.
-
-Bits: `tl.div_rn` is IEEE division, and the launch sets enable_fp_fusion=False, so that no product is contracted into a
-sum. FLUSHES is set for the Tritons (3.2 to 3.5) whose `tl.div_rn` flushes subnormal numbers to zero: they get the PTX
-instruction itself. SOFT is set under the interpreter only, whose bfloat16 conversion rounds wrongly.
-"""
+"""Device code of the Triton backend. docs/kernels.md has the traffic, tiles and SASS figures."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def pointer_to(address, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Element `start` of the tensor at `address`. Only a hint after the cast makes accesses wider than 4 bytes."""
-    pointer = address.to(tl.pointer_type(DTYPE), bitcast=True) + start
-    if VECTOR > 1:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def tile_of(length, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets [BLOCK / VECTOR, VECTOR] and their mask; with VECTOR > 1 `length` is a multiple of VECTOR."""
-    rows = tl.arange(0, BLOCK // VECTOR)[:, None]
-    offsets = rows * VECTOR + tl.arange(0, VECTOR)[None, :]
-    return offsets, tl.broadcast_to(rows < length // VECTOR, [BLOCK // VECTOR, VECTOR])
-
-
-@triton.jit
-def widen(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
-    """In the wider DTYPE."""
-    if SOFT and x.dtype == tl.bfloat16:
-        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        wide = x
-    return wide.to(DTYPE)
-
-
-@triton.jit
-def _narrow(x, DTYPE: tl.constexpr, SOFT: tl.constexpr):
-    """Round to nearest even; x is float32 where DTYPE is a half."""
-    if SOFT and DTYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-        narrow = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        narrow = x.to(DTYPE)
-    return narrow
-
-
-@triton.jit
-def divide(x, y, DTYPE: tl.constexpr, FLUSHES: tl.constexpr):
-    """IEEE division, subnormal numbers kept."""
-    if DTYPE == tl.float64:
-        quotient = x / y  # div_rn is float32 only; the float64 division instruction is IEEE anyway
-    elif FLUSHES:
-        quotient = tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
-    else:
-        quotient = tl.div_rn(x, y)
-    return quotient
-
-
-@triton.jit
-def merge_sources(
-    sources, weights, start, count, scale, offsets, mask,
-    FISHER: tl.constexpr, MERGE: tl.constexpr, VECTOR: tl.constexpr, FLUSHES: tl.constexpr,
-):  # fmt: skip
-    """m = scale * reduce_k (w_k F_k) of one tile, 0 in the padding. A factor of 1 changes no bits: none is skipped."""
-    merged = tl.load(pointer_to(tl.load(sources), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
-    merged = merged * tl.load(weights)
-    for k in range(1, count):
-        term = tl.load(pointer_to(tl.load(sources + k), start, FISHER, VECTOR) + offsets, mask=mask, other=0.0)
-        term = term * tl.load(weights + k)
-        merged = tl.maximum(merged, term, propagate_nan=tl.PropagateNan.ALL) if MERGE == "max" else merged + term
-    if MERGE == "mean":
-        merged = divide(merged, tl.zeros_like(merged) + count.to(FISHER), FISHER, FLUSHES)
-    return merged * scale
-
-
-@triton.jit
-def opposed(slope, theta):
-    """Where slope * theta < 0: signs differ, neither is 0 or NaN; both of one shape, each in its dtype."""
-    return ((slope < 0) & (theta > 0)) | ((slope > 0) & (theta < 0))
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
-def _row_flags(x, LEAST: tl.constexpr):
-    """Of each row [R] of float32 numbers [R, V]: 2 if one is not finite or the sum is large, 4 if one is tiny, not 0.
-
-    The sum stands for its numbers: nothing that is not finite hides in it. Less than LEAST in its bits is tiny.
-    """
-    least = tl.min(x.to(tl.uint32, bitcast=True) - 1, axis=1)  # 0 becomes the largest
-    large = tl.where(tl.abs(tl.sum(x, axis=1)) <= 16777216.0, 0, 2)
-    return large | tl.where(least < LEAST - 1, 4, 0)
-
-
-@triton.jit
-def _quick_quotient(x, y):
-    """-x / y as div.rn.f32 has it on its fast path, for what `_row_flags` finds ordinary (csrc/cuda/quick.h)."""
-    minus: tl.constexpr = "{ .reg .f32 y; neg.f32 y, $1; rcp.approx.ftz.f32 $0, y; }"  # -1 / y, nearly
-    r = tl.inline_asm_elementwise(minus, "=f,f", [y], tl.float32, True, 1)
-    r = tl.fma(r, tl.fma(y, r, 1.0), r)
-    q = x * r
-    return tl.fma(r, tl.fma(y, q, x), q)
-
-
-@triton.jit
-def _prefetch(pointer, BYTES: tl.constexpr):
-    """Ask memory for BYTES bytes from a pointer on: what comes is in the L2 cache when it is loaded."""
-    lines = pointer.to(tl.int64, bitcast=True) + tl.arange(0, BYTES // 128) * 128
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
-
-
-@triton.jit
-def _count(flags):
-    return tl.sum(tl.sum(flags.to(tl.int32), axis=1), axis=0)
-
-
-@triton.jit
-def _tally(counter, amount):
-    """One relaxed atomic without a result, and none for 0. The default order would fence every tile."""
-    tl.atomic_add(counter, amount.to(tl.int64), mask=amount > 0, sem="relaxed")
+from .triton_quick import dampen_halves_quickly, dampen_quickly, either, prefetch, row_flags
+from .triton_tiles import count, divide, merge_sources, narrow, opposed, pointer_to, tally, tile_of, widen
 
 
 @triton.jit
@@ -151,9 +26,9 @@ def _dampen_exactly(
         value = tl.load(theta, mask=asked, other=0.0)
         selected = selected & opposed(slope, widen(value, COMPUTE, SOFT))
         finite = finite & (tl.abs(slope) < float("inf"))
-    both = _count(selected.to(tl.int32) + tl.where(finite, 0, 65536))  # one reduction for two counts
-    _tally(counter, both & 65535)
-    _tally(counter + 2, both >> 16)
+    both = count(selected.to(tl.int32) + tl.where(finite, 0, 65536))  # one reduction for two counts
+    tally(counter, both & 65535)
+    tally(counter + 2, both >> 16)
     if (both & 65535) > 0:
         # theta is touched where a 16-byte access holds something selected; its other bits are put back as read
         touched = tl.max(selected.to(tl.int32), axis=1, keep_dims=True) > 0
@@ -170,31 +45,10 @@ def _dampen_exactly(
             factor = tl.where(merged == float("inf"), 0.0, tl.minimum(factor, cap))
         else:
             factor = tl.where(factor == factor, tl.minimum(factor, cap), 0.0)  # infinity by infinity is 0
-        after = _narrow(widen(before, COMPUTE, SOFT) * factor.to(COMPUTE), THETA, SOFT)
+        after = narrow(widen(before, COMPUTE, SOFT) * factor.to(COMPUTE), THETA, SOFT)
         if write != 0:
             tl.store(theta, tl.where(selected, after, before), mask=touched)
-        _tally(counter + 1, _count(selected & (widen(after, COMPUTE, SOFT) == 0)))
-
-
-@triton.jit
-def _dampen_quickly(
-    counter, theta_address, start, offsets, merged, original, above, lam, cap, difference, write,
-    THETA: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """The same of ordinary numbers. `above`: negative in the rows [R] that hold something selected."""
-    theta = pointer_to(theta_address, start, THETA, VECTOR) + offsets
-    touched = tl.broadcast_to((above < 0)[:, None], [BLOCK // VECTOR, VECTOR])
-    before = tl.load(theta, mask=touched)
-    factor = tl.minimum(_quick_quotient(original * -lam, merged), cap)
-    product = before.to(COMPUTE) * factor.to(COMPUTE)
-    selected = difference < 0
-    if write != 0:
-        tl.store(theta, tl.where(selected, _narrow(product, THETA, False), before), mask=touched)
-    # what is no more than half the smallest number of THETA becomes 0
-    HALF: tl.constexpr = 2.0**-134 if THETA == tl.bfloat16 else 2.0**-25 if THETA == tl.float16 else 0.0
-    both = _count(tl.where(selected, tl.where(tl.abs(product) <= HALF, 65537, 1), 0))
-    _tally(counter, both & 65535)
-    _tally(counter + 1, both >> 16)
+        tally(counter + 1, count(selected & (widen(after, COMPUTE, SOFT) == 0)))
 
 
 @triton.jit
@@ -211,7 +65,7 @@ def _dampen_tile(
     scale, exponent, cap = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
     if QUICK and VECTOR > 1:  # noqa: SIM102 - known when compiling; the next one is not
         if length == BLOCK:
-            _prefetch(pointer_to(tl.load(targets + first_target * 3 + 1), start, FISHER, VECTOR), BLOCK * 4)
+            prefetch(pointer_to(tl.load(targets + first_target * 3 + 1), start, FISHER, VECTOR), BLOCK * 4)
     merged = merge_sources(
         sources + first_source, weights + first_source, start, source_count, scale, offsets, mask,
         FISHER, MERGE, VECTOR, FLUSHES,
@@ -225,9 +79,9 @@ def _dampen_tile(
         slope = merged
     LOOKS: tl.constexpr = FISHER == tl.float32
     if LOOKS:
-        divisors = _row_flags(merged, 0x0F800000)  # 2^-96
+        divisors = row_flags(merged, 0x0F800000)  # 2^-96
         if SIGNED:
-            divisors = divisors | _row_flags(slope, 1)
+            divisors = divisors | row_flags(slope, 1)
     for n in range(0, target_count):
         target = targets + (first_target + n) * 3
         limit = limits + (first_target + n) * 2
@@ -236,23 +90,29 @@ def _dampen_tile(
         alpha, lam = tl.load(limit), tl.load(limit + 1)
         if QUICK and VECTOR > 1:  # noqa: SIM102
             if (length == BLOCK) & (n + 1 < target_count):
-                _prefetch(pointer_to(tl.load(target + 4), start, FISHER, VECTOR), BLOCK * 4)
+                prefetch(pointer_to(tl.load(target + 4), start, FISHER, VECTOR), BLOCK * 4)
         original = pointer_to(original_address, start, FISHER, VECTOR) + offsets
         original = tl.load(original, mask=mask, other=0.0, eviction_policy="evict_first")
         counter = counts + node * 3
         if LOOKS:
-            difference = original * alpha - merged
-            above = tl.reduce(difference.to(tl.int32, bitcast=True), 1, _either)  # the sign says m > alpha I
-            flags = divisors | _row_flags(original, 0x11800000) | tl.where(above < 0, 1, 0)  # 2^-92
-            seen = tl.reduce(flags, 0, _either)
+            difference = tl.fma(original, alpha, 0.0) - merged  # the product; -0 becomes 0, so that signs say enough
+            above = tl.reduce(difference.to(tl.int32, bitcast=True), 1, either)  # the sign says m > alpha I
+            flags = divisors | row_flags(original, 0x11800000) | tl.where(above < 0, 1, 0)  # 2^-92
+            seen = tl.reduce(flags, 0, either)
             if (seen & 3) != 0:
                 if QUICK and not POWER and not SIGNED:
                     # with an infinite alpha, which leaves a node alone, alpha I may be NaN, of either sign
                     if ((seen & 6) == 0) & (lam >= 0.015625) & (lam <= 64.0) & (alpha < float("inf")):
-                        _dampen_quickly(
-                            counter, theta_address, start, offsets, merged, original, above, lam, cap, difference,
-                            write, THETA, COMPUTE, BLOCK, VECTOR,
-                        )  # fmt: skip
+                        if THETA.primitive_bitwidth == 16 and VECTOR > 1:
+                            dampen_halves_quickly(
+                                counter, theta_address, start, merged, original, above, lam, cap, difference, write,
+                                THETA, BLOCK, VECTOR, QUICK == 2,
+                            )  # fmt: skip
+                        else:
+                            dampen_quickly(
+                                counter, theta_address, start, offsets, merged, original, above, lam, cap, difference,
+                                write, THETA, COMPUTE, BLOCK, VECTOR, SOFT,
+                            )  # fmt: skip
                     else:
                         _dampen_exactly(
                             counter, theta_address, start, offsets, merged, slope, original, alpha, lam, exponent, cap,

@@ -102,3 +102,28 @@ def dampened(backend, work: Work, merging: Merging, dampening: Dampening) -> tup
     for tensor, value in zip(work.thetas(), before, strict=True):
         tensor.copy_(value)
     return counts, after
+
+
+def make_ordinary(work: Work, seed: int = 0) -> Work:
+    """Fill a table with what the quick ways of the GPU kernels take: nothing tiny, large or not finite, either zero.
+
+    Parameters are of any bits: half of them random bits, half numbers that dampening can bring to 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    for group in work.table.groups:
+        for tensor in (*group.forgets, *group.originals):
+            values = torch.exp2(drawn(tensor.numel()) * 12 - 6)
+            far = torch.exp2(drawn(tensor.numel()) * 90 - 86)
+            values = torch.where(drawn(tensor.numel()) < 0.3, far, values)
+            sign = torch.where(drawn(tensor.numel()) < 0.5, -1.0, 1.0)
+            tensor.copy_(torch.where(drawn(tensor.numel()) < 0.2, sign * 0.0, values))
+        for tensor in (tensor for column in group.thetas or () for tensor in column):
+            raw = torch.randint(256, (tensor.numel() * tensor.itemsize,), generator=generator, dtype=torch.uint8)
+            least = torch.finfo(tensor.dtype).smallest_normal * torch.finfo(tensor.dtype).eps
+            small = ((drawn(tensor.numel()) * 64 - 32).round() * least).to(tensor.dtype)
+            tensor.copy_(torch.where(drawn(tensor.numel()) < 0.5, raw.view(tensor.dtype), small))
+    return work

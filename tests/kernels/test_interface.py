@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES
-from random_tables import dampened, work
+from random_tables import dampened, make_ordinary, work
 from test_parity import same_bits
 
 from fiun_fast.kernels import load
@@ -35,6 +35,18 @@ def test_a_table_is_dampened_as_in_the_reference(backend, theta, fisher, how):
             assert (counts - expected).abs().max() <= 2
             differ = sum(int((~torch.isclose(a, b, rtol=1e-2)).sum()) for a, b in zip(thetas, wanted, strict=True))
             assert differ <= 2
+
+
+@pytest.mark.parametrize("theta", DTYPES, ids=str)
+def test_ordinary_numbers_are_dampened_as_in_the_reference(backend, theta):
+    for shift, (alpha, lam, cap) in enumerate([(1.5, 0.7, 1.0), (0.0, 1.0, 0.5), (10.0, 64.0, 8.0), (1.0, 1 / 64, 1.0)]):
+        problem = make_ordinary(work(GROUPS, 7, theta=theta, shift=shift * 4, device=backend.device), shift)
+        numbers = Merging("max", 0.75), problem.dampening(alpha, lam, cap=cap)
+        counts, thetas = dampened(backend.kernels, problem, *numbers)
+        expected, wanted = dampened(REFERENCE, problem, *numbers)
+        assert torch.equal(counts, expected)
+        assert all(map(same_bits, thetas, wanted))
+        assert (expected[:6, 0] > 0).all() and expected[:, 0].sum() < problem.numels().sum() and expected[:, 1].any()
 
 
 @pytest.mark.parametrize("fisher", [torch.float32, torch.float64], ids=str)

@@ -334,9 +334,20 @@ def test_old_tritons_get_a_division_that_does_not_flush(monkeypatch, version, fl
     host.division_flushes.cache_clear()
     monkeypatch.setattr(host, "interpreted", lambda: False)
     constants = {"MERGE": "max", "POWER": False}
-    assert host.options("cuda", constants)["FLUSHES"] is flushes
-    assert host.options("hip", constants)["FLUSHES"] is False
+    assert host.options("cuda", 90, constants)["FLUSHES"] is flushes
+    assert host.options("hip", 0, constants)["FLUSHES"] is False
     monkeypatch.setattr(host, "interpreted", lambda: True)
-    assert host.options("cuda", constants)["FLUSHES"] is False
-    assert "FLUSHES" not in host.options("cuda", {"GRADIENT": "fp32"})
+    assert host.options("cuda", 90, constants)["FLUSHES"] is False
+    assert "FLUSHES" not in host.options("cuda", 90, {"GRADIENT": "fp32"})
     host.division_flushes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("target", "quick"), [(("cuda", 80), 1), (("cuda", 90), 1), (("cuda", 100), 2), (("cuda", 103), 2), (("cuda", 120), 1),
+                          (("hip", 0), 0)]
+)  # fmt: skip
+def test_two_numbers_in_an_instruction_where_the_gpu_has_that(monkeypatch, target, quick):
+    constants = {"MERGE": "max", "POWER": False}
+    assert host.options(*target, constants)["QUICK"] == (0 if host.interpreted() else quick)
+    monkeypatch.setattr(host, "interpreted", lambda: False)
+    assert host.options(*target, constants)["QUICK"] == quick

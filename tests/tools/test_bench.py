@@ -258,6 +258,14 @@ def load(name):
     return module
 
 
+def test_the_page_on_models_on_disk_has_the_committed_figures():
+    disk = load("checkpoints")
+    kept = json.loads(disk.TARGET.read_text())
+    assert kept["bytes_of_models"] > 6e9
+    assert kept["rounds"] >= 3
+    assert f"<!-- measured -->\n{disk.tables(kept)}<!-- /measured -->" in disk.PAGE.read_text()
+
+
 def test_command_line(capsys, monkeypatch):
     seen = {}
     monkeypatch.setattr(run, "bench", lambda *a, **k: seen.update(a=a) or [])

@@ -40,6 +40,7 @@ from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .rounds import Round, Rounds, unlearn_rounds_
 from .scope import last_layer
+from .scores import ClassScore
 from .storage import flatten_, stack_
 from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
@@ -52,6 +53,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "Choice",
+    "ClassScore",
     "DTypeError",
     "DagError",
     "DeviceError",

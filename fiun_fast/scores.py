@@ -1,0 +1,252 @@
+"""What tuning maximises: how little of the forgotten is left, how much of the rest is kept, on validation data.
+
+`Score` is what `tune` and `unlearn_` know of it; `ClassScore` is the one for classifiers. Any other function of name
+and model may take its place, and says nothing then but a number.
+"""
+
+from __future__ import annotations
+
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .answering import Answered, Answering
+from .arguments import check_function, check_number
+from .dag import Model
+from .errors import ArgumentError, EstimationError
+from .estimators.loaders import is_iterator
+from .estimators.reading import Forward
+
+Marks = Callable[[Any, Tensor], Tensor]  # (inputs, labels [B]) -> [B] bool
+Classes = int | Iterable[int]
+MARGINS = (0.1, 0.02)
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model does on validation data.
+
+    Attributes:
+        left: what is left of the forgotten, 0..1.
+        kept: what is kept of the rest, 0..1.
+
+    """
+
+    left: float
+    kept: float
+
+    def within(self, before: Seen, left: float, lost: float) -> bool:
+        """Whether at most so much is left, and at most so much of what was kept before is lost."""
+        return self.left <= left + ROUNDING and before.kept - self.kept <= lost + ROUNDING
+
+
+class Score(ABC):
+    """An `evaluate` for `tune` that says what it measured: (name, model) -> score, higher is better.
+
+    Attributes:
+        before: node -> what was seen when it was looked at first, or `begin` was called; falls are counted from there.
+        last: node -> what the last call saw.
+
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, Seen] = {}
+        self.last: dict[str, Seen] = {}
+
+    def begin(self, models: Mapping[str, Model]) -> None:
+        """Take down what these models do now; `tune` and `unlearn_` call it before anything is dampened."""
+        self.before |= {name: self.look(name, model) for name, model in models.items()}
+
+    def __call__(self, name: str, model: Model) -> float:
+        """The score of the model as it is now."""
+        self.last[name] = seen = self.look(name, model)
+        return -self.loss(seen, self.before.setdefault(name, seen))
+
+    @abstractmethod
+    def look(self, name: str, model: Model) -> Seen:
+        """What the model does now; nothing is compared with it."""
+
+    @abstractmethod
+    def loss(self, seen: Any, before: Any) -> float:
+        """What is to be made small."""
+
+
+@dataclass(frozen=True)
+class ClassesSeen(Seen):
+    """The same of a classifier: `left` and `kept` are accuracies.
+
+    Attributes:
+        sure_left, sure_kept: mean probability of the true label, on the forgotten and on the rest.
+
+    """
+
+    sure_left: float
+    sure_kept: float
+
+
+class ClassScore(Score):
+    """`evaluate` for `tune` and `unlearn_`, of a classifier that is to forget some samples and keep the others.
+
+        score = -(left + max(0, kept before - kept) + 0.1 sure_left - 0.02 sure_kept)
+
+    `left` and `kept` are accuracies on what is to be forgotten and on everything else, `sure_*` the mean probability
+    that is given to the true label there. The last two only break ties, towards a margin: many candidates reach the
+    same accuracies, and the one that has just crossed the line on validation data fails on new data. docs/choosing.md
+    compares the rule with others.
+
+    Where nothing but the last layer changes, what goes into it is kept, and a call is one matrix product (`answering`
+    says when the whole model runs). Models run in eval mode and are left as they were.
+
+    Args:
+        loader: validation data, batches with labels in any form that `estimate_fisher` reads, gone over several times;
+            or {node: loader}.
+        forget: what is to be forgotten: a class or several; {node: classes}; or a function (x, y) -> [B] bool, which
+            gets the first part of a batch, or all of it where that is no tuple, and the labels [B] int64.
+        margins: weights of `sure_left` and `sure_kept`; (0, 0) for accuracy alone.
+        forward_fn, target_index: as for `estimate_fisher`.
+
+    Raises:
+        ArgumentError: no loader, an iterator, which can be gone over once, or `forget` is none of these. From a call:
+            nothing is given for that node, its model is a dict of tensors, or `forget` returns something else.
+        EstimationError: from a call: there is nothing to forget or nothing to keep among a node's data, a batch cannot
+            be read, or there is not one prediction a sample; the message names the node.
+
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any] | Mapping[str, Iterable[Any]],
+        *,
+        forget: Classes | Mapping[str, Classes] | Marks,
+        margins: tuple[float, float] = MARGINS,
+        forward_fn: Forward | None = None,
+        target_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._loaders = check_loaders("loader", loader)
+        self._forget: Any = forget
+        if callable(forget):
+            check_function("forget", forget, "x", "y")
+        elif isinstance(forget, Mapping):
+            self._forget = {name: _classes(f"forget[{name!r}]", some) for name, some in forget.items()}
+        else:
+            self._forget = _classes("forget", forget)
+        self._margins = [check_number(f"margins[{i}]", weight) for i, weight in enumerate(margins)]
+        self._how: dict[str, Any] = {"forward_fn": forward_fn, "target_index": target_index}
+        self._answering: dict[str, tuple[Model, Answering]] = {}
+
+    def begin(self, models: Mapping[str, Model]) -> None:
+        """As of any score; what is kept of these models is looked at anew."""
+        for name in models:
+            self._answering.pop(name, None)
+        super().begin(models)
+
+    def look(self, name: str, model: Model) -> ClassesSeen:
+        """What the model does now."""
+        known = self._answering.get(name)
+        if known is None or known[0] is not model:
+            known = self._answering[name] = (model, self._new(name, model))
+        return seen(known[1]())
+
+    def loss(self, seen: ClassesSeen, before: ClassesSeen) -> float:
+        """The rule above."""
+        return accuracy_loss(seen, before) + self._margins[0] * seen.sure_left - self._margins[1] * seen.sure_kept
+
+    def _new(self, name: str, model: Model) -> Answering:
+        what = f"validation data of node {name!r}"
+        bare, forget = check_runs(name, model), self._forget
+        if isinstance(forget, Mapping):
+            if name not in forget:
+                raise ArgumentError(f"forget has no classes for node {name!r}; it has them for {', '.join(forget)}")
+            forget = forget[name]
+        mark = (lambda batch, labels: _marked(forget, batch, labels)) if callable(forget) else _isin(forget)
+        made = Answering(bare, loader_of(self._loaders, name), mark, what, **self._how)
+        marked = made().marked
+        if bool(marked.all()) or not bool(marked.any()):
+            found = "all" if bool(marked.all()) else "none"
+            raise EstimationError(
+                f"{what}: {found} of its {len(marked)} samples are to be forgotten; expected some of these and some "
+                "others"
+            )
+        return made
+
+
+def accuracy_loss(seen: Seen, before: Seen) -> float:
+    """What is left of the forgotten, and what was lost on the rest."""
+    return seen.left + max(0.0, before.kept - seen.kept)
+
+
+def seen(answered: Answered) -> ClassesSeen:
+    """Accuracies, and how sure the model is, on what is marked and on the rest; NaN where there is none."""
+    logits, labels, gone = answered
+    right = logits.argmax(1) == labels
+    sure = logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
+    kinds = torch.stack([gone, ~gone], 1).double()  # [N, 2]
+    means = torch.stack([right.double(), sure.double()]) @ kinds / kinds.sum(0)
+    return ClassesSeen(*means.flatten().tolist())
+
+
+def check_loaders(what: str, loader: Any) -> Any:
+    """One loader, or {node: loader}; an ArgumentError where it is none, or can be gone over only once."""
+    for where, one in loader.items() if isinstance(loader, Mapping) else [(None, loader)]:
+        named = what if where is None else f"{what}[{where!r}]"
+        if is_iterator(one):
+            raise ArgumentError(
+                f"{named} is a {type(one).__name__}, which can be gone over once, and it is needed several times: pass "
+                "a list of batches or a DataLoader"
+            )
+        if not isinstance(one, Iterable) and not hasattr(one, "__getitem__"):
+            raise ArgumentError(f"{named} is a {type(one).__name__}, expected a loader of batches, or {{node: loader}}")
+    return loader
+
+
+def loader_of(loaders: Any, name: str) -> Iterable[Any]:
+    """The loader of that node."""
+    if not isinstance(loaders, Mapping):
+        return loaders
+    if name not in loaders:
+        raise ArgumentError(f"no validation data for node {name!r}; there are some for {', '.join(map(str, loaders))}")
+    return loaders[name]
+
+
+def check_runs(name: str, model: Model) -> nn.Module:
+    """The model; an ArgumentError where it is a dict of tensors."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"node {name!r} is a {type(model).__name__} of tensors, which cannot be run: pass a module, or a score of "
+            "your own"
+        )
+    return model
+
+
+def _classes(what: str, given: Any) -> list[int]:
+    listed = [given] if isinstance(given, numbers.Integral) else given
+    if isinstance(listed, (str, Mapping)) or not isinstance(listed, Iterable):
+        raise ArgumentError(f"{what} is a {type(given).__name__}, expected classes, {{node: classes}} or a function")
+    found = []
+    for one in listed.tolist() if isinstance(listed, Tensor) else listed:
+        if isinstance(one, bool) or not isinstance(one, numbers.Integral):
+            raise ArgumentError(f"{what} holds {one!r:.40}, expected classes, which are whole numbers")
+        found.append(int(one))
+    return found
+
+
+def _isin(classes: list[int]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda _, labels: torch.isin(labels, torch.tensor(classes, dtype=torch.int64, device=labels.device))
+
+
+def _marked(forget: Marks, batch: Any, labels: Tensor) -> Tensor:
+    found: Any = forget(batch[0] if isinstance(batch, (tuple, list)) else batch, labels)
+    marked = found if isinstance(found, Tensor) else torch.as_tensor(found)
+    if marked.dtype != torch.bool or marked.shape != labels.shape:
+        raise ArgumentError(
+            f"forget(x, y) gave {str(marked.dtype).removeprefix('torch.')} {list(marked.shape)}, expected bool "
+            f"{list(labels.shape)}: whether each sample is to be forgotten"
+        )
+    return marked.to(labels.device)

@@ -76,7 +76,7 @@ def plan(
     listed, originals = completed(dag, listed, estimate, backend)
     nodes = reached_nodes(dag, listed, originals)
     reached = {node.name for node in nodes}
-    return _made(nodes, listed, {name: dag[name].model for name in dag if name not in reached}, options)
+    return made(nodes, listed, {name: dag[name].model for name in dag if name not in reached}, options)
 
 
 @renamed(share="forget_fraction")
@@ -189,7 +189,7 @@ def _plan_of_one(
     pairs = zip(forgets, gradients, strict=True)
     requests = check_requests([ForgetRequest("model", one, gradient=its) for one, its in pairs])
     node = ReachedNode("model", model, original, tuple(range(len(requests))))
-    return _made([node], requests, {}, options)
+    return made([node], requests, {}, options)
 
 
 def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> Sequence[Gradient | None]:
@@ -205,7 +205,7 @@ def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> 
     return listed
 
 
-def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:
+def made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:
     """Check the options, compile, bind; with alpha="auto" choose each node's alpha from its ratios."""
     known = frozenset(node.name for node in nodes) | frozenset(bystanders)
     check_one_of("merge", o.merge, MERGE_RULES)

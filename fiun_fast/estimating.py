@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import ArgumentError, FiunError
 from .estimates import Estimates
 from .estimators.estimate import Wanted, estimate_fisher, sweep
 from .estimators.job import OWN_LOSSES, Options
+from .estimators.loaders import is_iterator
 from .estimators.totals import BY_SAMPLE
 from .fisher import Fisher
 from .scope import LAST, Params, select_parameters
 from .wrappers import unwrap
 
+FEWEST = 16  # batches: `batch` is a mean over these
 Estimate = Mapping[str, Any]  # keywords of `estimate_fisher`
 KNOWN = tuple(inspect.signature(estimate_fisher).parameters)[2:]  # without model and loader
 
@@ -40,12 +43,14 @@ class _Lack:
     data: Any
     estimates: Estimates  # where they are kept
     scope: Mapping[str, Tensor]  # name -> parameter
+    most: int | None  # samples
 
     def found(self, way: Options) -> Fisher | None:
-        return self.estimates.find((way, *self.scope), self.model, self.data)
+        return self.estimates.find((way, self.most, *self.scope), self.model, self.data)
 
     def keep(self, way: Options, fisher: Fisher) -> None:
-        self.estimates.keep((way, *self.scope), self.model, self.data, list(self.scope.values()), fisher)
+        how = (way, self.most, *self.scope)
+        self.estimates.keep(how, self.model, self.data, list(self.scope.values()), fisher)
 
 
 def completed(
@@ -110,12 +115,20 @@ def complete_for(
     params: Params,
     ways: Sequence[Options],
     *,
+    most: int | None = None,
     progress: bool = False,
 ) -> list[Complete]:
     """The same for several ways to estimate, of which each loader is gone over once for all that read batches alike.
 
     Nodes and requests that have Fishers keep them, and where some are given the others are estimated over the
     parameters that those are of. What was estimated before is used again (`Estimates`).
+
+    Args:
+        dag, requests: as checked by `plan`.
+        params: which parameters.
+        ways: the estimators, with their options.
+        most: samples of each loader that are used, about (`Some`); None: all.
+        progress: show a progress bar.
 
     Raises:
         ArgumentError: data of a node whose model is a dict of tensors; no loader.
@@ -129,12 +142,12 @@ def complete_for(
     given = [fisher for fisher in fishers if fisher is not None]
     scope = list(given[0].layout.names) if given else params
     nodes = {
-        node.name: _lack(f"data of node {node.name!r}", node, node.data, node.estimates, scope)
+        node.name: _lack(f"data of node {node.name!r}", node, node.data, node.estimates, scope, most)
         for node, _ in reached
         if node.fisher is None and node.data is not None
     }
     forgets = {
-        k: _lack(f"data of request {k} ({one.origin!r})", dag[one.origin], one.data, one.estimates, scope)
+        k: _lack(f"data of request {k} ({one.origin!r})", dag[one.origin], one.data, one.estimates, scope, most)
         for k, one in enumerate(requests)
         if one.fisher is None
     }
@@ -146,7 +159,7 @@ def complete_for(
             missing = [way for way in alike if any(found[lack, way] is None for lack in together)]
             with _about(together):
                 wanted = {lack.what: Wanted(lack.model, list(lack.scope), missing) for lack in together}
-                fresh = sweep(wanted, together[0].data, progress)
+                fresh = sweep(wanted, together[0].data if most is None else some(together[0].data, most), progress)
             for lack in together:
                 for way, fisher in zip(missing, fresh[lack.what], strict=True):
                     if found[lack, way] is None:
@@ -161,14 +174,43 @@ def complete_for(
     ]
 
 
-def _lack(what: str, node: Node, data: Any, estimates: Estimates, params: Params) -> _Lack:
+def some(loader: Any, samples: int) -> Any:
+    """About so many samples of a loader, in at least `FEWEST` batches that are spread over all of it evenly.
+
+    The loader itself where it does not say how many batches it has, or has no more than that.
+    """
+    try:
+        total = len(loader)
+    except TypeError:
+        return loader
+    return loader if total <= FEWEST or is_iterator(loader) else _Some(loader, samples, total)
+
+
+class _Some:
+    def __init__(self, loader: Any, samples: int, total: int) -> None:
+        self._loader, self._samples, self._total = loader, samples, total
+
+    def __iter__(self) -> Iterator[Any]:
+        taken: set[int] | None = None
+        for number, batch in enumerate(self._loader):
+            if taken is None:
+                each = max(
+                    (len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), default=1
+                )
+                wanted = min(self._total, max(FEWEST, -(-self._samples // each)))
+                taken = {k * self._total // wanted for k in range(wanted)}
+            if number in taken:
+                yield batch
+
+
+def _lack(what: str, node: Node, data: Any, estimates: Estimates, params: Params, most: int | None) -> _Lack:
     if not isinstance(node.model, nn.Module):
         raise ArgumentError(
             f"{what}: the model of node {node.name!r} is a {type(node.model).__name__} of tensors, which cannot be "
             "run: pass the module, or a Fisher"
         )
     try:
-        return _Lack(what, node.model, data, estimates, select_parameters(unwrap(node.model).module, params))
+        return _Lack(what, node.model, data, estimates, select_parameters(unwrap(node.model).module, params), most)
     except FiunError as error:
         error.args = (f"{what}: {error}",)
         raise

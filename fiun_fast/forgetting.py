@@ -27,6 +27,7 @@ from .tuning import POINTS, Evaluate, tune_plan
 from .unlearning import Options, made
 
 BEST: tuple[Estimator, ...] = ("batch", "expected")  # docs/choosing.md compares them
+SAMPLES = 1024
 ONE = "model"  # the node of a model without a DAG
 Ways = Callable[[list[Any]], list[EstimateOptions]]  # of these estimators; of those asked for where there are none
 
@@ -44,6 +45,7 @@ def unlearn_(
     lost: float = 0.02,
     strict: bool = False,
     estimate: Estimate | None = None,
+    samples: int | None = SAMPLES,
     lams: Iterable[float] | None = None,
     points: int = POINTS,
     merge: MergeRule = "max",
@@ -100,7 +102,7 @@ def unlearn_(
     ways = _ways(estimators, estimate, backend)
     seconds = dict.fromkeys(("Fishers", "choosing", "run"), 0.0)
     with _timed(seconds, "Fishers"):
-        kinds = _kinds(family, listed, params, ways, progress)
+        kinds = _kinds(family, listed, params, ways, samples, progress)
     options = Options(alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
     with _timed(seconds, "choosing"):
         reached = {kind: reached_nodes(family, of.requests, of.originals) for kind, of in kinds.items()}
@@ -244,7 +246,7 @@ def _ways(estimators: Any, estimate: Estimate | None, backend: str | None) -> Wa
 
 
 def _kinds(
-    family: InheritanceDAG, requests: list[ForgetRequest], params: Params, ways: Ways, progress: bool
+    family: InheritanceDAG, requests: list[ForgetRequest], params: Params, ways: Ways, most: int | None, progress: bool
 ) -> dict[str, Complete]:
     """Fishers of each kind, by the name of their estimator; where some are given, of their kind alone."""
     fishers = [*(one.fisher for one in requests), *(node.fisher for node, _ in family.reached(requests))]
@@ -253,7 +255,7 @@ def _kinds(
     if len(given) == len(fishers):
         return {", ".join(known) or "given": Complete(requests, {})}
     options = ways(known[:1])
-    found = complete_for(family, requests, params, options, progress=progress)
+    found = complete_for(family, requests, params, options, most=most, progress=progress)
     return dict(zip([one.estimator for one in options], found, strict=True))
 
 

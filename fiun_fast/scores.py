@@ -185,11 +185,14 @@ def accuracy_loss(seen: Seen, before: Seen) -> float:
 def seen(answered: Answered) -> ClassesSeen:
     """Accuracies, and how sure the model is, on what is marked and on the rest; NaN where there is none."""
     logits, labels, gone = answered
-    right = logits.argmax(1) == labels
-    sure = logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
-    kinds = torch.stack([gone, ~gone], 1).double()  # [N, 2]
-    means = torch.stack([right.double(), sure.double()]) @ kinds / kinds.sum(0)
-    return ClassesSeen(*means.flatten().tolist())
+    z = logits.float()
+    right = z.argmax(1) == labels
+    sure = (z.gather(1, labels[:, None])[:, 0] - z.logsumexp(1)).exp()
+    both = torch.stack([right, sure]).double()
+    forgotten, all_of_it, count = both @ gone.double(), both.sum(1), gone.sum()
+    left, sure_left = (forgotten / count).tolist()
+    kept, sure_kept = ((all_of_it - forgotten) / (len(gone) - count)).tolist()
+    return ClassesSeen(left, kept, sure_left, sure_kept)
 
 
 def check_loaders(what: str, loader: Any) -> Any:

@@ -88,6 +88,11 @@ class Answering:
             return _joined(self._run(self._loader)[0])
         return self._captured(self._tail) if self._kept is None else self._by(self._tail, self._kept)
 
+    def renew(self) -> None:
+        """Forget what is kept, if the model was written to in a way that no counter tells."""
+        if self._kept is not None and self._kept.watched.changed():
+            self._tail, self._kept = self._last(), None
+
     def _captured(self, tail: nn.Module) -> Answered:
         """The answers by the whole model, which keeps what went into the tail."""
         answers, given = self._run(self._loader, tail)

@@ -6,10 +6,12 @@ and model may take its place, and says nothing then but a number.
 
 from __future__ import annotations
 
+import copy
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,21 +132,32 @@ class ClassScore(Score):
     ) -> None:
         super().__init__()
         self._loaders = check_loaders("loader", loader)
-        self._forget: Any = forget
-        if callable(forget):
-            check_function("forget", forget, "x", "y")
-        elif isinstance(forget, Mapping):
-            self._forget = {name: _classes(f"forget[{name!r}]", some) for name, some in forget.items()}
-        else:
-            self._forget = _classes("forget", forget)
+        self._forget = _checked(forget)
         self._margins = [check_number(f"margins[{i}]", weight) for i, weight in enumerate(margins)]
         self._how: dict[str, Any] = {"forward_fn": forward_fn, "target_index": target_index}
         self._answering: dict[str, tuple[Model, Answering]] = {}
+        self._marked: dict[str, tuple[Tensor, Tensor]] = {}  # labels, and which of them are of classes to be forgotten
+
+    def forgetting(self, forget: Classes | Mapping[str, Classes]) -> ClassScore:
+        """The same for another request: classes, or {node: classes}; what is kept of the models serves both.
+
+        Raises:
+            ArgumentError: this one's `forget` is a function, or the other's is.
+
+        """
+        if callable(self._forget) or callable(forget):
+            raise ArgumentError(
+                "a score whose forget is a function is made anew for each: ClassScore(loader, forget=…)"
+            )
+        other = copy.copy(self)
+        other.before, other.last, other._marked, other._forget = {}, {}, {}, _checked(forget)
+        return other
 
     def begin(self, models: Mapping[str, Model]) -> None:
-        """As of any score; what is kept of these models is looked at anew."""
+        """As of any score; what is kept of models that changed meanwhile is made anew."""
         for name in models:
-            self._answering.pop(name, None)
+            if name in self._answering:
+                self._answering[name][1].renew()
         super().begin(models)
 
     def look(self, name: str, model: Model) -> ClassesSeen:
@@ -152,34 +165,45 @@ class ClassScore(Score):
         known = self._answering.get(name)
         if known is None or known[0] is not model:
             known = self._answering[name] = (model, self._new(name, model))
-        return seen(known[1]())
+        answered = known[1]()
+        if not callable(self._forget):
+            answered = answered._replace(marked=self._of_classes(name, answered.labels))
+        if not 0 < (marked := int(answered.marked.sum())) < len(answered.marked):
+            raise EstimationError(
+                f"validation data of node {name!r}: {'all' if marked else 'none'} of its {len(answered.marked)} "
+                "samples are to be forgotten; expected some of these and some others"
+            )
+        return seen(answered)
+
+    def _of_classes(self, name: str, labels: Tensor) -> Tensor:
+        known = self._marked.get(name)
+        if known is None or known[0] is not labels:
+            if isinstance(self._forget, Mapping) and name not in self._forget:
+                there = ", ".join(map(str, self._forget))
+                raise ArgumentError(f"forget has no classes for node {name!r}; it has them for {there}")
+            classes = self._forget[name] if isinstance(self._forget, Mapping) else self._forget
+            known = labels, torch.isin(labels, torch.tensor(classes, dtype=torch.int64, device=labels.device))
+            self._marked[name] = known
+        return known[1]
 
     def loss(self, seen: ClassesSeen, before: ClassesSeen) -> float:
         """The rule above."""
-        return accuracy_loss(seen, before) + self._margins[0] * seen.sure_left - self._margins[1] * seen.sure_kept
+        return class_loss(seen, before, *self._margins)
 
     def _new(self, name: str, model: Model) -> Answering:
-        what = f"validation data of node {name!r}"
-        bare, forget = check_runs(name, model), self._forget
-        if isinstance(forget, Mapping):
-            if name not in forget:
-                raise ArgumentError(f"forget has no classes for node {name!r}; it has them for {', '.join(forget)}")
-            forget = forget[name]
-        mark = (lambda batch, labels: _marked(forget, batch, labels)) if callable(forget) else _isin(forget)
-        made = Answering(bare, loader_of(self._loaders, name), mark, what, **self._how)
-        marked = made().marked
-        if bool(marked.all()) or not bool(marked.any()):
-            found = "all" if bool(marked.all()) else "none"
-            raise EstimationError(
-                f"{what}: {found} of its {len(marked)} samples are to be forgotten; expected some of these and some "
-                "others"
-            )
-        return made
+        bare, forget, what = check_runs(name, model), self._forget, f"validation data of node {name!r}"
+        mark = partial(_marked, forget) if callable(forget) else _none
+        return Answering(bare, loader_of(self._loaders, name), mark, what, **self._how)
 
 
 def accuracy_loss(seen: Seen, before: Seen) -> float:
     """What is left of the forgotten, and what was lost on the rest."""
     return seen.left + max(0.0, before.kept - seen.kept)
+
+
+def class_loss(seen: ClassesSeen, before: Seen, sure_left: float = MARGINS[0], sure_kept: float = MARGINS[1]) -> float:
+    """The same; among equals, less where the model is further from the line."""
+    return accuracy_loss(seen, before) + sure_left * seen.sure_left - sure_kept * seen.sure_kept
 
 
 def seen(answered: Answered) -> ClassesSeen:
@@ -228,6 +252,16 @@ def check_runs(name: str, model: Model) -> nn.Module:
     return model
 
 
+def _checked(forget: Any) -> Any:
+    """A function, {node: classes} or classes."""
+    if callable(forget):
+        check_function("forget", forget, "x", "y")
+        return forget
+    if isinstance(forget, Mapping):
+        return {name: _classes(f"forget[{name!r}]", some) for name, some in forget.items()}
+    return _classes("forget", forget)
+
+
 def _classes(what: str, given: Any) -> list[int]:
     listed = [given] if isinstance(given, numbers.Integral) else given
     if isinstance(listed, (str, Mapping)) or not isinstance(listed, Iterable):
@@ -240,8 +274,8 @@ def _classes(what: str, given: Any) -> list[int]:
     return found
 
 
-def _isin(classes: list[int]) -> Callable[[Any, Tensor], Tensor]:
-    return lambda _, labels: torch.isin(labels, torch.tensor(classes, dtype=torch.int64, device=labels.device))
+def _none(batch: Any, labels: Tensor) -> Tensor:
+    return torch.zeros_like(labels, dtype=torch.bool)
 
 
 def _marked(forget: Marks, batch: Any, labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .homes import Homes, all_held
@@ -17,7 +18,8 @@ class Watched:
     """A model's parameters, buffers, submodules, hooks and attributes as they are now.
 
     Tensors are told by where they live and by autograd's version counters, everything else by identity. What is written
-    to a tensor past its counter (`p.data.add_`) is not noticed, nor is a change inside a list or dict of a module.
+    to a tensor past its counter (`p.data.add_`) is noticed by `rewritten` alone, which reads them; a change inside a
+    list or dict of a module is not.
 
     Args:
         model: any.
@@ -48,6 +50,10 @@ class Watched:
         self.sure = not any(tensor.is_inference() for tensor in self._tensors)  # those have no counter
         self._versions = [tensor._version for tensor in self._tensors] if self.sure else []
         self._homes.settle()
+        self._sums = self._sum_up()
+
+    def _sum_up(self) -> list[int]:
+        return [int(_bytes(tensor).sum(dtype=torch.int64)) for tensor in self._tensors]
 
     def _hold(self, container: Mapping[str, Any], keys: list[str]) -> None:
         containers, names, objects = self._held
@@ -71,6 +77,18 @@ class Watched:
             return []
         return [t for t, one, before in zip(self._tensors, now, self._versions, strict=True) if one != before]
 
+    def rewritten(self) -> bool:
+        """Whether any of their bits changed, past their counters too; reads all of them."""
+        return self._sum_up() != self._sums
+
     def changed(self) -> bool:
-        """Either of the two."""
-        return self.rebuilt() or bool(self.written())
+        """Any of the three."""
+        return self.rebuilt() or bool(self.written()) or self.rewritten()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    plain = tensor.detach()
+    if plain.layout != torch.strided or plain.is_meta or plain.is_quantized:  # what is in them cannot be summed up
+        return torch.zeros(0)
+    plain = plain if plain.is_contiguous() else plain.contiguous()
+    return plain.view(-1).view(torch.int32 if plain.nbytes % 4 == 0 and plain.itemsize >= 4 else torch.uint8)

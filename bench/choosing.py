@@ -22,12 +22,13 @@ from statistics import mean
 import torch
 
 import fiun_fast as ff
+from fiun_fast.answering import Answered
 from fiun_fast.bench.files import environment, fill, markdown, write_json
-from fiun_fast.demo.data import load_digits
+from fiun_fast.demo.data import DigitNet, Samples, load_digits
 from fiun_fast.demo.experiment import Network
 from fiun_fast.demo.networks import SCENARIOS, grow
 from fiun_fast.demo.report import LEFT, LOST
-from fiun_fast.demo.score import Seen, accuracy_loss, look, loss
+from fiun_fast.scores import ClassesSeen, accuracy_loss, class_loss, seen
 from fiun_fast.tuning import default_grids
 
 ROOT = Path(__file__).parents[1]
@@ -51,19 +52,19 @@ class Point:
 
     index: int  # of alpha in the grid; -1: not of the grid
     lam: float
-    plain: Seen  # on validation data
-    jittered: Seen  # on validation data and jittered copies
-    test: Seen
+    plain: ClassesSeen  # on validation data
+    jittered: ClassesSeen  # on validation data and jittered copies
+    test: ClassesSeen
 
 
-Rule = tuple[Callable[[Seen, Seen], float], str, int, tuple[float, ...]]
+Rule = tuple[Callable[[ClassesSeen, ClassesSeen], float], str, int, tuple[float, ...]]
 RULES: dict[str, Rule] = {  # what to minimise, given the untouched node; on which data; alphas; lambdas
-    "tune, demo's rule": (loss, "jittered", POINTS, LAMBDAS),
-    "… 12 alphas": (loss, "jittered", 12, LAMBDAS),
-    "… 6 alphas": (loss, "jittered", 6, LAMBDAS),
-    "… λ = 1 only": (loss, "jittered", POINTS, (1.0,)),
-    "… λ = 0.01 only": (loss, "jittered", POINTS, (0.01,)),
-    "… no jittered copies": (loss, "plain", POINTS, LAMBDAS),
+    "tune, demo's rule": (class_loss, "jittered", POINTS, LAMBDAS),
+    "… 12 alphas": (class_loss, "jittered", 12, LAMBDAS),
+    "… 6 alphas": (class_loss, "jittered", 6, LAMBDAS),
+    "… λ = 1 only": (class_loss, "jittered", POINTS, (1.0,)),
+    "… λ = 0.01 only": (class_loss, "jittered", POINTS, (0.01,)),
+    "… no jittered copies": (class_loss, "plain", POINTS, LAMBDAS),
     "… accuracy alone": (accuracy_loss, "jittered", POINTS, LAMBDAS),
     "… accuracy alone, no copies": (accuracy_loss, "plain", POINTS, LAMBDAS),
 }
@@ -78,20 +79,30 @@ class Watch:
         self._head = model.head
         self.share = float((known.labels == label).double().mean())
         self._sets = {
-            "plain": network.inputs(node, "validation"),
-            "jittered": network.inputs(node, "validation", COPIES),
-            "test": network.inputs(node, "test"),
+            "plain": self._features(model, network.split(node, "validation")),
+            "jittered": self._features(model, network.split(node, "validation", COPIES)),
+            "test": self._features(model, network.split(node, "test")),
         }
-        own = network.seen(node, known.only([label]))  # for the search that sees no other data
-        self._own = own._replace(images=model.body(own.images).detach())
+        # for the search that sees no other data
+        self._own = self._features(model, network.seen(node, known.only([label])))
+
+    @staticmethod
+    @torch.no_grad()
+    def _features(model: DigitNet, samples: Samples) -> Samples:
+        return samples._replace(images=model.body(samples.images))
+
+    @torch.no_grad()
+    def _look(self, data: Samples) -> ClassesSeen:
+        return seen(Answered(self._head(data.images), data.labels, data.labels == self._label))
 
     def see(self, index: int = -1, lam: float = 1.0) -> Point:
         """The node as it is now."""
-        return Point(index, lam, **{name: look(self._head, data, [self._label]) for name, data in self._sets.items()})
+        return Point(index, lam, **{name: self._look(data) for name, data in self._sets.items()})
 
+    @torch.no_grad()
     def forget_accuracy(self) -> float:
         """On the training data to be forgotten."""
-        return look(self._head, self._own, [self._label]).forgotten
+        return float((self._head(self._own.images).argmax(1) == self._label).double().mean())
 
 
 def sweep(network: Network, label: int) -> Iterator[tuple[str, dict[str, Point], list[Point], Point]]:
@@ -152,8 +163,8 @@ def study(networks: Sequence[str] = NETWORKS) -> Iterator[dict]:
                     for _, fixed, points, before in sweep(network, label):
                         chosen = {name: chosen_by(rule, points, before) for name, rule in RULES.items()}
                         for rule, point in (fixed | chosen).items():
-                            lost = before.test.rest - point.test.rest
-                            pairs.setdefault((smoothing, estimator, rule), []).append((point.test.forgotten, lost))
+                            lost = before.test.kept - point.test.kept
+                            pairs.setdefault((smoothing, estimator, rule), []).append((point.test.left, lost))
             print(f"{scenario}, smoothing {smoothing}: {time.perf_counter() - began:.0f} s", flush=True)
         yield {
             "settings": {"seed": SEED, "scenarios": networks[:count], "points": POINTS, "copies": COPIES},

@@ -21,6 +21,7 @@ from .errors import (
     FiunError,
     LayoutError,
     MissingPackageError,
+    NotForgottenError,
     ProvenanceWarning,
     ScopeWarning,
     TreeFileError,
@@ -30,9 +31,11 @@ from .errors import (
 )
 from .estimators import FisherAccumulator, estimate_fisher, estimate_fishers
 from .fisher import Fisher, merge_fishers, top_overlap
+from .forgetting import unlearn_
 from .gradient import Gradient
 from .kernels import available_backends, use_backend
 from .layout import Layout, Segment, Shard
+from .outcome import NodeOutcome, Outcome
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
 from .provenance import Provenance
@@ -40,6 +43,8 @@ from .ratios import adaptive_alpha
 from .report import NodeReport, ParameterReport, Report
 from .rounds import Round, Rounds, unlearn_rounds_
 from .scope import last_layer
+from .scores import ClassScore
+from .sequence_score import SequenceScore
 from .storage import flatten_, stack_
 from .tuned import TriedPoint, Tuned
 from .tuning import search_alpha, tune
@@ -52,6 +57,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "Choice",
+    "ClassScore",
     "DTypeError",
     "DagError",
     "DeviceError",
@@ -70,7 +76,10 @@ __all__ = [
     "LayoutError",
     "MissingPackageError",
     "Node",
+    "NodeOutcome",
     "NodeReport",
+    "NotForgottenError",
+    "Outcome",
     "ParameterReport",
     "Plan",
     "Profiles",
@@ -82,6 +91,7 @@ __all__ = [
     "ScopeWarning",
     "Segment",
     "SelectionProfile",
+    "SequenceScore",
     "Shard",
     "TreeFileError",
     "Trials",
@@ -106,6 +116,7 @@ __all__ = [
     "stack_",
     "top_overlap",
     "tune",
+    "unlearn_",
     "unlearn_rounds_",
     "use_backend",
 ]

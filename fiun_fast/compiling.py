@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -90,8 +91,14 @@ class Program:
     matches: list[Match]  # [nodes]
 
 
-def reached_nodes(dag: InheritanceDAG, requests: Sequence[ForgetRequest]) -> list[ReachedNode]:
+def reached_nodes(
+    dag: InheritanceDAG, requests: Sequence[ForgetRequest], estimated: Mapping[str, Fisher] = MappingProxyType({})
+) -> list[ReachedNode]:
     """The nodes that the requests reach, in the order of the DAG.
+
+    Args:
+        dag, requests: as in `plan`; the requests have Fishers.
+        estimated: original Fishers of nodes that have none of their own.
 
     Raises:
         DagError: as `InheritanceDAG.reached`.
@@ -102,12 +109,14 @@ def reached_nodes(dag: InheritanceDAG, requests: Sequence[ForgetRequest]) -> lis
     for node, reaching in dag.reached(requests):
         if not isinstance(node.model, (torch.nn.Module, dict)):  # most are; asking for a Mapping takes longer
             check_model(node.name, node.model)
-        if not isinstance(node.fisher, Fisher):
-            check_original(node.name, node.fisher)
+        fisher = node.fisher if node.fisher is not None else estimated.get(node.name)
+        if not isinstance(fisher, Fisher):
+            check_original(node.name, fisher)
             raise ArgumentError(
-                f"node {node.name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…)"
+                f"node {node.name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…), or "
+                "add_model(…, data=loader) to have it estimated"
             )
-        reached.append(ReachedNode(node.name, node.model, node.fisher, reaching))
+        reached.append(ReachedNode(node.name, node.model, fisher, reaching))
     return reached
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
 
 import networkx as nx
 import torch
 
 from .arguments import check_number
 from .errors import ArgumentError, DagError, LayoutError
+from .estimates import Estimates
 from .fisher import Fisher, check_alike
 from .gradient import Gradient
 from .scope import check_module
@@ -19,23 +22,28 @@ from .scope import check_module
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ForgetRequest:
     """Everything that `origin` and its descendants learned from some data goes.
 
     Attributes:
         origin: the node where the data entered.
-        fisher: forget Fisher F of that data, taken at the origin.
+        fisher: forget Fisher F of that data, taken at the origin; or leave it out and pass `data`.
         weight: w_k, what F is multiplied by before it is merged with those of other requests.
         gradient: g_k of the loss on that data, at the origin, over the layout of F, for signed selection; all requests
             of a plan have one, or none. Merged it is g = Σ_k w_k g_k, the gradient of Σ_k w_k (loss of request k).
+        data: the data itself: a loader, of which the first plan that needs F estimates it at the origin. A Fisher that
+            is given is used as it is.
+        estimates: what was estimated of the data; kept here.
 
     """
 
     origin: str
-    fisher: Fisher
+    fisher: Fisher = None  # type: ignore[assignment]  # what is compiled has one: `estimating` sees to it
     weight: float = 1.0
     gradient: Gradient | None = None
+    data: Iterable[Any] | None = None
+    estimates: Estimates = field(default_factory=Estimates, init=False, repr=False)
 
 
 @dataclass
@@ -47,6 +55,10 @@ class Node:
         model: a module, or a dict of tensors.
         fisher: original Fisher I over the data the model was trained on, or None.
         time: when the model came to be, or None.
+        data: loader over the data the model was trained on, or None: of it the first plan that needs the original
+            Fisher estimates it. A Fisher that is given is used as it is.
+        estimates: what was estimated of the data; kept here. A model of which nothing but the parameters in scope was
+            trained further needs `estimates.clear()`; other training is noticed.
 
     """
 
@@ -54,6 +66,8 @@ class Node:
     model: Model
     fisher: Fisher | None = None
     time: float | None = None
+    data: Iterable[Any] | None = None
+    estimates: Estimates = field(default_factory=Estimates, init=False, repr=False)
 
 
 class InheritanceDAG:
@@ -76,6 +90,7 @@ class InheritanceDAG:
         *,
         parents: Iterable[str] = (),
         time: float | None = None,
+        data: Iterable[Any] | None = None,
     ) -> None:
         """Add a node.
 
@@ -85,6 +100,8 @@ class InheritanceDAG:
             fisher: original Fisher over the data the model was trained on; needed where a request reaches the node.
             parents: names of nodes already added.
             time: when the model came to be, in any unit; a child may not be older than an ancestor.
+            data: in place of the Fisher, the data: a loader such as `estimate_fisher` takes. The Fisher is estimated
+                when a plan needs it, once; nodes that share a loader are estimated in one sweep over it.
 
         Raises:
             DagError: duplicate name, unknown parent, or a time that runs backwards.
@@ -98,6 +115,8 @@ class InheritanceDAG:
         check_model(name, model)
         check_original(name, fisher)
         check_time(name, time)
+        if isinstance(data, Fisher):
+            raise ArgumentError(f"node {name!r}: data is a Fisher, expected a loader; pass it as fisher=")
         if not isinstance(parents, Iterable):
             raise ArgumentError(f"node {name!r}: parents is a {type(parents).__name__}, expected a list of names")
         above = [parents] if isinstance(parents, str) else list(parents)
@@ -108,7 +127,7 @@ class InheritanceDAG:
         if time is not None and not time >= latest:
             raise DagError(f"node {name!r} has time {time}, but inherits from a model of time {latest}")
         self._newest[name] = latest if time is None else float(time)
-        self._nodes[name] = Node(name, model, fisher, time)
+        self._nodes[name] = Node(name, model, fisher, time, data)
         self.graph.add_node(name)
         self.graph.add_edges_from((parent, name) for parent in above)
 
@@ -125,6 +144,11 @@ class InheritanceDAG:
         if node is None:
             raise DagError(f"node {name!r} has no model: add it with add_model")
         return node
+
+    @property
+    def lacks_fishers(self) -> bool:
+        """Whether any node has data in the place of a Fisher."""
+        return any(node.fisher is None and node.data is not None for node in self._nodes.values())
 
     def parents(self, name: str) -> list[str]:
         """Names of the models this one inherited from directly."""
@@ -233,10 +257,25 @@ def check_requests(requests: Iterable[ForgetRequest]) -> list[ForgetRequest]:
     if not listed:
         raise ArgumentError("no forget requests: nothing to plan")
     for k, request in enumerate(listed):
-        if not isinstance(request, ForgetRequest) or not isinstance(request.fisher, Fisher):
-            raise ArgumentError(f"request {k} is {request!r:.80}, expected ForgetRequest(origin, Fisher)")
-        request.fisher.check_memory(f"the forget Fisher of request {k}")
-        check_number(f"request {k} ({request.origin!r}): weight", request.weight, request.fisher.dtype)
+        if not isinstance(request, ForgetRequest) or not isinstance(request.fisher, (Fisher, NoneType)):
+            raise ArgumentError(
+                f"request {k} is {request!r:.80}, expected ForgetRequest(origin, Fisher), or ForgetRequest(origin, "
+                "data=loader)"
+            )
+        what = f"request {k} ({request.origin!r})"
+        if isinstance(request.data, Fisher) or (request.fisher is None and request.data is None):
+            found = "no Fisher and no data" if request.data is None else "a Fisher as data"
+            raise ArgumentError(f"{what} has {found}: pass fisher=, or data= and a loader over what is to be forgotten")
+        if request.fisher is not None:
+            request.fisher.check_memory(f"the forget Fisher of request {k}")
+        check_number(
+            f"{what}: weight", request.weight, torch.float32 if request.fisher is None else request.fisher.dtype
+        )
+        if request.gradient is not None and request.fisher is None:
+            raise ArgumentError(
+                f"{what} has a gradient and no Fisher: they lie element by element beside each other, so estimate the "
+                "Fisher and pass both"
+            )
         if request.gradient is not None:
             _check_gradient(
                 f"the gradient of request {k}", request.gradient, f"the forget Fisher of request {k}", request

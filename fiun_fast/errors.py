@@ -69,6 +69,10 @@ class UndoFileError(FiunError, ValueError):
     """A file that is not a (whole) undo log written by this package."""
 
 
+class NotForgottenError(FiunError, RuntimeError):
+    """At some node nothing that was tried forgets enough and keeps enough; the message says what was reached there."""
+
+
 class EstimationWarning(UserWarning):
     """A Fisher that was estimated is of no use: zero everywhere, or not finite."""
 

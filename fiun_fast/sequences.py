@@ -101,7 +101,7 @@ def relearned(
 
 
 @dataclass(frozen=True)
-class SequenceScore:
+class Recalled:
     """What is left of sequences to be forgotten, and what of those to be kept; shares 0..1.
 
     Attributes:
@@ -141,7 +141,7 @@ def score_sequences(
     others: Sequence[Sequence[Tensor]] | None = None,
     shown: int | None = None,
     batch: int = 64,
-) -> SequenceScore:
+) -> Recalled:
     """Look at a model in all these ways at once; it runs in eval mode, and is as before afterwards.
 
     Exact reproduction alone misleads: a model that no longer says a fact may still know it from among others, and may
@@ -164,7 +164,7 @@ def score_sequences(
         chosen = None if others is None else float(multiple_choice(model, forget, others).double().mean())
         left, kept = (_share_reproduced(model, pairs, batch) for pairs in (forget, retain))
     back = None if shown is None else relearned(model, forget, shown=shown, batch=batch)
-    return SequenceScore(left, kept, losses[0], losses[1], chosen, back)
+    return Recalled(left, kept, losses[0], losses[1], chosen, back)
 
 
 def _mean(model: nn.Module, pairs: Sequence[Pair], batch: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ import torch
 from .arguments import MergeRule, OnMismatch, check_count, check_function, check_number
 from .dag import ForgetRequest, InheritanceDAG, Model
 from .errors import ArgumentError, TuningWarning, warn
+from .estimating import Estimate
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
+from .scores import Score
 from .tuned import TriedPoint, Tuned
 from .unlearning import plan
 
@@ -35,6 +38,7 @@ def tune(
     scale: float = 1.0,
     on_mismatch: OnMismatch = "error",
     backend: str | None = None,
+    estimate: Estimate | None = None,
     progress: bool = False,
 ) -> Tuned:
     """Choose alpha and lambda of every node that the requests reach: the pair with the highest score.
@@ -53,7 +57,7 @@ def tune(
             share selected runs from one element to 70 % in even steps of its logarithm (`default_grids`).
         lams: default 1, 0.1, 0.01.
         points: of the default grid.
-        merge, scale, on_mismatch, backend: as in `plan`.
+        merge, scale, on_mismatch, backend, estimate: as in `plan`.
         progress: show a progress bar.
 
     Returns:
@@ -72,7 +76,8 @@ def tune(
 
     """
     check_function("evaluate", evaluate, "name", "model")
-    compiled = plan(dag, requests, alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
+    compiled = plan(dag, requests, alpha=0.0, estimate=estimate, **how)
     return _said("tune", tune_plan(compiled, evaluate, alphas=alphas, lams=lams, points=points, progress=progress))
 
 
@@ -125,6 +130,7 @@ def search_alpha(
     scale: float = 1.0,
     on_mismatch: OnMismatch = "error",
     backend: str | None = None,
+    estimate: Estimate | None = None,
     progress: bool = False,
 ) -> Tuned:
     """Choose alpha with no other data than what is to be forgotten, as PTN searches (Potion, arXiv 2406.09173).
@@ -139,7 +145,7 @@ def search_alpha(
         rho: share of the accuracy at the start, in (0, 1].
         start, step: percentile to begin with, and what it falls by each time.
         lam: dampening constant.
-        merge, scale, on_mismatch, backend: as in `plan`.
+        merge, scale, on_mismatch, backend, estimate: as in `plan`.
         progress: show a progress bar.
 
     Returns:
@@ -160,9 +166,8 @@ def search_alpha(
     for what, value, least, most in (("rho", rho, 0, 1), ("start", start, 0, 100), ("step", step, 0, 100)):
         if not least < check_number(what, value) <= most:
             raise ArgumentError(f"{what} is {value:g}, expected more than {least} and at most {most}")
-    compiled = plan(
-        dag, requests, alpha=0.0, lam=lam, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend
-    )
+    how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
+    compiled = plan(dag, requests, alpha=0.0, lam=lam, estimate=estimate, **how)
     names, models = compiled.nodes, compiled.models
     tried = _left_alone(compiled, compiled.profile(), evaluate)
     goal = {name: rho * tried[name][0].score for name in names}
@@ -247,6 +252,8 @@ def _distinct(
 
 def _left_alone(compiled: Plan, profiles: Profiles, evaluate: Evaluate) -> dict[str, list[TriedPoint]]:
     """The first point of each node: as it is, with an alpha that selects nothing."""
+    if isinstance(evaluate, Score):
+        evaluate.begin(compiled.models)
     return {
         name: [TriedPoint(_above(profile), 1.0, 0, 0.0, _score(name, evaluate(name, compiled.models[name])))]
         for name, profile in profiles.items()

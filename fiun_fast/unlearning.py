@@ -12,6 +12,7 @@ from .arguments import MERGE_RULES, MergeRule, OnMismatch, check_number, check_o
 from .compiling import PerNode, ReachedNode, dampening, narrowest, per_node, reached_nodes, values_per_node
 from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_requests
 from .errors import ArgumentError
+from .estimating import Estimate, completed
 from .fisher import Fisher, listed_fishers
 from .gradient import Gradient
 from .kernels.table import Merging
@@ -36,6 +37,7 @@ def plan(
     on_mismatch: OnMismatch = "error",
     backend: str | None = None,
     forget_fraction: PerNode | None = None,
+    estimate: Estimate | None = None,
 ) -> Plan:
     """Compile the unlearning of all requests in all models they reach (FIUn with MFIM, arXiv 2408.08493).
 
@@ -45,7 +47,7 @@ def plan(
 
     Args:
         dag: models, their original Fishers and who inherited from whom.
-        requests: origin and forget Fisher of what is to be forgotten.
+        requests: origin and forget Fisher of what is to be forgotten; or the data, as nodes may have.
         alpha: selection threshold; one number, or {node: number} that covers every node reached; "auto" chooses each
             node's as `adaptive_alpha` does, from its own ratios m / I.
         lam: dampening constant; likewise.
@@ -55,19 +57,26 @@ def plan(
         on_mismatch: "error", or "skip" to leave out parameters that a forget Fisher does not have in that shape.
         backend: name of one; None for use_backend, FIUN_FAST_BACKEND, or the default, in this order.
         forget_fraction: for alpha="auto": |D_f| / |D| in (0, 1], one number or {node: number}.
+        estimate: how Fishers are estimated where nodes or requests have data instead: a dict of keywords of
+            `estimate_fisher`, such as {"estimator": "expected", "params": None, "loss_fn": loss}. By default that is
+            the estimator `batch` over `params="last"`, the last layer; where some Fishers are given, the others are
+            over the same parameters. Each is estimated once and kept with its node or request; nodes that share a
+            loader are estimated in one sweep over it.
 
     Raises:
         FiunError: a subclass for each kind of bad input, naming node, parameter, expected and found. Nothing has been
             changed by then.
+        EstimationError: data of which no Fisher can be estimated, as an iterator that is used up.
 
     """
     if not isinstance(dag, InheritanceDAG):
         raise ArgumentError(f"dag is a {type(dag).__name__}, expected an InheritanceDAG")
     listed = check_requests(requests)
     options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
-    nodes = reached_nodes(dag, listed)
+    listed, originals = completed(dag, listed, estimate, backend)
+    nodes = reached_nodes(dag, listed, originals)
     reached = {node.name for node in nodes}
-    return _made(nodes, listed, {name: dag[name].model for name in dag if name not in reached}, options)
+    return made(nodes, listed, {name: dag[name].model for name in dag if name not in reached}, options)
 
 
 @renamed(share="forget_fraction")
@@ -180,7 +189,7 @@ def _plan_of_one(
     pairs = zip(forgets, gradients, strict=True)
     requests = check_requests([ForgetRequest("model", one, gradient=its) for one, its in pairs])
     node = ReachedNode("model", model, original, tuple(range(len(requests))))
-    return _made([node], requests, {}, options)
+    return made([node], requests, {}, options)
 
 
 def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> Sequence[Gradient | None]:
@@ -196,7 +205,7 @@ def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> 
     return listed
 
 
-def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:
+def made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:
     """Check the options, compile, bind; with alpha="auto" choose each node's alpha from its ratios."""
     known = frozenset(node.name for node in nodes) | frozenset(bystanders)
     check_one_of("merge", o.merge, MERGE_RULES)

@@ -122,3 +122,11 @@ def fresh(seed: int) -> DigitNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DigitNet()
+
+
+@torch.no_grad()
+def accuracies(model: nn.Module, samples: Samples, forgotten: Iterable[int]) -> tuple[float, float]:
+    """Of a model in eval mode: on the forgotten classes (nan if there is none), and on the others."""
+    right = (model(samples.images).argmax(1) == samples.labels).float()
+    gone = torch.isin(samples.labels, torch.tensor(list(forgotten), device=samples.labels.device))
+    return right[gone].mean().item(), right[~gone].mean().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -12,14 +13,12 @@ import torch
 
 import fiun_fast as ff
 from fiun_fast.arguments import Estimator
-from fiun_fast.tuning import tune_plan
 
 from ..bench.baselines import unlearn_named
 from ..bench.measure import Machine
-from .data import DigitNet, Digits, Samples, batches, jittered, join
+from .data import DigitNet, Digits, Samples, accuracies, batches, jittered, join
 from .networks import Recipe, Step, grow
 from .report import Case, Row
-from .score import ClassScore, look
 
 COPIES = {"original": 2, "forget": 6}  # a class is a tenth of the data: its Fisher needs more passes to settle
 SEARCH = {"last-layer": (40, 6), "all": (12, 0)}  # scope -> alphas tried for each lambda, jittered validation copies
@@ -53,7 +52,8 @@ class Network:
         # made once each
         self._requests: dict[int, ff.ForgetRequest] = {}
         self._request_seconds: dict[int, float] = {}
-        self._inputs: dict[tuple[str, str, int], Samples] = {}
+        validation = {node: [self.split(node, "validation", SEARCH[scope][1])] for node in models}
+        self.score = ff.ClassScore(validation, forget={})
 
     def restore(self) -> None:
         """Put the parameters back that dampening may write."""
@@ -80,59 +80,40 @@ class Network:
             self._requests[label] = ff.ForgetRequest(origin, fisher)
         return self._requests[label]
 
-    def tail(self, model: DigitNet) -> torch.nn.Module:
-        """The part of a model that dampening reaches and that takes `inputs`."""
-        return model.head if self.scope == "last-layer" else model
-
-    @torch.no_grad()
-    def inputs(self, node: str, split: str, copies: int = 0) -> Samples:
-        """What `tail` takes of a split: the classes the node knows, and jittered copies for a finer signal.
-
-        Features, where the last layer is in scope and the body never changes.
-        """
-        if (node, split, copies) not in self._inputs:
-            samples = getattr(self.digits, split).only(self._data[node].classes)
-            generator = torch.Generator().manual_seed(self.recipe.seed)
-            samples = join([samples, jittered(samples, copies, generator)]) if copies else samples
-            seen = self.seen(node, samples)
-            images = self.models[node].body(seen.images) if self.scope == "last-layer" else seen.images
-            self._inputs[node, split, copies] = Samples(images, seen.labels)
-        return self._inputs[node, split, copies]
-
-    def score(self, classes: Sequence[int]) -> ClassScore:
-        """What each node that forgets some of the classes is to be tuned for."""
-        reached = self.recipe.reached(classes)
-        data = {node: self.inputs(node, "validation", SEARCH[self.scope][1]) for node in reached}
-        return ClassScore(self.models, data, reached, self.tail)
+    def split(self, node: str, split: str, copies: int = 0) -> Samples:
+        """A split as the node sees it: of the classes that it knows, and jittered copies for a finer signal."""
+        samples = getattr(self.digits, split).only(self._data[node].classes)
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        samples = join([samples, jittered(samples, copies, generator)]) if copies else samples
+        return self.seen(node, samples)
 
     def accuracy(self, node: str, forgotten: Sequence[int]) -> tuple[float, float]:
         """Test accuracy on the forgotten classes that the node knows (nan if none), and on the others."""
-        return look(self.tail(self.models[node]), self.inputs(node, "test"), forgotten)[:2]
+        return accuracies(self.models[node], self.split(node, "test"), forgotten)
 
     def forget(self, classes: Sequence[int], *, backend: str | None = None, points: int | None = None) -> Case:
         """Forget the classes everywhere, measure, and put the models back."""
         recipe, seconds, reached = self.recipe, dict(self.seconds), self.recipe.reached(classes)
         requests = {label: self.request(label) for label in classes}
         seconds["forget Fisher, at the origin"] = sum(self._request_seconds[label] for label in classes)
-        with _timed(seconds, "compiling the plan"):
-            plan = ff.plan(self.dag, requests.values(), alpha=0.0, backend=backend)
-        with _timed(seconds, "choosing alpha and lambda"):
-            chosen = tune_plan(plan, self.score(classes), points=points or SEARCH[self.scope][0])
-        plan.set_values_(chosen)
         before = {node: self.accuracy(node, classes) for node in self.models}
-        report, rows = plan.run_(), []
+        score, points = self.score.forgetting(reached), points or SEARCH[self.scope][0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ff.TuningWarning)  # the tables say what was reached
+            outcome = ff.unlearn_(self.dag, requests.values(), score, backend=backend, points=points)
+        seconds["choosing alpha and lambda"], rows = outcome.seconds["choosing"], []
         for node, step in zip(self.models, recipe.steps, strict=True):
             row = Row(node, step.parents, reached.get(node, ()), before[node], self.accuracy(node, classes))
             if row.forget:
-                row.alpha, row.lam = chosen[node].alpha, chosen[node].lam
-                row.selected, row.numel = report[node].selected, report[node].numel
+                did = outcome[node]
+                row.alpha, row.lam, row.selected, row.numel = did.alpha, did.lam, did.selected, did.numel
             rows.append(row)
         self.restore()
-        seconds["one plan.run_()"] = self._median(plan.run_)
+        seconds["one plan.run_()"] = self._median(outcome.plan.run_)
         # dicts of named tensors are made ready here, before anything is timed
         originals = {node: self.originals[node].as_dict() for node in reached}
         fishers = {node: [requests[label].fisher.as_dict() for label in labels] for node, labels in reached.items()}
-        alphas, lams = ({node: getattr(of, key) for node, of in chosen.items()} for key in ("alpha", "lam"))
+        alphas, lams = ({node: getattr(outcome[node], key) for node in reached} for key in ("alpha", "lam"))
         textbook = lambda: unlearn_named(self.models, originals, fishers, alphas, lams)  # noqa: E731
         seconds["textbook chain, node by node"] = self._median(textbook)
         origins = tuple(recipe.origin[label] for label in classes)
@@ -146,8 +127,7 @@ class Network:
         with _timed(case.seconds, "retraining every affected node"):
             models = grow(self.recipe, without=case.classes, keep=keep, effort=effort, watch=watch)
         for row in case.touched:
-            samples = self.digits.test.only(self._data[row.node].classes)
-            row.retrained = look(models[row.node], self.seen(row.node, samples), case.classes)[:2]
+            row.retrained = accuracies(models[row.node], self.split(row.node, "test"), case.classes)
         return models
 
     def _median(self, work: Callable[[], object]) -> float:

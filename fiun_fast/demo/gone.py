@@ -67,24 +67,20 @@ class _Likeness:
     """`evaluate` for `ff.tune`: forgotten samples are to look like validation data."""
 
     def __init__(self, network: Network, some: Samples) -> None:
-        self._tail = network.tail
-        self._data: dict[str, tuple[Samples, Samples]] = {}
-        for node, model in network.models.items():
-            seen = network.seen(node, some)
-            inputs = model.body(seen.images).detach() if network.scope == "last-layer" else seen.images
-            self._data[node] = Samples(inputs, seen.labels), network.inputs(node, "validation")
-        self._before = {node: self._look(model, self._data[node][1])[1] for node, model in network.models.items()}
+        self._data = {n: (network.seen(n, some), network.split(n, "validation")) for n in network.models}
+        self._before = {n: _sure_and_right(model, self._data[n][1])[1] for n, model in network.models.items()}
 
     def __call__(self, node: str, model: Any) -> float:
-        (sure, _), (unseen, right) = (self._look(model, data) for data in self._data[node])
+        (sure, _), (unseen, right) = (_sure_and_right(model, data) for data in self._data[node])
         return -abs(sure - unseen) - max(0.0, self._before[node] - right)
 
-    @torch.no_grad()
-    def _look(self, model: Any, data: Samples) -> tuple[float, float]:
-        """Mean probability of the true label, and accuracy."""
-        logits = self._tail(model)(data.images)
-        sure = logits.softmax(1).gather(1, data.labels[:, None])
-        return sure.mean().item(), (logits.argmax(1) == data.labels).float().mean().item()
+
+@torch.no_grad()
+def _sure_and_right(model: Any, data: Samples) -> tuple[float, float]:
+    """Mean probability of the true label, and accuracy."""
+    logits = model(data.images)
+    sure = logits.softmax(1).gather(1, data.labels[:, None])
+    return sure.mean().item(), (logits.argmax(1) == data.labels).float().mean().item()
 
 
 def _gone(

@@ -32,8 +32,7 @@ TIMES = {  # key in Case.seconds -> what to say next to it
     "retraining every affected node": "really done",
     "original Fishers, all nodes": "once a network",
     "forget Fisher, at the origin": "once a request",
-    "choosing alpha and lambda": "the whole grid, once a request",
-    "compiling the plan": "once a request",
+    "choosing alpha and lambda": "compiling, the whole grid, measuring; once a request",
     "textbook chain, node by node": "median of 21",
     "one plan.run_()": "median of 21",
 }

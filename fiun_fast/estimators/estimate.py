@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..scope import Params, check_module, select_parameters
 from ..wrappers import check_gathered, silenced, unwrap
 from . import claims
 from .accumulator import BatchEstimate
-from .head import HeadEstimate, NotAHead
+from .head import HeadEstimate, NotAHead, SharedForward
 from .job import Estimate, Job, Options
 from .loaders import NumberedBatches, of_batch, why_not_finite
 from .preserving import preserved
@@ -100,7 +100,7 @@ def estimate_fisher(
 
     """
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
-    return _sweep({"model": model}, loader, params, options, progress)["model"]
+    return sweep({"model": Wanted(model, params, [options])}, loader, progress)["model"][0]
 
 
 def estimate_fishers(
@@ -138,16 +138,29 @@ def estimate_fishers(
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
-    return _sweep(models, loader, params, options, progress)
+    found = sweep({name: Wanted(model, params, [options]) for name, model in models.items()}, loader, progress)
+    return {name: fishers[0] for name, fishers in found.items()}
 
 
-def _sweep(
-    models: Mapping[str, torch.nn.Module], loader: Iterable[Any], params: Params, options: Options, progress: bool
-) -> dict[str, Fisher]:
-    for name, model in models.items():
-        what = "model" if len(models) == 1 else f"model {name!r}"
-        check_module(what, model)
-        check_gathered(what, model, for_good=True)
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What one model is to give: the Fisher of some parameters by one estimator or more, in one sweep."""
+
+    model: torch.nn.Module
+    params: Params
+    options: Sequence[Options]  # at least one; all read batches alike
+
+
+def sweep(wanted: Mapping[str, Wanted], loader: Iterable[Any], progress: bool = False) -> dict[str, list[Fisher]]:
+    """Go over the loader once, for all that is wanted: name -> a Fisher for each of its options.
+
+    Each is what it would be alone. Estimates at one head share the forward. Errors as for `estimate_fisher`.
+    """
+    for name, one in wanted.items():
+        what = "model" if len(wanted) == 1 else f"model {name!r}"
+        check_module(what, one.model)
+        check_gathered(what, one.model, for_good=True)
+    models = {name: one.model for name, one in wanted.items()}
     inner = {name: unwrap(model) for name, model in models.items()}
     bare = {name: found.module for name, found in inner.items()}
     if len({id(model) for model in bare.values()}) < len(bare):
@@ -157,26 +170,46 @@ def _sweep(
         stack.enter_context(claims.uncompiled())
         for model in models.values():
             stack.enter_context(silenced(model))
-        jobs = {name: Job(model, select_parameters(model, params), options) for name, model in bare.items()}
-        for job in jobs.values():
+        jobs: dict[str, list[Job]] = {}
+        for name, model in bare.items():
+            selected = select_parameters(model, wanted[name].params)
+            jobs[name] = [Job(model, selected, options) for options in wanted[name].options]
+        every = [job for those in jobs.values() for job in those]
+        for job in every:
             check_parameters(job.selected)
-            if options.forward_fn is None:
+            if job.options.forward_fn is None:
                 check_loaded(job.model)
         check_no_transform()
-        on = stack.enter_context(preserved([(job.model, job.selected.values()) for job in jobs.values()]))
-        estimates = {name: _Chosen(job) for name, job in jobs.items()}
+        scopes = [(those[0].model, those[0].selected.values()) for those in jobs.values()]
+        on = stack.enter_context(preserved(scopes))
+        shared = {name: SharedForward() for name in jobs}
+        estimates = {name: [_Chosen(job, shared[name]) for job in those] for name, those in jobs.items()}
         batches = loader
         if not isinstance(batches, NumberedBatches):
-            batches = NumberedBatches(loader, options.reading, next(iter(bare.values())))
+            strictest = next((job for job in every if job.options.reading.needs_labels), every[0])
+            batches = NumberedBatches(loader, strictest.options.reading, every[0].model)
         for number, batch in _progress(batches, loader) if progress else batches:
-            for i, (name, estimate) in enumerate(estimates.items()):
-                with on(i), of_batch(number):
-                    estimate.step(batch)
-                    if not estimate.totals.is_finite():
-                        which = f"model {name!r}: " if len(models) > 1 else ""
-                        raise EstimationError(which + why_not_finite(batch, bare[name]))
+            for i, (name, several) in enumerate(estimates.items()):
+                with on(i), of_batch(number), shared[name]:
+                    for estimate in several:
+                        if len(several) > 1:
+                            _thaw(jobs[name][0])
+                        estimate.step(batch)
+                        if not estimate.totals.is_finite():
+                            which = f"model {name!r}: " if len(models) > 1 else ""
+                            raise EstimationError(which + why_not_finite(batch, bare[name]))
         batches.check_not_empty()
-        return {name: _said(estimate.result(), inner[name].wrappers) for name, estimate in estimates.items()}
+        return {
+            name: [_said(estimate.result(), inner[name].wrappers) for estimate in several]
+            for name, several in estimates.items()
+        }
+
+
+def _thaw(job: Job) -> None:
+    """Before another estimate of the same model: one may have left its parameters without gradients."""
+    for p in job.selected.values():
+        p.requires_grad_()
+        p.grad = None
 
 
 def _said(fisher: Fisher, wrappers: tuple[str, ...]) -> Fisher:
@@ -190,10 +223,10 @@ def _said(fisher: Fisher, wrappers: tuple[str, ...]) -> Fisher:
 class _Chosen(Estimate):
     """The cheapest way that fits; found on the first batch, by trying."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, shared: SharedForward) -> None:
         self._job, self._steps = job, 0
         try:
-            self._estimate: Estimate = HeadEstimate(job)
+            self._estimate: Estimate = HeadEstimate(job, shared)
         except NotAHead:  # more than a head was asked for: nothing to explain
             self._estimate = _general(job, "")
 

@@ -7,6 +7,7 @@ entropy δ = p - onehot(y); other losses are differentiated as far as the logits
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,37 @@ class NotAHead(Exception):  # noqa: N818  (a refusal, caught by the caller)
     """The selected parameters are not those of a linear layer whose output is the model's."""
 
 
+Met = tuple[Any, Tensor, Tensor]  # targets; input and output of the layer, which are also the model's outputs
+
+
+class SharedForward:
+    """Within `with`, what the first of several estimates at one head has seen of a batch; the others see the same."""
+
+    def __init__(self) -> None:
+        self._met: Met | None = None
+
+    def of(self, forward: Callable[[], Met]) -> Met:
+        """What the forward gave, or gives; a loss that the model made itself is not handed on."""
+        if self._met is not None:
+            return self._met
+        met = forward()
+        if isinstance(met[0], Tensor):
+            self._met = met
+        return met
+
+    def __enter__(self) -> None:
+        self._met = None
+
+    def __exit__(self, *_: object) -> None:
+        self._met = None
+
+
 class HeadEstimate(Estimate):
     """`batch`, `sample` or `expected` of the weight and bias of one `nn.Linear`.
+
+    Args:
+        job: what is to be estimated.
+        shared: by all estimates of the same parameters in one sweep.
 
     Raises:
         NotAHead: there is no such layer; from `step`: its output is not that of the model, or the loss depends on its
@@ -36,36 +66,18 @@ class HeadEstimate(Estimate):
 
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, shared: SharedForward) -> None:
         if job.estimator == "label_free":
             raise NotAHead("label_free measures the outputs of the whole model")
-        self._job = job
+        self._job, self._shared = job, shared
         self._layer = _owner(job)
         self._names = {id(p): name for name, p in job.selected.items()}
         self._totals = Totals(job.selected, job.estimator, backend=job.options.backend)
 
     def step(self, batch: Any) -> None:
         """One forward without gradients, then δ at the logits."""
-        job, met = self._job, []
-        if self._layer._forward_hooks or self._layer._forward_pre_hooks:
-            raise NotAHead("the layer has hooks, which may change its input or output")
-        if any(p._backward_hooks for p in self._layer.parameters(recurse=False)):
-            raise NotAHead("its parameters have hooks, which may change their gradients")
-        hook = self._layer.register_forward_hook(
-            lambda _, given, named, output: met.append((*given, *named.values(), output)), with_kwargs=True
-        )
-        try:
-            with torch.no_grad():
-                outputs, targets = job.forward(batch)
-        finally:
-            hook.remove()
-        if isinstance(targets, OwnLoss) and job.estimator != "expected":
-            raise NotAHead("the loss is the model's own")
-        if len(met) != 1:
-            raise NotAHead(f"the layer is called {len(met)} times")
-        given, logits = met[0]
-        if outputs is not logits:
-            raise NotAHead("the outputs are not the layer's own")
+        job = self._job
+        targets, given, logits = self._shared.of(lambda: self._forward(batch))
         if given.dim() != 2:
             raise NotAHead(f"its input is {list(given.shape)}, expected [B, features]")
         if job.estimator != "batch" and given.layout != torch.strided:
@@ -82,6 +94,29 @@ class HeadEstimate(Estimate):
     def totals(self) -> Totals:
         """The sum so far."""
         return self._totals
+
+    def _forward(self, batch: Any) -> Met:
+        """Targets, and what the layer was given and returned."""
+        met: list[tuple[Any, ...]] = []
+        if self._layer._forward_hooks or self._layer._forward_pre_hooks:
+            raise NotAHead("the layer has hooks, which may change its input or output")
+        if any(p._backward_hooks for p in self._layer.parameters(recurse=False)):
+            raise NotAHead("its parameters have hooks, which may change their gradients")
+        hook = self._layer.register_forward_hook(
+            lambda _, given, named, output: met.append((*given, *named.values(), output)), with_kwargs=True
+        )
+        try:
+            with torch.no_grad():
+                outputs, targets = self._job.forward(batch)
+        finally:
+            hook.remove()
+        if isinstance(targets, OwnLoss) and self._job.estimator != "expected":
+            raise NotAHead("the loss is the model's own")
+        if len(met) != 1:
+            raise NotAHead(f"the layer is called {len(met)} times")
+        if outputs is not met[0][-1]:
+            raise NotAHead("the outputs are not the layer's own")
+        return targets, *met[0]
 
     def _add(self, a: Tensor, logits: Tensor, targets: Any, counted: Tensor | None) -> None:
         """a: [B, K], logits: [B, M], counted: [B]."""

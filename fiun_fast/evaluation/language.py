@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..arguments import check_count, check_fraction
 from ..errors import ArgumentError, EstimationError
+from ..estimators.looking import each_batch, looking
 from ..estimators.predictions import IGNORED, Predictions
 from ..estimators.reading import Forward
 from ..sequences import Pair, answer_losses
 from .intervals import Estimate, bootstrapped, library
-from .outputs import check_again, each_batch, looking
+from .outputs import check_again
 from .roc import auc
 
 
@@ -130,7 +131,7 @@ def min_k(
     """
     k = check_fraction("k", k, "a share of the tokens in (0, 1]")
 
-    def take(predictions: Predictions) -> Tensor:
+    def take(predictions: Predictions, _: Any) -> Tensor:
         if predictions.labels.dim() != 2 or predictions.labels.is_floating_point():
             raise EstimationError(
                 f"the outputs are {list(predictions.logits.shape)}, expected logits of sequences, [B, T, vocabulary]"

@@ -5,26 +5,22 @@ A model runs in eval mode without gradients and is left exactly as it was: modes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import EstimationError, FiunError
-from ..estimators import claims
-from ..estimators.loaders import NumberedBatches, is_iterator, of_batch
-from ..estimators.predictions import Predictions, fitted
-from ..estimators.preserving import preserved
-from ..estimators.reading import Forward, OwnLoss, Reading
-from ..scope import check_module, select_parameters
-from ..wrappers import check_gathered, silenced, unwrap
-
-Found = TypeVar("Found")
+from ..errors import EstimationError
+from ..estimators.loaders import is_iterator
+from ..estimators.looking import each_batch, one_a_sample
+from ..estimators.predictions import Predictions
+from ..estimators.reading import Forward
+from ..scope import select_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +113,8 @@ def answers(
         return loader
     met: list[Tensor] = []
 
-    def take(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits, labels = _one_a_sample(predictions)
+    def take(predictions: Predictions, _: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits, labels = one_a_sample(predictions)
         counted = labels >= 0
         given = _features(met, len(labels))[counted].cpu() if features else None
         return logits[counted].cpu(), labels[counted].cpu(), given
@@ -136,83 +132,6 @@ def answers(
     return Answers(torch.cat(logits), torch.cat(labels), torch.cat(cast(Any, kept)) if features else None)
 
 
-@contextmanager
-def looking(model: nn.Module) -> Iterator[nn.Module]:
-    """The model without its wrappers, in eval mode and without gradients; it is as before afterwards."""
-    check_module("model", model)
-    check_gathered("model", model, for_good=True)
-    bare = unwrap(model).module
-    with (
-        claims.estimating({"model": bare}),
-        claims.uncompiled(),
-        silenced(model),
-        preserved([(bare, ())]),
-        torch.no_grad(),
-    ):
-        yield bare
-
-
-def each_batch(
-    model: nn.Module,
-    loader: Iterable[Any],
-    what: str,
-    take: Callable[[Predictions], Found],
-    prepare: Callable[[nn.Module, ExitStack], None] | None = None,
-    *,
-    forward_fn: Forward | None = None,
-    target_index: int | None = None,
-) -> list[Found]:
-    """What `take` makes of the predictions of each batch.
-
-    Args:
-        model: any; it is as before afterwards.
-        loader: batches with labels.
-        what: what the set is called in messages.
-        take: predictions -> anything.
-        prepare: called with the bare model before the first batch, and with what is undone after the last.
-        forward_fn, target_index: as for `ff.estimate_fisher`.
-
-    Raises:
-        EstimationError, ArgumentError: as `answers`.
-
-    """
-    reading, found = Reading("loss", forward_fn, target_index), []
-    try:
-        with looking(model) as bare, ExitStack() as stack:
-            if prepare is not None:
-                prepare(bare, stack)
-            batches = NumberedBatches(loader, reading, bare)
-            for number, batch in batches:
-                with of_batch(number):
-                    found.append(take(predicted(*reading.forward(bare, batch))))
-            if not batches.taken:
-                once = " (an iterator can be gone over once: pass a list or a DataLoader)" * is_iterator(loader)
-                raise EstimationError(f"it is empty: no sample with a label to evaluate on{once}")
-    except FiunError as error:
-        error.args = (f"{what}: {error}",)
-        raise
-    return found
-
-
-def predicted(outputs: Any, targets: Any) -> Predictions:
-    """Outputs and targets as predictions with checked labels and finite logits.
-
-    Raises:
-        EstimationError: they are none.
-
-    """
-    if isinstance(targets, OwnLoss):
-        apart = targets.apart
-        if not isinstance(apart, Predictions):
-            apart = fitted(targets.outputs, targets.labels)  # its loss is another, its labels are those
-    else:
-        apart = fitted(outputs, targets)
-    apart.check()
-    if not bool(apart.scores.float().logsumexp(-1)[apart.counted].isfinite().all()):
-        raise EstimationError("the model's outputs are not finite (NaN, or infinite), so that nothing can be measured")
-    return apart
-
-
 def check_again(what: str, loader: Any) -> None:
     """Raise an EstimationError for what several models, or one several times, cannot go over."""
     if isinstance(loader, Answers):
@@ -224,21 +143,6 @@ def check_again(what: str, loader: Any) -> None:
             f"{what}: a {type(loader).__name__} can be gone over once, and this measure goes over it several times: "
             "pass a list or a DataLoader"
         )
-
-
-def _one_a_sample(predictions: Predictions) -> tuple[Tensor, Tensor]:
-    logits, labels = predictions.logits, predictions.labels
-    if logits.dim() != 2:
-        raise EstimationError(
-            f"the outputs are {list(logits.shape)}, expected one prediction a sample, [B, classes]; for language "
-            "models there are forget_quality and privleak"
-        )
-    if labels.is_floating_point():
-        best = labels.argmax(1)
-        if not bool((labels.gather(1, best[:, None]) == 1).all()):
-            raise EstimationError("the targets are probabilities of classes, expected one class a sample")
-        labels = best
-    return logits, labels
 
 
 def _features(met: list[Tensor], number: int) -> Tensor:

@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 from ..arguments import check_count, check_number
 from ..errors import ArgumentError, EstimationError, FiunError
 from ..estimators.loaders import NumberedBatches
+from ..estimators.looking import predicted
 from ..estimators.reading import Forward, OwnLoss, Reading, count
 from ..wrappers import unwrap
 from .intervals import Estimate, share
-from .outputs import answers, check_again, predicted
+from .outputs import answers, check_again
 
 Curve = dict[int, Estimate]  # steps -> accuracy on forgotten samples that were not trained on
 

@@ -1,0 +1,285 @@
+"""`unlearn_`: the whole job in one call. Missing Fishers, estimator, alpha and lambda of every node, one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .arguments import ESTIMATORS, Estimator, MergeRule, OnMismatch, check_function, check_number
+from .compiling import ReachedNode, reached_nodes
+from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
+from .errors import ArgumentError, NotForgottenError, TuningWarning, warn
+from .estimating import Complete, Estimate, check_estimate, complete_for, options_for
+from .estimators.job import Options as EstimateOptions
+from .fisher import Fisher
+from .outcome import Bound, NodeOutcome, Outcome, how_far
+from .planning import Choice, Plan
+from .scope import LAST, Params
+from .scores import Score, Seen
+from .tuned import Tuned
+from .tuning import POINTS, Evaluate, tune_plan
+from .unlearning import Options, made
+
+BEST: tuple[Estimator, ...] = ("batch", "expected")  # docs/choosing.md compares them
+SAMPLES = 1024
+ONE = "model"  # the node of a model without a DAG
+Ways = Callable[[list[Any]], list[EstimateOptions]]  # of these estimators; of those asked for where there are none
+
+
+def unlearn_(
+    dag: InheritanceDAG | nn.Module,
+    requests: Iterable[ForgetRequest] | None = None,
+    score: Evaluate | None = None,
+    *,
+    data: Iterable[Any] | Fisher | None = None,
+    forget: Iterable[Any] | Fisher | None = None,
+    params: Params = LAST,
+    estimators: Sequence[Estimator] | Estimator = BEST,
+    left: float = 0.01,
+    lost: float = 0.02,
+    strict: bool = False,
+    estimate: Estimate | None = None,
+    samples: int | None = SAMPLES,
+    lams: Iterable[float] | None = None,
+    points: int = POINTS,
+    merge: MergeRule = "max",
+    scale: float = 1.0,
+    on_mismatch: OnMismatch = "error",
+    backend: str | None = None,
+    progress: bool = False,
+) -> Outcome:
+    """Forget what the requests say in every model they reach, with all that is to be chosen chosen on validation data.
+
+    For each estimator: the Fishers that are missing are estimated, in one sweep over each loader for all estimators,
+    and alpha and lambda tuned (`tune`). Each node takes what scores best of what meets the bound; where nothing does,
+    what scores best. Then all nodes are dampened, in one run that can be undone.
+
+        score = ff.ClassScore(validation, forget=[3])
+        outcome = ff.unlearn_(dag, [ff.ForgetRequest("u0", data=forget_loader)], score)
+        outcome = ff.unlearn_(model, data=loader, forget=forget_loader, score=score)  # one model, its node is "model"
+
+    Args:
+        dag: the models, with original Fishers or `data=`; or one model.
+        requests: as in `plan`, with Fishers or `data=`.
+        score: `ClassScore`, `SequenceScore`, or any evaluate(name, model) -> score, higher is better.
+        data, forget: for one model: a loader over what it was trained on, and one over what is to be forgotten; or
+            their Fishers.
+        params: which parameters may change, as for `estimate_fisher`: the last layer, or None for all.
+        estimators: what to try. Where some Fishers are given, the others are estimated as those were, over the same
+            parameters, and nothing else is tried.
+        left, lost: the bound: of the forgotten at most `left` is left, of what was kept before at most `lost` is lost,
+            shares in (0, 1] of what the score measures. A score that says nothing but a number has to beat leaving the
+            node alone.
+        strict: a node where nothing meets the bound is an error; else it is named in the outcome and in a warning.
+        estimate: further keywords of `estimate_fisher` (loss_fn, forward_fn, …), each for the estimators that take it.
+        lams, points: as in `tune`.
+        merge, scale, on_mismatch, backend: as in `plan`.
+        progress: show progress bars.
+
+    Returns:
+        What was chosen and reached, node by node; `undo_` puts every bit back.
+
+    Warns:
+        TuningWarning: at some node nothing meets the bound.
+
+    Raises:
+        NotForgottenError: the same, with strict=True. No model has changed.
+        ArgumentError: arguments that do not go together, an unknown estimator, an `estimate` with other keywords.
+        FiunError: as `plan`, `tune` and `estimate_fisher`. No model has changed.
+
+    """
+    family, listed = _family(dag, requests, data, forget)
+    if score is None:
+        raise ArgumentError("score is missing: what is wanted of a model, such as ClassScore(validation, forget=[3])")
+    check_function("score", score, "name", "model")
+    bound = Bound(check_number("left", left), check_number("lost", lost))
+    ways = _ways(estimators, estimate, backend)
+    seconds = dict.fromkeys(("Fishers", "choosing", "run"), 0.0)
+    with _timed(seconds, "Fishers"):
+        kinds = _kinds(family, listed, params, ways, samples, progress)
+    options = Options(alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    with _timed(seconds, "choosing"):
+        reached = {kind: reached_nodes(family, of.requests, of.originals) for kind, of in kinds.items()}
+        plans = {kind: _made(family, reached[kind], of.requests, options) for kind, of in kinds.items()}
+        models = next(iter(plans.values())).models
+        if isinstance(score, Score):
+            score.begin(models)
+        how: dict[str, Any] = {"lams": lams, "points": points, "progress": progress}
+        tried = {kind: _tried(kind, plan, score, how) for kind, plan in plans.items()}
+        chosen = {name: _best([one for those in tried.values() for one in those.of(name)], bound) for name in models}
+    unmet = [one for one in chosen.values() if not one.meets(bound)]
+    if unmet:
+        said = "; ".join(one.said() for one in unmet[:8]) + f"; and {len(unmet) - 8} nodes more" * (len(unmet) > 8)
+        if strict:
+            raise NotForgottenError(f"{said}; wanted {bound}. No model has changed")
+        warn(f"unlearn_: {said}; wanted {bound}", TuningWarning)
+    with _timed(seconds, "run"):
+        kind_of = {name: one.kind for name, one in chosen.items()}
+        plan = plans[min(kind_of.values())]
+        if len(set(kind_of.values())) > 1:
+            plan = _made(family, *_side_by_side(kinds, reached, kind_of), options)
+        plan.set_values_({name: one.choice for name, one in chosen.items()})
+        report = plan.run_(undo=True)
+    with _timed(seconds, "choosing"):
+        after = {name: score.look(name, model) for name, model in models.items()} if isinstance(score, Score) else {}
+    nodes = {}
+    for name, one in chosen.items():
+        did = (one.choice.alpha, one.choice.lam, one.choice.score, report[name].selected, report[name].numel)
+        seen = (one.before, after.get(name))
+        nodes[name] = NodeOutcome(name, one.kind, *did, *seen, one.meets(bound), one.doubt)
+    return Outcome(nodes, bound, seconds, report, {kind: those.tuned for kind, those in tried.items()}, plan)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One candidate at one node."""
+
+    node: str
+    kind: str  # of Fishers
+    choice: Choice
+    alone: float  # score of the node as it was
+    before: Seen | None
+    seen: Seen | None
+    doubt: str
+
+    def meets(self, bound: Bound) -> bool:
+        if self.before is None or self.seen is None:
+            return self.choice.score > self.alone
+        return self.seen.within(self.before, bound.left, bound.lost)
+
+    def said(self) -> str:
+        """How far it comes."""
+        return how_far(self.node, self.choice.score, self.before, self.seen)
+
+
+def _best(found: Sequence[_Found], bound: Bound) -> _Found:
+    """The highest score of those that meet the bound; of all, where none does. The first of equals."""
+    return max([one for one in found if one.meets(bound)] or found, key=lambda one: one.choice.score)
+
+
+class _Tried:
+    """All that was tried with the Fishers of one kind."""
+
+    def __init__(self, kind: str, tuned: Tuned, seen: Mapping[str, Sequence[Seen]], before: Mapping[str, Seen]) -> None:
+        self._kind, self.tuned, self._seen, self._before = kind, tuned, seen, before
+
+    def of(self, name: str) -> list[_Found]:
+        """The candidates at a node, in the order in which they were tried."""
+        points, best = self.tuned.points[name], self.tuned[name]
+        seen: Sequence[Seen | None] = self._seen.get(name) or [None] * len(points)
+        return [
+            _Found(
+                name,
+                self._kind,
+                Choice(point.alpha, point.lam, point.score),
+                points[0].score,
+                self._before.get(name),
+                one,
+                self.tuned.doubts.get(name, "") if (point.alpha, point.lam) == (best.alpha, best.lam) else "",
+            )
+            for point, one in zip(points, seen, strict=True)
+        ]
+
+
+class _Noting:
+    """A score that keeps what it saw at each call."""
+
+    def __init__(self, score: Evaluate) -> None:
+        self._score = score
+        self.seen: dict[str, list[Seen]] = {}
+
+    def __call__(self, name: str, model: Model) -> float:
+        value = self._score(name, model)
+        if isinstance(self._score, Score):
+            self.seen.setdefault(name, []).append(self._score.last[name])
+        return value
+
+
+def _tried(kind: str, plan: Plan, score: Evaluate, how: Mapping[str, Any]) -> _Tried:
+    noting = _Noting(score)
+    tuned = tune_plan(plan, noting, **how)
+    return _Tried(kind, tuned, noting.seen, score.before if isinstance(score, Score) else {})
+
+
+def _family(
+    dag: Any, requests: Iterable[ForgetRequest] | None, data: Any, forget: Any
+) -> tuple[InheritanceDAG, list[ForgetRequest]]:
+    """A DAG and requests, also of one model."""
+    if isinstance(dag, InheritanceDAG):
+        if data is not None or forget is not None:
+            raise ArgumentError("data= and forget= are for one model; of a DAG, add_model and ForgetRequest have them")
+        if requests is None:
+            raise ArgumentError("requests are missing: [ForgetRequest(origin, data=loader)]")
+        return dag, check_requests(requests)
+    if not isinstance(dag, nn.Module):
+        raise ArgumentError(f"dag is a {type(dag).__name__}, expected an InheritanceDAG or a module")
+    if requests is not None:
+        raise ArgumentError("requests are for a DAG; for one model pass data=, forget= and score=")
+    for what, given in (("data", data), ("forget", forget)):
+        if given is None:
+            raise ArgumentError(f"{what} is missing: for one model pass data=, forget= and score=")
+    family = InheritanceDAG()
+    family.add_model(ONE, dag, **({"fisher": data} if isinstance(data, Fisher) else {"data": data}))
+    one = ForgetRequest(ONE, forget) if isinstance(forget, Fisher) else ForgetRequest(ONE, data=forget)
+    return family, check_requests([one])
+
+
+def _ways(estimators: Any, estimate: Estimate | None, backend: str | None) -> Ways:
+    """Estimators -> options, which takes care of what each of them does not take."""
+    listed = [estimators] if isinstance(estimators, str) else list(estimators)
+    if not listed:
+        raise ArgumentError(f"estimators is empty, expected some of {', '.join(ESTIMATORS)}")
+    keywords = check_estimate(estimate)
+    own = {"params": "params=", "estimator": "estimators=", "progress": "progress="}
+    for name in keywords:
+        if name in own:
+            raise ArgumentError(f"estimate has {name!r}, which is an argument of unlearn_ itself: {own[name]}")
+    ways = partial(options_for, keywords={"backend": backend} | keywords)
+    ways(listed)  # says what is wrong with them
+    return lambda given: ways(given or listed)
+
+
+def _kinds(
+    family: InheritanceDAG, requests: list[ForgetRequest], params: Params, ways: Ways, most: int | None, progress: bool
+) -> dict[str, Complete]:
+    """Fishers of each kind, by the name of their estimator; where some are given, of their kind alone."""
+    fishers = [*(one.fisher for one in requests), *(node.fisher for node, _ in family.reached(requests))]
+    given = [fisher for fisher in fishers if fisher is not None]
+    known = list(dict.fromkeys(name for fisher in given for name in sorted(fisher.provenance.estimators)))
+    if len(given) == len(fishers):
+        return {", ".join(known) or "given": Complete(requests, {})}
+    options = ways(known[:1])
+    found = complete_for(family, requests, params, options, most=most, progress=progress)
+    return dict(zip([one.estimator for one in options], found, strict=True))
+
+
+def _side_by_side(
+    kinds: Mapping[str, Complete], reached: Mapping[str, list[ReachedNode]], kind_of: Mapping[str, str]
+) -> tuple[list[ReachedNode], list[ForgetRequest]]:
+    """Nodes with Fishers of different kinds, for one plan: each meets the requests of its kind."""
+    nodes, requests = {}, list[ForgetRequest]()
+    for kind in dict.fromkeys(kind_of.values()):
+        first = len(requests)
+        requests += kinds[kind].requests
+        for node in reached[kind]:
+            if kind_of[node.name] == kind:
+                nodes[node.name] = replace(node, requests=tuple(first + k for k in node.requests))
+    return [nodes[name] for name in kind_of], requests
+
+
+def _made(family: InheritanceDAG, nodes: list[ReachedNode], requests: list[ForgetRequest], options: Options) -> Plan:
+    reached = {node.name for node in nodes}
+    return made(nodes, requests, {name: family[name].model for name in family if name not in reached}, options)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[what] += time.perf_counter() - began

@@ -124,7 +124,7 @@ class Network:
         for node, step in zip(self.models, recipe.steps, strict=True):
             row = Row(node, step.parents, reached.get(node, ()), before[node], self.accuracy(node, classes))
             if row.forget:
-                row.alpha, row.lam = chosen[node].alpha, chosen[node].lam
+                row.alpha, row.lam = chosen[node].alpha, chosen[node].lam  # type: ignore[assignment]
                 row.selected, row.numel = report[node].selected, report[node].numel
             rows.append(row)
         self.restore()

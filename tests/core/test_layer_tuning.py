@@ -85,8 +85,8 @@ def by_hand(
     nothing = dict.fromkeys(SHAPES, 1e9)
     best, reference, seen = None, score(nothing), None
     count = sum(torch.Size(SHAPES[key]).numel() for key in LAYERS[0])
-    steps = torch.logspace(-torch.tensor(float(count)).log10().item(), torch.tensor(0.7).log10().item(), LAST_POINTS)
-    for alpha in dict.fromkeys(alphas(LAYERS[0], steps.double().tolist())):
+    steps = [(0.7 * count) ** (k / (LAST_POINTS - 1)) / count for k in range(LAST_POINTS)]
+    for alpha in dict.fromkeys(alphas(LAYERS[0], steps)):
         found = score(nothing | dict.fromkeys(LAYERS[0], alpha))
         if found > reference:
             best, reference, seen = nothing | dict.fromkeys(LAYERS[0], alpha), found, calls[len(calls) - 1]

@@ -29,6 +29,11 @@ class Seen(NamedTuple):
     sure_forgotten: float  # mean probability of the true label
     sure_rest: float
 
+    # what tuning layer by layer asks for
+    left = property(lambda self: self.forgotten)
+    kept = property(lambda self: self.rest)
+    sure_left = property(lambda self: self.sure_forgotten)
+
 
 def accuracy_loss(seen: Seen, before: Seen) -> float:
     """What is left of the forgotten, and what was lost on the rest."""
@@ -72,10 +77,12 @@ class ClassScore:
     ) -> None:
         self._data, self._forget, self._tail = data, forget, tail
         self._before = {node: self._look(node, models[node]) for node in forget}
+        self.last = dict(self._before)  # node -> what was seen last
 
     def __call__(self, name: str, model: Model) -> float:
         """The score of the model as it is now."""
-        return -loss(self._look(name, model), self._before[name])
+        self.last[name] = seen = self._look(name, model)
+        return -loss(seen, self._before[name])
 
     def _look(self, name: str, model: Model) -> Seen:
         return look(self._tail(model), self._data[name], self._forget[name])

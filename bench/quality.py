@@ -244,9 +244,7 @@ def features(cache: Path, seed: int = 0, scenario: str = "incremental") -> list[
 
         head = ff.plan(last.dag, [last.request(label)], alpha=0.0)
         head.set_values_(tune_plan(head, last.score([label]), **LAST))
-        request = ff.ForgetRequest(
-            recipe.origin[label], mixed(expected.request(label).fisher, whole.request(label).fisher)
-        )
+        forget = mixed(expected.request(label).fisher, whole.request(label).fisher)
         plans = {
             "untouched": None,
             "last layer": head,

@@ -241,9 +241,10 @@ def copied(root: Path, out: Path, flushed: bool) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began}
 
 
-def measured(root: Path, rounds: int, lock: str | None) -> dict[str, list[dict[str, Any]]]:
-    """All variants in every round."""
+def measured(root: Path, rounds: int, lock: str | None) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """All variants in every round: what there is after each."""
     out = root / "out"
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was cut short
     alpha, lam = str(NUMBERS["alpha"]), str(NUMBERS["lam"])
     variants: dict[str, Callable[[], dict[str, Any]]] = {
         "cp -r": lambda: copied(root, out, False),
@@ -265,7 +266,7 @@ def measured(root: Path, rounds: int, lock: str | None) -> dict[str, list[dict[s
                 checkpoints.rollback(out)
             shutil.rmtree(out)
             print(f"{name:20} {found[name][-1]}", flush=True)
-    return found
+        yield found
 
 
 def ways(root: Path, rounds: int) -> dict[str, float]:
@@ -308,7 +309,16 @@ def main() -> None:
             fill(PAGE, "measured", tables(results))
             return
         bytes_of_models = sum(path.stat().st_size for model in MODELS for path in (root / model).iterdir())
-        found = measured(root, options.rounds, options.lock)
+        for found in measured(root, options.rounds, options.lock):
+            results = results_of(bytes_of_models, found, how)
+            if not options.dry:  # after every round, so that a run that is cut short is not lost
+                write_json(TARGET, {"environment": environment(), **results})
+                fill(PAGE, "measured", tables(json.loads(TARGET.read_text())))
+    print(tables(results))
+
+
+def results_of(bytes_of_models: int, found: dict[str, list[dict[str, Any]]], how: dict[str, float]) -> dict[str, Any]:
+    """Medians, and how they compare."""
     rows = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
     copy, chain = rows["cp -r"]["seconds"], rows["textbook, float32"]
     for row in rows.values():
@@ -320,16 +330,13 @@ def main() -> None:
             row["peak_of_textbook"] = row["peak"] / chain["peak"]
         if "moved" in row:
             row["moved_per_second"] = row["moved"] / row["seconds"] / 1e9
-    results = {"bytes_of_models": bytes_of_models, "rounds": options.rounds, "rows": rows, "runs": found, "ways": how}
-    print(tables(results))
-    if not options.dry:
-        write_json(TARGET, {"environment": environment(), **results})
-        fill(PAGE, "measured", tables(results))
+    rounds = max(len(runs) for runs in found.values())
+    return {"bytes_of_models": bytes_of_models, "rounds": rounds, "medians": rows, "runs": found, "ways": how}
 
 
 def tables(results: dict[str, Any]) -> str:
     """What docs/checkpoints.md shows of the results."""
-    rows = results["rows"]
+    rows = results["medians"]
     shown = [
         [
             name,

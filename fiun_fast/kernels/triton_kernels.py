@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_quick import dampen_halves_quickly, dampen_quickly, either, prefetch, row_flags
+from .triton_quick import all_flags, dampen_halves_quickly, dampen_quickly, prefetch, row_flags, row_signs
 from .triton_tiles import count, divide, merge_sources, narrow, opposed, pointer_to, tally, tile_of, widen
 
 
@@ -96,9 +96,9 @@ def _dampen_tile(
         counter = counts + node * 3
         if LOOKS:
             difference = tl.fma(original, alpha, 0.0) - merged  # the product; -0 becomes 0, so that signs say enough
-            above = tl.reduce(difference.to(tl.int32, bitcast=True), 1, either)  # the sign says m > alpha I
+            above = row_signs(difference, SOFT)  # the sign says m > alpha I
             flags = divisors | row_flags(original, 0x11800000) | tl.where(above < 0, 1, 0)  # 2^-92
-            seen = tl.reduce(flags, 0, either)
+            seen = all_flags(flags, SOFT)
             if (seen & 3) != 0:
                 if QUICK and not POWER and not SIGNED:
                     # with an infinite alpha, which leaves a node alone, alpha I may be NaN, of either sign

@@ -13,8 +13,25 @@ from .triton_tiles import count, narrow, pointer_to, tally, widen
 
 
 @triton.jit
-def either(a, b):
+def _either(a, b):
     return a | b
+
+
+@triton.jit
+def row_signs(x, SOFT: tl.constexpr):
+    """Of each row [R] of float32 numbers [R, V]: negative if one has its sign bit. The interpreter reduces by name."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.min(bits, 1) if SOFT else tl.reduce(bits, 1, _either)
+
+
+@triton.jit
+def all_flags(flags, SOFT: tl.constexpr):
+    """The flags 1, 2, 4 of any row."""
+    if SOFT:
+        seen = tl.max(flags & 1, 0) | tl.max(flags & 2, 0) | tl.max(flags & 4, 0)
+    else:
+        seen = tl.reduce(flags, 0, _either)
+    return seen
 
 
 @triton.jit

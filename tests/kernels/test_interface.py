@@ -14,6 +14,7 @@ from test_parity import same_bits
 from fiun_fast.kernels import load
 from fiun_fast.kernels.table import Merging
 
+ORDINARY = [(1.5, 0.7, 1.0), (0.0, 1.0, 0.5), (10.0, 64.0, 8.0), (1.0, 1 / 64, 1.0)]  # alpha, lambda, cap
 GROUPS = [((0, 3, 4), 2, (7, 1, 33, 1009)), ((1,), 1, (5, 20_011)), ((2, 5), 3, (64,))]
 REFERENCE = load("reference")
 
@@ -39,8 +40,14 @@ def test_a_table_is_dampened_as_in_the_reference(backend, theta, fisher, how):
 
 @pytest.mark.parametrize("theta", DTYPES, ids=str)
 def test_ordinary_numbers_are_dampened_as_in_the_reference(backend, theta):
-    for shift, (alpha, lam, cap) in enumerate([(1.5, 0.7, 1.0), (0.0, 1.0, 0.5), (10.0, 64.0, 8.0), (1.0, 1 / 64, 1.0)]):
-        problem = make_ordinary(work(GROUPS, 7, theta=theta, shift=shift * 4, device=backend.device), shift)
+    check_ordinary(backend, theta, GROUPS)
+
+
+def check_ordinary(backend, theta, groups):
+    for shift, (alpha, lam, cap) in enumerate(
+        [(1.5, 0.7, 1.0), (0.0, 1.0, 0.5), (10.0, 64.0, 8.0), (1.0, 1 / 64, 1.0)]
+    ):
+        problem = make_ordinary(work(groups, 7, theta=theta, shift=shift * 4, device=backend.device), shift)
         numbers = Merging("max", 0.75), problem.dampening(alpha, lam, cap=cap)
         counts, thetas = dampened(backend.kernels, problem, *numbers)
         expected, wanted = dampened(REFERENCE, problem, *numbers)

@@ -124,7 +124,7 @@ SPOILED = {  # name -> (kernel, text in csrc/cuda -> what a careless change woul
     ),
     "a second division": (
         "dampen<float, float>",
-        {"minus(fused(alpha, two_of(original + i), {0, 0})": "minus({alpha.a / original[i], alpha.b / original[i + 1]}"},
+        {"minus(fused(alpha, two_of(original + i), {0, 0})": "minus({alpha.a / original[i], alpha.b}"},
         "drift",
     ),
 }

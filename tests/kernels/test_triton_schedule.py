@@ -343,9 +343,9 @@ def test_old_tritons_get_a_division_that_does_not_flush(monkeypatch, version, fl
 
 
 @pytest.mark.parametrize(
-    ("target", "quick"), [(("cuda", 80), 1), (("cuda", 90), 1), (("cuda", 100), 2), (("cuda", 103), 2), (("cuda", 120), 1),
-                          (("hip", 0), 0)]
-)  # fmt: skip
+    ("target", "quick"),
+    [(("cuda", 80), 1), (("cuda", 90), 1), (("cuda", 100), 2), (("cuda", 103), 2), (("cuda", 120), 1), (("hip", 0), 0)],
+)
 def test_two_numbers_in_an_instruction_where_the_gpu_has_that(monkeypatch, target, quick):
     constants = {"MERGE": "max", "POWER": False}
     assert host.options(*target, constants)["QUICK"] == (0 if host.interpreted() else quick)

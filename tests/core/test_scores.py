@@ -312,3 +312,22 @@ def test_tune_chooses_what_it_chooses_by_the_obvious_function(data, loader):
         assert (found[name].alpha, found[name].lam) == (wanted[name].alpha, wanted[name].lam)
         assert math.isclose(found[name].score, wanted[name].score, abs_tol=1e-6)
         assert [p.selected for p in found.points[name]] == [p.selected for p in wanted.points[name]]
+
+
+def test_one_score_serves_several_requests_and_begins_anew_only_where_something_changed(data, loader, monkeypatch):
+    model, score = trained(), ff.ClassScore(loader, forget=2)
+    score.begin({"u0": model})
+    monkeypatch.setattr(Counter, "calls", 0)
+    other = score.forgetting({"u0": [1, 3]})
+    score.begin({"u0": model})
+    other.begin({"u0": model})
+    assert Counter.calls == 0
+    assert seen(other, model) == pytest.approx(by_hand(model, data, (data[1] == 1) | (data[1] == 3)), abs=1e-6)
+    assert seen(score, model) == pytest.approx(by_hand(model, data, data[1] == 2), abs=1e-6)
+    model.body.first.weight.data.mul_(2)  # past autograd's counter
+    Counter.calls = 0
+    score.begin({"u0": model})
+    assert Counter.calls == len(loader)
+    assert seen(score, model) == pytest.approx(by_hand(model, data, data[1] == 2), abs=1e-6)
+    with pytest.raises(ff.ArgumentError, match="a score whose forget is a function is made anew"):
+        score.forgetting(lambda x, y: y == 2)

@@ -29,10 +29,20 @@ class Seen(NamedTuple):
     sure_forgotten: float  # mean probability of the true label
     sure_rest: float
 
-    # what tuning layer by layer asks for
-    left = property(lambda self: self.forgotten)
-    kept = property(lambda self: self.rest)
-    sure_left = property(lambda self: self.sure_forgotten)
+    @property
+    def left(self) -> float:
+        """What tuning layer by layer calls it."""
+        return self.forgotten
+
+    @property
+    def kept(self) -> float:
+        """Likewise."""
+        return self.rest
+
+    @property
+    def sure_left(self) -> float:
+        """Likewise."""
+        return self.sure_forgotten
 
 
 def accuracy_loss(seen: Seen, before: Seen) -> float:

@@ -19,9 +19,11 @@ MergeRule = Literal["max", "mean", "sum"]
 OnMismatch = Literal["error", "skip"]
 Estimator = Literal["batch", "sample", "expected", "label_free"]
 Per = Literal["sequence", "token"]
+TuneBy = Literal["node", "layer"]
 BackendName = Literal["reference", "cpu", "triton", "cuda"]
 
 MERGE_RULES: tuple[str, ...] = get_args(MergeRule)
+TUNE_BY: tuple[str, ...] = get_args(TuneBy)
 MISMATCH_RULES: tuple[str, ...] = get_args(OnMismatch)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 PER: tuple[str, ...] = get_args(Per)

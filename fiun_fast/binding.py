@@ -53,6 +53,7 @@ class Part:
     dampening: Dampening
     backend: Backend
     launch: Launch
+    node: np.ndarray  # [slots] int64: whose node each slot of the dampening is
 
     def histogram(self) -> Histogram:
         """Made ready to count the ratios m / I of the same table."""
@@ -67,7 +68,7 @@ def bind(
     Args:
         program: what is to be done.
         memory: where.
-        merging, dampening: how; alpha and lam of each node of the program may be written to between runs.
+        merging, dampening: how; alpha and lam of each slot of the program may be written to between runs.
         backend: name of one, None for the default.
 
     Raises:
@@ -85,7 +86,7 @@ def bind(
     parts = []
     for one, (key, found) in zip(chosen, groups.items(), strict=True):
         table = Table.pack(*key, found)
-        parts.append(Part(table, merging, dampening, one, one.dampen(table, merging, dampening)))
+        parts.append(Part(table, merging, dampening, one, one.dampen(table, merging, dampening), program.slots.node))
     return parts
 
 
@@ -112,7 +113,7 @@ def _group(program: Program, plan: GroupPlan, memory: Memory) -> Group | None:
         weights=tuple(float(program.requests[k].weight) for k in plan.requests),
         originals=[fisher.buffer for fisher in originals],
         original_offsets=np.array([segment.offset for segment in segments], dtype=np.int64),
-        nodes=np.array(plan.nodes, dtype=np.int64),
+        nodes=np.array(plan.slots, dtype=np.int64),
         thetas=thetas,
         addresses=np.array([list(map(Tensor.data_ptr, tensors)) for tensors in thetas], dtype=np.int64).T.copy(),
         gradients=gradients,
@@ -142,7 +143,7 @@ def _check_overlaps(program: Program, memory: Memory, groups: Sequence[Group]) -
     def label(i: int) -> str:
         g = int(np.searchsorted(first, i, side="right"))
         n, s = divmod(int(i - (first[g] - owners[g])), len(groups[g].names))
-        return f"node {program.nodes[groups[g].nodes[n]].name!r}, parameter {groups[g].names[s]!r}"
+        return f"node {program.nodes[program.slots.node[groups[g].nodes[n]]].name!r}, parameter {groups[g].names[s]!r}"
 
     check_disjoint(start, end, label)
     order = np.argsort(start)
@@ -162,7 +163,7 @@ def _whose(program: Program, groups: Sequence[Group], k: int) -> str:
     """Name the k-th of all originals, then of what the requests have, of the groups."""
     originals = [node for group in groups for node in group.nodes.tolist()]
     if k < len(originals):
-        return f"the original Fisher of {program.nodes[originals[k]].name!r}"
+        return f"the original Fisher of {program.nodes[program.slots.node[originals[k]]].name!r}"
     buffer = [f for group in groups for f in _requested(group)][k - len(originals)]
     for r, request in enumerate(program.requests):
         if request.fisher.buffer is buffer:

@@ -7,26 +7,22 @@ runs. One program may be bound again and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from .arguments import MISMATCH_RULES, THETA_DTYPES, OnMismatch, check_number, check_one_of, listed
+from .arguments import MISMATCH_RULES, THETA_DTYPES, OnMismatch, check_one_of, listed
 from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_original
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .fisher import Fisher
-from .kernels.table import Dampening
 from .layout import Layout, Segment
 from .naming import Names, lacking, matched
+from .values import Slots
 from .wrappers import check_gathered
-
-PerNode = float | Mapping[str, float]
-
 
 _DTYPE, _FACTS = attrgetter("dtype"), attrgetter("shape", "dtype", "device")
 
@@ -70,7 +66,7 @@ class Match:
 
 @dataclass
 class GroupPlan:
-    """Nodes that meet the same forget Fishers over the same segments, with one dtype and device."""
+    """Nodes that meet the same forget Fishers over the same segments, with one dtype and device, one slot each."""
 
     device: torch.device
     theta_dtype: torch.dtype
@@ -79,6 +75,7 @@ class GroupPlan:
     match: Match
     segments: tuple[int, ...]  # indices into the match
     nodes: list[int] = field(default_factory=list)  # indices into the program's nodes
+    slots: list[int] = field(default_factory=list)  # beside the nodes
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ class Program:
     requests: list[ForgetRequest]
     groups: list[GroupPlan]
     matches: list[Match]  # [nodes]
+    slots: Slots
 
 
 def reached_nodes(
@@ -121,7 +119,11 @@ def reached_nodes(
 
 
 def compile_program(
-    nodes: list[ReachedNode], requests: list[ForgetRequest], on_mismatch: OnMismatch, describe: Describe
+    nodes: list[ReachedNode],
+    requests: list[ForgetRequest],
+    on_mismatch: OnMismatch,
+    describe: Describe,
+    slots: Slots | None = None,
 ) -> Program:
     """Match names and shapes, and put nodes that may share a launch into groups.
 
@@ -130,6 +132,8 @@ def compile_program(
         requests: what `ReachedNode.requests` counts.
         on_mismatch: "error", or "skip" to leave out what a forget Fisher does not have in that shape.
         describe: what the models of some nodes have under some names. Asked once for all nodes of a layout.
+        slots: where parameters find their numbers; None: one slot a node. What differs in its slot differs in its
+            group.
 
     Raises:
         LayoutError: names or shapes differ, or a model has no parameter of a name that its Fisher has.
@@ -142,6 +146,7 @@ def compile_program(
     for index, node in enumerate(nodes):
         fisher = node.fisher
         alike.setdefault((fisher.layout, node.requests, fisher.dtype, fisher.device), []).append(index)
+    slots = Slots.plain(len(nodes)) if slots is None else slots
     groups: list[GroupPlan] = []
     matches: list[Match | None] = [None] * len(nodes)
     for (_, _, dtype, device), indices in alike.items():
@@ -157,19 +162,25 @@ def compile_program(
         columns = describe(indices, match.names)
         _check_parameters([nodes[i] for i in indices], match, columns)
         found: dict[tuple, GroupPlan] = {}
-        for dtypes, members in _by_dtypes(indices, columns).items():
-            parts: dict[tuple[torch.dtype, tuple[int, ...]], list[int]] = {}
-            for s, part in enumerate(zip(dtypes, match.requests, strict=True)):
+        alike_nodes = [
+            (dtypes, apart, some)
+            for dtypes, members in _by_dtypes(indices, columns).items()
+            for apart, some in slots.alike(members, match.names).items()
+        ]
+        for dtypes, apart, members in alike_nodes:
+            parts: dict[tuple[torch.dtype, tuple[int, ...], int], list[int]] = {}
+            for s, part in enumerate(zip(dtypes, match.requests, apart, strict=True)):
                 parts.setdefault(part, []).append(s)
-            for (theta_dtype, reaching), segments in parts.items():
+            for (theta_dtype, reaching, offset), segments in parts.items():
                 key = (theta_dtype, reaching, *segments)
                 if key not in found:
                     found[key] = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments))
                 found[key].nodes += members
+                found[key].slots += slots.at(members, offset)
         groups += found.values()
         for index in indices:
             matches[index] = match
-    return Program(nodes, requests, groups, matches)  # type: ignore[arg-type]
+    return Program(nodes, requests, groups, matches, slots)  # type: ignore[arg-type]
 
 
 def _by_dtypes(
@@ -269,70 +280,3 @@ def _check_parameter(node: ReachedNode, segment: Segment, theta: Described | Non
             "accelerate.hooks.remove_hook_from_submodules(model))"
         )
     raise DeviceError(f"{where}: on {theta.device}, its original Fisher on {device}; {advice}")
-
-
-# ---- numbers -------------------------------------------------------------------------------------------------------
-
-
-def narrowest(fishers: Iterable[Fisher]) -> torch.dtype:
-    """The dtype that numbers must fit into."""
-    return min((fisher.dtype for fisher in fishers), key=lambda dtype: dtype.itemsize)
-
-
-def values_per_node(what: str, value: PerNode, known: Iterable[str], check: Callable[[str, object], float]) -> PerNode:
-    """One number, or {node: number} of which each node is known; all checked.
-
-    Raises:
-        ArgumentError: a number out of range, or of a node that there is not.
-
-    """
-    if not isinstance(value, Mapping):
-        return check(what, value)
-    names = known if isinstance(known, (dict, set, frozenset, InheritanceDAG)) else set(known)
-    for name in value:
-        if name not in names:
-            raise ArgumentError(f"{what} has a value for {name!r}, which is no node of the DAG")
-    return {name: check(f"{what}[{name!r}]", number) for name, number in value.items()}
-
-
-def per_node(what: str, value: PerNode, nodes: Sequence[ReachedNode]) -> np.ndarray:
-    """[nodes] float64 of what `values_per_node` returned.
-
-    Raises:
-        ArgumentError: a node has no value.
-
-    """
-    if not isinstance(value, Mapping):
-        return np.full(len(nodes), value)
-    for node in nodes:
-        if node.name not in value:
-            raise ArgumentError(f"{what} has no value for node {node.name!r}, which a request reaches")
-    return np.array([value[node.name] for node in nodes], dtype=np.float64)
-
-
-def dampening(
-    nodes: Sequence[ReachedNode],
-    known: Iterable[str],
-    dtype: torch.dtype,
-    *,
-    alpha: PerNode,
-    lam: PerNode,
-    exponent: float,
-    cap: float,
-) -> Dampening:
-    """The numbers of a dampening, checked; `dtype`: of the Fishers, which the numbers must fit into.
-
-    Raises:
-        ArgumentError: a number that is negative, not finite or too large, or a node without one.
-
-    """
-
-    def check(what: str, value: object) -> float:
-        return check_number(what, value, dtype)
-
-    return Dampening(
-        per_node("alpha", values_per_node("alpha", alpha, known, check), nodes),
-        per_node("lam", values_per_node("lam", lam, known, check), nodes),
-        check("exponent", exponent),
-        check("cap", cap),
-    )

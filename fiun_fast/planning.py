@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import datetime
-import math
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .arguments import OnMismatch, check_number
+from .arguments import OnMismatch
 from .binding import Part, bind
-from .compiling import PerNode, Program, ReachedNode, compile_program, narrowest, values_per_node
+from .compiling import ReachedNode, compile_program
 from .dag import ForgetRequest, Model
 from .errors import ArgumentError, UndoError
 from .guards import alone, denormals_kept, signals_deferred
-from .kernels.table import Dampening, Merging
+from .kernels.table import Merging
 from .live import LiveMemory
 from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
 from .ratios import Ratios
-from .report import Audit, Facts, Report
+from .report import Audit, Report
 from .sharing import check_unshared, warn_of_copies
-from .summary import Traffic, summary, traffic_of
+from .summary import Traffic, facts_of, summary, traffic_of
 from .tiles import examine, tiles
 from .undo import Recorder, UndoLog
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a node is to be dampened with, and what `evaluate` said of it.
-
-    Attributes:
-        alpha: selection threshold; infinite where a node is to be left alone and no finite one does that, because I is
-            0 where m is not.
-        lam: dampening constant.
-        score: of the node dampened with these.
-
-    """
-
-    alpha: float
-    lam: float
-    score: float
-
+from .values import Choice, PerGroup, Values, narrowest
 
 _under_way: set[Trials] = set()  # of all plans of the process
 
@@ -68,8 +48,10 @@ class Plan:
         requests: list[ForgetRequest],
         bystanders: Mapping[str, Model],
         merging: Merging,
-        dampening: Dampening,
+        values: Values,
         *,
+        exponent: float = 1.0,
+        cap: float = 1.0,
         on_mismatch: OnMismatch = "error",
         backend: str | None = None,
     ) -> None:
@@ -79,7 +61,7 @@ class Plan:
             nodes: what the requests reach.
             requests: at least one.
             bystanders: name -> model of all other nodes of the DAG; their memory must not be that of what is dampened.
-            merging, dampening: the numbers, checked.
+            merging, values, exponent, cap: the numbers, checked.
             on_mismatch, backend: as in `plan`.
 
         Raises:
@@ -88,22 +70,25 @@ class Plan:
         """
         self._nodes, self._requests, self._bystanders = nodes, requests, bystanders
         self._known = frozenset(node.name for node in nodes) | frozenset(bystanders)
-        self._merging, self._dampening = merging, dampening
+        self._merging, self._shape = merging, (exponent, cap)
         self._on_mismatch, self._backend = on_mismatch, backend
-        self._build()
+        self._build(values)
 
-    def _build(self) -> None:
+    def _build(self, values: Values) -> None:
         check_no_mode()
-        memory = LiveMemory(self._nodes, self._requests)
-        program = compile_program(self._nodes, self._requests, self._on_mismatch, memory.describe)
-        parts = bind(program, memory, self._merging, self._dampening, self._backend)
+        memory, slots = LiveMemory(self._nodes, self._requests), values.slots(self._nodes)
+        program = compile_program(self._nodes, self._requests, self._on_mismatch, memory.describe, slots)
+        dampening = values.dampening(slots, *self._shape)
+        parts = bind(program, memory, self._merging, dampening, self._backend)
         check_unshared(memory, self._nodes, self._bystanders)
         warn_of_copies(memory, self._nodes)
         memory.settle()
         self.parts: list[Part] = parts
+        self._values, self._slots, self._dampening = values, slots, dampening
+        self._matches = program.matches
         self._devices = tuple(dict.fromkeys(part.table.device for part in parts))
         self._memory = memory
-        self._facts = _facts(program, parts, self._known, self._merging, self._dampening)
+        self._facts = facts_of(program, parts, self._known, self._merging, dampening)
 
     def run_(self, *, dry_run: bool = False, undo: bool = False, audit: bool = False) -> Report:
         """Dampen every node a request reaches, in place, all from the state before the call.
@@ -149,10 +134,10 @@ class Plan:
             if not dry_run:
                 self._memory.check_writable()
             audited = self._audit() if audit else None
-            counts = {d: torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=d) for d in self._devices}
-            alpha, lam = self._dampening.alpha.copy(), self._dampening.lam.copy()
+            counts = {d: torch.zeros(len(self._slots), 3, dtype=torch.int64, device=d) for d in self._devices}
             log = self._write(counts, dry_run, undo)
-            return Report(self._facts, list(counts.values()), alpha, lam, dry_run=dry_run, audit=audited, undo=log)
+            of = self._facts, list(counts.values()), self._values, self._slots
+            return Report(*of, dry_run=dry_run, audit=audited, undo=log)
 
     def _write(self, counts: Mapping[torch.device, torch.Tensor], dry_run: bool, undo: bool) -> UndoLog | None:
         """Launch everything. Nothing is allocated from here on but by the log, and nothing interrupts."""
@@ -176,64 +161,65 @@ class Plan:
     def _refresh(self) -> None:
         check_no_mode()
         if self._memory.moved():
-            self._build()
+            self._build(self._values)
 
     def set_values_(
         self,
         chosen: Mapping[str, Choice] | None = None,
         *,
-        alpha: PerNode | None = None,
-        lam: PerNode | None = None,
+        alpha: PerGroup | None = None,
+        lam: PerGroup | None = None,
     ) -> None:
-        """Change alpha or lambda of the runs to come; nothing is compiled anew.
+        """Change alpha or lambda of the runs to come.
+
+        Nothing is compiled anew, unless patterns tell parameters apart that had one number so far.
 
         Args:
             chosen: {node: Choice}, as `tune` and `search_alpha` return it.
-            alpha, lam: a number for all nodes, or {node: number} for those to be changed; None: as they are, or as
-                `chosen` says.
+            alpha, lam: a number for all nodes, or for those to be changed {node: number}, {node: {pattern: number}};
+                None: as they are, or as `chosen` says.
 
         Raises:
-            ArgumentError: a value that is negative or not finite, or of a node that the DAG does not have.
+            ArgumentError: a value that is negative or not finite, or of a node that the DAG does not have; a parameter
+                that no pattern matches; or new patterns while trials are under way on this plan.
+            LayoutError: a pattern that matches no parameter.
+            FiunError: as `plan`, where it is compiled anew.
 
         """
-        left: list[str] = []
+        endless = False
         if chosen is not None:
             if not isinstance(chosen, Mapping) or not all(isinstance(one, Choice) for one in chosen.values()):
                 raise ArgumentError(
                     f"chosen is {chosen!r:.80}, expected {{node: Choice}}; numbers go into alpha= and lam="
                 )
-            if alpha is None:
-                left = [name for name, one in chosen.items() if one.alpha == math.inf]
-                alpha = {name: one.alpha for name, one in chosen.items() if name not in left}
+            if alpha is None:  # infinite selects nothing: where I is 0, inf I is NaN
+                alpha, endless = {name: one.alpha for name, one in chosen.items()}, True
             lam = {name: one.lam for name, one in chosen.items()} if lam is None else lam
         with alone:
-            alphas, lams = self._values(alpha, lam)
-            alphas[[name in left for name in self.nodes]] = math.inf  # selects nothing: where I is 0, inf I is NaN
-            self._take_values(alphas, lams)
+            self._take_values(self._changed(alpha, lam, endless))
 
-    def _values(self, alpha: PerNode | None, lam: PerNode | None) -> tuple[np.ndarray, np.ndarray]:
-        """Alpha and lambda of each node as they would be, [nodes] each; all is checked."""
+    def _changed(self, alpha: PerGroup | None, lam: PerGroup | None, endless: bool = False) -> Values:
+        """Alpha and lambda of each node as they would be; all is checked. `endless`: alpha may be infinite."""
         dtype = narrowest(request.fisher for request in self._requests)
-        found = []
-        for what, given, now in (("alpha", alpha, self._dampening.alpha), ("lam", lam, self._dampening.lam)):
-            values = now.copy()
-            if given is not None:
-                checked = values_per_node(what, given, self._known, lambda w, v: check_number(w, v, dtype))
-                if isinstance(checked, Mapping):
-                    for i, node in enumerate(self._nodes):
-                        values[i] = checked.get(node.name, values[i])
-                else:
-                    values[:] = checked
-            found.append(values)
-        return found[0], found[1]
+        return self._values.changed(self._nodes, self._known, dtype, alpha, lam, infinite=endless)
 
-    def _take_values(self, alpha: np.ndarray, lam: np.ndarray) -> None:
-        self._dampening.alpha[:], self._dampening.lam[:] = alpha, lam
+    def _take_values(self, values: Values) -> None:
+        if not values.fit(self._slots):
+            if any(trials.plan is self for trials in _under_way):
+                raise ArgumentError(
+                    "these patterns tell parameters apart that had one number when the trials on this plan began; "
+                    "name all patterns in trials(alpha=…)"
+                )
+            self._build(values)
+            return
+        self._values = values
+        self._dampening.alpha[:] = values.alpha.by_slot(self._slots)
+        self._dampening.lam[:] = values.lam.by_slot(self._slots)
         for part in self.parts:
             part.launch.refresh()
 
     @contextmanager
-    def trials(self, *, alpha: PerNode | None = None) -> Iterator[Trials]:
+    def trials(self, *, alpha: PerGroup | None = None) -> Iterator[Trials]:
         """Try values out: inside `with`, runs that are taken back; afterwards parameters and values are as before.
 
             with plan.trials(alpha=1.0) as trials:
@@ -245,7 +231,8 @@ class Plan:
         as they are meanwhile, and parameters where they are. The plan's own `run_` is refused inside, unless dry.
 
         Args:
-            alpha: the lowest that will be tried, a number or {node: number}; None: the present ones.
+            alpha: the lowest that will be tried, as in `set_values_`, with all patterns that will be; None: the present
+                ones.
 
         Raises:
             ArgumentError: trials are under way on this plan already; or as `set_values_`.
@@ -257,15 +244,15 @@ class Plan:
             if any(trials.plan is self for trials in _under_way):
                 raise ArgumentError("trials are under way on this plan already")
             self._check_no_trials()
-            before = self._dampening.alpha.copy(), self._dampening.lam.copy()
-            lowest = self._values(alpha, None)
+            before = self._values
+            lowest = self._changed(alpha, None, True)
             self._refresh()
-            self._memory.check_writable()
             try:
-                self._take_values(*lowest)
+                self._take_values(lowest)
+                self._memory.check_writable()
                 trials = Trials(self, Recorder(self.parts, self.nodes, self._memory).seal())
             except BaseException:
-                self._take_values(*before)
+                self._take_values(before)
                 raise
         try:
             _under_way.add(trials)
@@ -276,7 +263,7 @@ class Plan:
                     trials.end()
                 finally:
                     _under_way.discard(trials)
-                    self._take_values(*before)
+                    self._take_values(before)
 
     def profile(self, *, norms: bool = False) -> Profiles:
         """How many elements any alpha would select at each node: {node: SelectionProfile}, in one pass over the plan.
@@ -293,11 +280,19 @@ class Plan:
                 found = with_squares(found, tiles(self.parts))
         return Profiles(dict(zip(self.nodes, found, strict=True)))
 
-    def ratios(self) -> Ratios:
-        """The ratios m / I of every node: histograms and exact percentiles; with gradients, those the sign admits."""
+    def ratios(self, layers: Sequence[tuple[str, Sequence[str]]] | None = None) -> Ratios:
+        """The ratios m / I of every node: histograms and exact percentiles; with gradients, those the sign admits.
+
+        Args:
+            layers: (node, parameters) of what is to have ratios of its own instead. Each parameter of the plan is in
+                one of them, and the plan's values tell all of a node's layers apart.
+
+        """
         with alone:
             self._refresh()
-        return Ratios([(part.table, part.histogram()) for part in self.parts], self.nodes)
+            names = self.nodes if layers is None else [f"{node}, {', '.join(own)}" for node, own in layers]
+            rows = self._slots.node if layers is None else self._slots.rows(self.nodes, layers)
+            return Ratios([(part.table, part.histogram()) for part in self.parts], names, rows)
 
     def _audit(self) -> Audit:
         """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
@@ -328,6 +323,14 @@ class Plan:
         return {node.name: node.model for node in self._nodes}
 
     @property
+    def parameters(self) -> dict[str, dict[str, int]]:
+        """Node -> its parameters that a run may dampen, by name -> elements."""
+        return {
+            node.name: {segment.name: segment.numel for segment in match.segments}
+            for node, match in zip(self._nodes, self._matches, strict=True)
+        }
+
+    @property
     def traffic(self) -> Traffic:
         """Dense bytes of one run, over all launches (docs/architecture.md, cost model)."""
         return traffic_of(self.parts)
@@ -355,7 +358,7 @@ class Trials:
         buffers = [vector.buffer for vector in (*fishers, *gradients)]
         return [-1 if buffer.is_inference() else buffer._version for buffer in buffers]
 
-    def run(self, *, alpha: PerNode | None = None, lam: PerNode | None = None, dry_run: bool = False) -> Report:
+    def run(self, *, alpha: PerGroup | None = None, lam: PerGroup | None = None, dry_run: bool = False) -> Report:
         """Restore what an earlier trial changed, then run the plan with these values.
 
         Args:
@@ -363,7 +366,8 @@ class Trials:
             dry_run: count only.
 
         Raises:
-            ArgumentError: an alpha below the lowest that was announced, which the log could not take back.
+            ArgumentError: an alpha below the lowest that was announced, which the log could not take back; patterns
+                that were not announced.
             UndoError: the `with` block has ended; or memory was moved or replaced since it began.
             FiunError: as `Plan.run_` and `Plan.set_values_`.
 
@@ -371,24 +375,26 @@ class Trials:
         with alone:
             return self._run(alpha, lam, bool(dry_run))
 
-    def _run(self, alpha: PerNode | None, lam: PerNode | None, dry_run: bool) -> Report:
+    def _run(self, alpha: PerGroup | None, lam: PerGroup | None, dry_run: bool) -> Report:
         if self._ended:
             raise UndoError("these trials have ended: a run after the `with` block would not be taken back")
         self.restore()
         plan = self.plan
-        values = plan._values(alpha, lam)
-        if not dry_run:
-            for name, lowest, now in zip(plan.nodes, self._lowest, values[0], strict=True):
-                if now < lowest:
-                    raise ArgumentError(
-                        f"node {name!r}: alpha {now:g} is below {lowest:g}, the lowest that trials(alpha=…) announced"
-                    )
+        values, slots = plan._changed(alpha, lam, True), plan._slots
+        if not dry_run and values.fit(slots):
+            now = values.alpha.by_slot(slots)
+            for slot in np.flatnonzero(now < self._lowest).tolist():
+                part = f", parameter {slots.names[slot][0]!r}" if slot in slots.names else ""
+                raise ArgumentError(
+                    f"node {plan.nodes[slots.node[slot]]!r}{part}: alpha {now[slot]:g} is below "
+                    f"{self._lowest[slot]:g}, the lowest that trials(alpha=…) announced"
+                )
             if plan._memory is not self.memory or self.memory.moved():
                 raise UndoError("parameters or Fishers were moved or replaced since these trials began")
             if self._versions() != self._fishers:
                 what = "a Fisher or gradient" if any(one.gradient for one in plan._requests) else "a Fisher"
                 raise UndoError(f"{what} was changed since these trials began, and their log was made with the old one")
-        plan._take_values(*values)
+        plan._take_values(values)
         self._changed = not dry_run
         return plan._run(dry_run)
 
@@ -408,26 +414,3 @@ class Trials:
         """Restore, and refuse further runs."""
         self._ended = True
         self.restore()
-
-
-def _facts(program: Program, parts: list[Part], known: frozenset[str], merging: Merging, dampening: Dampening) -> Facts:
-    """What a report says of a plan beside the counts."""
-    origins = {
-        reaching: tuple(program.requests[k].origin for k in reaching)
-        for reaching in {node.requests for node in program.nodes}
-    }
-    options = {"exponent": dampening.exponent, "cap": dampening.cap, "scale": merging.scale, "merge": merging.how}
-    return Facts(
-        [
-            (node.name, origins[node.requests], match.skipped, match.numel)
-            for node, match in zip(program.nodes, program.matches, strict=True)
-        ],
-        known,
-        options,
-        tuple(dict.fromkeys(part.backend.name for part in parts)),
-        tuple(
-            (r.origin, float(r.weight), weakref.ref(r.fisher), None if r.gradient is None else weakref.ref(r.gradient))
-            for r in program.requests
-        ),
-        {node.name: weakref.ref(node.fisher) for node in program.nodes},
-    )

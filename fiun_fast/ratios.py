@@ -54,18 +54,23 @@ class Ratios:
     Args:
         parts: tables, and a histogram of each; a node may appear in several tables.
         names: of the nodes, for messages.
+        node: [slots] int64, whose node each slot of the tables is; None: they are the nodes. Whatever is to have ratios
+            of its own may be a "node" here: the layers of a model, if the slots tell them apart.
 
     """
 
-    def __init__(self, parts: Sequence[tuple[Table, Histogram]], names: Sequence[str]) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Table, Histogram]], names: Sequence[str], node: np.ndarray | None = None
+    ) -> None:
         self.names = list(names)
         self._parts = list(parts)
+        self._node = np.arange(len(self.names)) if node is None else node
 
     def dtypes(self) -> list[torch.dtype]:
         """Of the Fishers of each node, [nodes]."""
         found = [torch.float32] * len(self.names)
         for table, _ in self._parts:
-            for node in np.unique(table.targets[:, 2]).tolist():
+            for node in np.unique(self._node[table.targets[:, 2]]).tolist():
                 found[node] = table.fisher_dtype
         return found
 
@@ -76,13 +81,16 @@ class Ratios:
         `nearest` counted at that end. Infinite ratios have bits and are counted like others, NaN are not.
         """
         found: dict[torch.device, torch.Tensor] = {}
+        bases = bases[self._node]
         for table, histogram in self._parts:
             if table.fisher_dtype == dtype:
                 if table.device not in found:
-                    found[table.device] = torch.zeros(len(self.names), BINS, dtype=torch.int64, device=table.device)
+                    found[table.device] = torch.zeros(len(bases), BINS, dtype=torch.int64, device=table.device)
                 histogram.run(found[table.device], bases, low, nearest)
-        counts = [counted.cpu().numpy() for counted in found.values()]
-        return sum(counts[1:], counts[0]) if counts else np.zeros((len(self.names), BINS), dtype=np.int64)
+        result = np.zeros((len(self.names), BINS), dtype=np.int64)
+        for counts in found.values():
+            np.add.at(result, self._node, counts.cpu().numpy())
+        return result
 
     def percentiles(self, q: np.ndarray) -> np.ndarray:
         """The q-th percentile (0..100) of each node's finite ratios: [nodes] -> [nodes] float64.

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from .errors import DagError, UndoError
 from .fisher import Fisher
 from .gradient import Gradient
+from .values import Number, Slots, Values
 from .vectors import Vector
 from .version import __version__
 
@@ -105,7 +105,8 @@ class NodeReport:
         name: the node.
         sources: origins of the requests that reach it; empty: not touched.
         skipped: parameters left out by on_mismatch="skip".
-        alpha, lam: the values used; None where the node is not touched. Alpha is infinite where `tune` left it alone.
+        alpha, lam: the values used, {pattern: number} where parameters were told apart; None where the node is not
+            touched. Alpha is infinite where `tune` left it alone.
         numel: elements compared.
         selected: elements with m > alpha I, and in a signed run g * theta < 0.
         zeroed: selected elements that are exactly 0 afterwards.
@@ -117,8 +118,8 @@ class NodeReport:
     name: str
     sources: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
-    alpha: float | None = None
-    lam: float | None = None
+    alpha: Number | None = None
+    lam: Number | None = None
     numel: int = 0
     selected: int = 0
     zeroed: int = 0
@@ -156,8 +157,8 @@ class Report:
         self,
         facts: Facts,
         counts: Sequence[torch.Tensor],
-        alpha: np.ndarray,
-        lam: np.ndarray,
+        values: Values,
+        slots: Slots,
         *,
         dry_run: bool,
         audit: Audit | None = None,
@@ -167,26 +168,27 @@ class Report:
 
         Args:
             facts: of the plan.
-            counts: for each device [nodes, 3] int64: selected, zeroed, nonfinite; this run's own, added up when read.
-            alpha, lam: [nodes] float64, as the run used them.
+            counts: for each device [slots, 3] int64: selected, zeroed, nonfinite; this run's own, added up when read.
+            values: alpha and lambda of the nodes, as the run used them.
+            slots: what the counts are of.
             dry_run: whether nothing was written.
             audit, undo: what a run with these options adds.
 
         """
         self.dry_run, self.undo = dry_run, undo
         self._facts, self._audit = facts, audit
-        self._counts, self._alpha, self._lam = counts, alpha, lam
+        self._counts, self._values, self._slots = counts, values, slots
         self._read: dict[str, NodeReport] | None = None
 
     @property
     def nodes(self) -> dict[str, NodeReport]:
         """Name -> report of each node reached, in the order of the DAG. The first look waits for the device."""
         if self._read is None:
-            counts = sum(
-                (counts.cpu() for counts in self._counts), torch.zeros(len(self), 3, dtype=torch.int64, device="cpu")
-            )
+            zeros = torch.zeros(len(self._slots), 3, dtype=torch.int64, device="cpu")
+            by_slot = sum((counts.cpu() for counts in self._counts), zeros)
+            counts = self._slots.sums(by_slot.numpy(), len(self))
             audited = {} if self._audit is None else self._audit.parameters
-            values = zip(self._alpha.tolist(), self._lam.tolist(), counts.tolist(), strict=True)
+            values = zip(self._values.alpha.all(), self._values.lam.all(), counts.tolist(), strict=True)
             self._read = {
                 name: NodeReport(
                     name, origins, skipped, alpha, lam, numel, row[0], row[1], row[2], audited.get(name, ())
@@ -309,8 +311,17 @@ class Report:
 
 
 def _row(n: NodeReport) -> tuple[str, ...]:
-    number = ("" if n.alpha is None else f"{n.alpha:g}", "" if n.lam is None else f"{n.lam:g}")
-    return (n.name, ", ".join(n.sources), *number, *_figures(n))
+    return (n.name, ", ".join(n.sources), shown(n.alpha), shown(n.lam), *_figures(n))
+
+
+def shown(number: Number | None) -> str:
+    """Alpha or lambda in a table: of several, the least and the greatest."""
+    if number is None:
+        return ""
+    if not isinstance(number, Mapping):
+        return f"{number:g}"
+    least, most = min(number.values()), max(number.values())
+    return f"{least:g}" if least == most else f"{least:g}…{most:g}"
 
 
 def _figures(n: NodeReport | ParameterReport) -> tuple[str, ...]:
@@ -332,7 +343,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
 def _plain(n: NodeReport) -> dict[str, Any]:
     """A node's report as plain data; an alpha or a change that is not finite becomes None, which JSON can hold."""
     plain = {**asdict(n), "share": n.share}
-    if plain["alpha"] == math.inf:  # left alone
+    if isinstance(n.alpha, Mapping):
+        plain["alpha"] = {pattern: None if one == math.inf else one for pattern, one in n.alpha.items()}
+    elif n.alpha == math.inf:  # left alone
         plain["alpha"] = None
     if n.change is None:
         del plain["parameters"]

@@ -172,6 +172,32 @@ def last_layer(model: nn.Module) -> list[str]:
     return found
 
 
+def layers_of(model: object, names: Sequence[str]) -> list[list[str]]:
+    """These parameters layer by layer, the last layer first; each is in one layer.
+
+    A layer is a module that owns parameters; the last one is what `last_layer` would take, those before it follow in
+    the reverse order of registration, and an adapter counts with the layer that it is on. In a dict of tensors a layer
+    is what has the same name up to the last dot, in the reverse order of `names`.
+
+    Args:
+        model: a module, or a dict of tensors.
+        names: some of its parameters.
+
+    """
+    found: dict[object, list[str]] = {}
+    if not isinstance(model, nn.Module):
+        for name in reversed(names):
+            found.setdefault(name.rpartition(".")[0] or name, []).insert(0, name)
+        return list(found.values())
+    known = Names(model)
+    waiting = {id(known.first[first]): name for name in names if (first := known.find(name)) is not None}
+    for k, layer in enumerate(_layers(model)):
+        for p in layer:
+            if (own := waiting.pop(id(p), None)) is not None:
+                found.setdefault(k, []).append(own)
+    return list(found.values())
+
+
 def _layers(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """The parameters of each layer, the last layer first; layers may come twice."""
     for get in _HEADS:

@@ -35,6 +35,7 @@ class Tile:
     original: Tensor  # [n] view
     merged: Tensor  # [n]
     alpha: float
+    lam: float
     how: Dampening
     exact: bool  # m has the same bits on every backend
     gradient: Tensor | None  # [n], merged; None: unsigned
@@ -53,11 +54,11 @@ def tiles(parts: Iterable[Part]) -> Iterator[Tile]:
                     stop = min(start + size, numel)
                     merged = merge_elements(group.forget(s, start, stop), group.weights, merging)
                     gradient = merged_gradient(group, s, start, stop)
-                    for n, node in enumerate(group.nodes.tolist()):
+                    for n, slot in enumerate(group.nodes.tolist()):
                         theta, original = group.theta(n, s, start, stop), group.original(n, s, start, stop)
-                        alpha, whole = float(how.alpha[node]), group.thetas[s][n]
-                        where = (node, group.names[s], whole, start)
-                        yield Tile(*where, theta, original, merged, alpha, how, exact, gradient)
+                        alpha, lam = float(how.alpha[slot]), float(how.lam[slot])
+                        where = (int(part.node[slot]), group.names[s], group.thetas[s][n], start)
+                        yield Tile(*where, theta, original, merged, alpha, lam, how, exact, gradient)
 
 
 def selection(tile: Tile) -> Tensor:
@@ -95,8 +96,7 @@ def examine(parts: Iterable[Part]) -> dict[int, list[ParameterReport]]:
     sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # -> the parameter; selected, zeroed, nonfinite, change^2
     for tile in tiles(parts):
         chosen, how = selection(tile), tile.how
-        lam = float(how.lam[tile.node])
-        new, _ = dampen_elements(tile.theta, tile.original, tile.merged, tile.alpha, lam, how.exponent, how.cap)
+        new, _ = dampen_elements(tile.theta, tile.original, tile.merged, tile.alpha, tile.lam, how.exponent, how.cap)
         nonfinite = not_finite(tile.original, tile.merged, tile.gradient)
         change = (new.double() - tile.theta.double()).masked_fill(~chosen, 0)
         terms = [chosen.sum(), (chosen & (new == 0)).sum(), nonfinite.sum(), change.square().sum()]

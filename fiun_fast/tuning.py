@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from .arguments import MergeRule, OnMismatch, check_count, check_function, check_number
-from .dag import ForgetRequest, InheritanceDAG, Model
+from .arguments import TUNE_BY, MergeRule, OnMismatch, TuneBy, check_count, check_function, check_number, check_one_of
+from .dag import ForgetRequest, InheritanceDAG
 from .errors import ArgumentError, TuningWarning, warn
 from .estimating import Estimate
-from .planning import Choice, Plan, Trials
-from .profile import Profiles, SelectionProfile
-from .scores import Score
+from .grids import Evaluate, default_grids, left_alone, score_of, watched
+from .layer_tuning import LAST_LAMBDAS, LAST_POINTS, SLACK, tune_layers
+from .planning import Plan, Trials
+from .profile import SelectionProfile
 from .tuned import TriedPoint, Tuned
 from .unlearning import plan
+from .values import Choice
 
-Evaluate = Callable[[str, Model], float]
 LAMBDAS = (1.0, 0.1, 0.01)
 POINTS = 32
-MOST = 0.7  # the largest share that the default grid selects
 SPENT = 0.01  # what is selected keeps less than lambda / alpha of itself; below this a smaller lambda hardly matters
 
 
@@ -31,9 +30,11 @@ def tune(
     requests: Iterable[ForgetRequest],
     evaluate: Evaluate,
     *,
+    by: TuneBy = "node",
     alphas: Iterable[float] | Mapping[str, Iterable[float]] | None = None,
     lams: Iterable[float] | None = None,
-    points: int = POINTS,
+    points: int | None = None,
+    slack: float = SLACK,
     merge: MergeRule = "max",
     scale: float = 1.0,
     on_mismatch: OnMismatch = "error",
@@ -49,55 +50,79 @@ def tune(
     them, and the first. Of equal scores the one tried first wins: lambdas in the order given, in each the highest alpha
     first.
 
+    With by="layer" every layer gets an alpha of its own, for Fishers of more than the last one. First the last layer is
+    tuned as above, all others left alone. Then the layers before it follow, from the last to the first: of each, the
+    largest share of 40, 20, 10, 5, 2, 1 and 0.5 % of its elements is dampened with lambda 0.1 that validation data can
+    bear; it is left alone where they bear none. All nodes take their steps in the same launches.
+    A step is borne where the score is at most `slack` below that of the last layer alone. Where `evaluate` measures, it
+    is borne where no more is `left`, what is `kept` is at most `slack` below the lower of what was kept at first and by
+    the last layer alone, and the probability of what is to be forgotten, `sure_left`, has risen by at most 0.01. It
+    measures if it has a dict `last`: node -> what the last call saw, an object with these attributes, as `ClassScore`.
+
     Args:
         dag, requests: as in `plan`.
         evaluate: (name, model) -> score of the dampened model on the caller's validation data; higher is better. It
             may not train or move the model.
+        by: "node", one alpha for all parameters of a node; or "layer". A layer is a module that owns parameters; the
+            last one is what `last_layer` says, the others follow in the reverse order of registration.
         alphas: the grid, or {node: grid}; None: of each node `points` values from its `plan.profile()`, so that the
-            share selected runs from one element to 70 % in even steps of its logarithm (`default_grids`).
-        lams: default 1, 0.1, 0.01.
-        points: of the default grid.
+            share selected runs from one element to 70 % in even steps of its logarithm. By layer it is always that.
+        lams: default 1, 0.1, 0.01; by layer those of the last one, default 0.01.
+        points: of the default grid, default 32; by layer of that of the last one, default 12.
+        slack: by layer, see above.
         merge, scale, on_mismatch, backend, estimate: as in `plan`.
         progress: show a progress bar.
 
     Returns:
-        {node: Choice} with every point tried; `Plan.set_values_` takes it. A node that is best left alone has an alpha
-        that selects nothing. All models are as before, also when `evaluate` raises.
+        {node: Choice} with every point tried; `Plan.set_values_` takes it. By layer a choice has {pattern: number}. A
+        node that is best left alone has an alpha that selects nothing. All models are as before, also when `evaluate`
+        raises.
 
     Warns:
-        TuningWarning: at some node no point beats leaving it alone; or the best is at the edge of the grid, so that
-            something beyond may be better: the lowest alpha, the highest of a grid that was given, the smallest lambda
-            unless less than 1 % stays of what is selected, the largest below 1.
+        TuningWarning: at some node no point beats leaving it alone; or, by node, the best is at the edge of the grid,
+            so that something beyond may be better: the lowest alpha, the highest of a grid that was given, the smallest
+            lambda unless less than 1 % stays of what is selected, the largest below 1.
 
     Raises:
-        ArgumentError: an empty grid, a number out of range, an `evaluate` that takes other arguments, or a score that
-            is no number or NaN.
+        ArgumentError: an empty grid, or one for layers; a number out of range, an `evaluate` that takes other
+            arguments, or a score that is no number or NaN.
         FiunError: as `plan`.
 
     """
     check_function("evaluate", evaluate, "name", "model")
     how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
     compiled = plan(dag, requests, alpha=0.0, estimate=estimate, **how)
-    return _said("tune", tune_plan(compiled, evaluate, alphas=alphas, lams=lams, points=points, progress=progress))
+    grid = {"alphas": alphas, "lams": lams, "points": points, "slack": slack}
+    return _said("tune", tune_plan(compiled, evaluate, by=by, **grid, progress=progress))  # type: ignore[arg-type]
 
 
 def tune_plan(
     compiled: Plan,
     evaluate: Evaluate,
     *,
+    by: TuneBy = "node",
     alphas: Iterable[float] | Mapping[str, Iterable[float]] | None = None,
     lams: Iterable[float] | None = None,
-    points: int = POINTS,
+    points: int | None = None,
+    slack: float = SLACK,
     progress: bool = False,
 ) -> Tuned:
     """`tune` on a plan that there is already, without its warning; the plan's values are afterwards as before."""
+    check_one_of("by", by, TUNE_BY)
+    if by == "layer":
+        if alphas is not None:
+            raise ArgumentError('alphas are of whole nodes: leave them out where by="layer"')
+        last = LAST_LAMBDAS if lams is None else _numbers("lams", lams)
+        count, slack = check_count("points", LAST_POINTS if points is None else points), check_number("slack", slack)
+        return tune_layers(compiled, evaluate, lams=last, points=count, slack=slack, progress=progress)
     lambdas = _numbers("lams", LAMBDAS if lams is None else lams)
-    grids = {name: sorted(set(grid), reverse=True) for name, grid in _grids(compiled, alphas, points).items()}
+    count = POINTS if points is None else points
+    grids = {name: sorted(set(grid), reverse=True) for name, grid in _grids(compiled, alphas, count).items()}
     profiles = compiled.profile()
-    tried = _left_alone(compiled, profiles, evaluate)
+    tried = left_alone(compiled, profiles, evaluate)
     with compiled.trials(alpha={name: grid[-1] for name, grid in grids.items()}) as trials:
         candidates = _distinct(trials, grids, lambdas)
-        for k in _shown(range(max(map(len, candidates.values()))), progress):
+        for k in watched(range(max(map(len, candidates.values()))), progress):
             # a node that has no more to try waits at the top of its grid, and is not scored again
             both = {name: found[k] if k < len(found) else (grids[name][0], 1.0) for name, found in candidates.items()}
             report = trials.run(
@@ -105,7 +130,7 @@ def tune_plan(
             )
             for name, found in candidates.items():
                 if k < len(found):
-                    score = _score(name, evaluate(name, compiled.models[name]))
+                    score = score_of(evaluate, name, compiled.models[name])
                     tried[name].append(TriedPoint(*found[k], report[name].selected, report[name].share, score))
     best = {name: max(found, key=lambda point: point.score) for name, found in tried.items()}  # the first of equals
     given = alphas is not None
@@ -169,7 +194,7 @@ def search_alpha(
     how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
     compiled = plan(dag, requests, alpha=0.0, lam=lam, estimate=estimate, **how)
     names, models = compiled.nodes, compiled.models
-    tried = _left_alone(compiled, compiled.profile(), evaluate)
+    tried = left_alone(compiled, compiled.profile(), evaluate)
     goal = {name: rho * tried[name][0].score for name in names}
     for name in names:
         if goal[name] < 0:
@@ -179,7 +204,7 @@ def search_alpha(
     def there(name: str) -> bool:
         return goal[name] == 0 or tried[name][-1].score < goal[name]
 
-    for k in _shown(range(math.floor(start / step) + 1), progress):
+    for k in watched(range(math.floor(start / step) + 1), progress):
         if all(there(name) for name in names):
             break
         q = np.full(len(names), start - k * step)
@@ -189,7 +214,7 @@ def search_alpha(
             report = trials.run()
             for node in report:
                 if not there(node.name):
-                    score = _score(node.name, evaluate(node.name, models[node.name]))
+                    score = score_of(evaluate, node.name, models[node.name])
                     tried[node.name].append(TriedPoint(alphas[node.name], lam, node.selected, node.share, score))
     found = {name: Choice(points[-1].alpha, lam, points[-1].score) for name, points in tried.items()}
     failed = {
@@ -198,24 +223,6 @@ def search_alpha(
         if not there(name)
     }
     return _said("search_alpha", Tuned(found, tried, failed))
-
-
-def default_grids(compiled: Plan, points: int = POINTS) -> dict[str, list[float]]:
-    """Of each node the alphas that select from one element to 70 % of its profile, evenly in the logarithm.
-
-    The profile says how many elements there are to select. Its bins are too wide where all ratios of a node are alike,
-    so that the alphas themselves are exact: ratios of the node, found as `adaptive_alpha` finds its percentile.
-    """
-    profiles = compiled.profile()
-    ranks = np.zeros((len(profiles), points), dtype=np.int64)
-    for row, profile in zip(ranks, profiles.values(), strict=True):
-        if selectable := int(profile.counts[1:].sum()):
-            shares = np.logspace(-math.log10(selectable), math.log10(MOST), points)
-            above = np.minimum((shares * selectable + 1e-9).astype(np.int64), selectable - 1)
-            row[:] = int(profile.counts[0]) + selectable - 1 - above
-    grids = compiled.ratios().smallest(ranks).tolist()
-    pairs = zip(profiles.items(), grids, strict=True)
-    return {name: grid if profile.counts[1:].any() else [1.0] for (name, profile), grid in pairs}
 
 
 def _grids(
@@ -243,28 +250,11 @@ def _distinct(
     for k in range(max(map(len, grids.values()))):
         alphas = {name: grid[min(k, len(grid) - 1)] for name, grid in grids.items()}
         for node in trials.run(alpha=alphas, dry_run=True):
-            counts[node.name].setdefault(node.selected, float(node.alpha or 0.0))
+            counts[node.name].setdefault(node.selected, alphas[node.name])
     return {
         name: [(alpha, lam) for lam in dict.fromkeys(lambdas) for selected, alpha in found.items() if selected]
         for name, found in counts.items()
     }
-
-
-def _left_alone(compiled: Plan, profiles: Profiles, evaluate: Evaluate) -> dict[str, list[TriedPoint]]:
-    """The first point of each node: as it is, with an alpha that selects nothing."""
-    if isinstance(evaluate, Score):
-        evaluate.begin(compiled.models)
-    return {
-        name: [TriedPoint(_above(profile), 1.0, 0, 0.0, _score(name, evaluate(name, compiled.models[name])))]
-        for name, profile in profiles.items()
-    }
-
-
-def _above(profile: SelectionProfile) -> float:
-    """An alpha that selects nothing: from the bin above all ratios, at least 1; infinite where no finite one does."""
-    filled = np.flatnonzero(profile.counts)
-    edge = int(filled[-1]) + 2 if len(filled) else 0
-    return math.inf if profile.always or edge >= len(profile.counts) else max(1.0, float(profile.alphas[edge]))
 
 
 def _doubt(
@@ -273,7 +263,9 @@ def _doubt(
     """What there is to say against the best point of a node; nothing, mostly. `given`: the grid is the caller's."""
     if not best.selected:
         return "no point beats leaving it alone" if len(tried) > 1 else "no alpha selects anything"
-    alphas = [point.alpha for point in tried if point.selected]
+    assert isinstance(best.alpha, float), "by node a point has one number of each kind"
+    assert isinstance(best.lam, float), "by node a point has one number of each kind"
+    alphas: list = [point.alpha for point in tried if point.selected]
     doubts = []
     if len(set(alphas)) > 1:
         if best.alpha == min(alphas) and best.selected < profile.always + profile.counts[1:].sum():
@@ -297,14 +289,6 @@ def _said(who: str, found: Tuned) -> Tuned:
     return found
 
 
-def _shown(steps: Sequence[int], progress: bool) -> Iterable[int]:
-    if not progress:
-        return steps
-    from rich.progress import track
-
-    return track(steps, description="Tuning")
-
-
 def _numbers(what: str, values: Iterable[float]) -> list[float]:
     if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
         raise ArgumentError(f"{what} is a {type(values).__name__}, expected numbers")
@@ -312,15 +296,3 @@ def _numbers(what: str, values: Iterable[float]) -> list[float]:
     if not numbers:
         raise ArgumentError(f"{what} is empty: nothing to try")
     return numbers
-
-
-def _score(name: str, score: object) -> float:
-    if isinstance(score, torch.Tensor) and score.numel() == 1:
-        score = score.item()
-    try:
-        number = float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise ArgumentError(f"evaluate({name!r}, …) gave a {type(score).__name__}, expected a number") from None
-    if math.isnan(number):
-        raise ArgumentError(f"evaluate({name!r}, …) gave NaN, which no score compares with")
-    return number

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .arguments import MERGE_RULES, MergeRule, OnMismatch, check_number, check_one_of, renamed
-from .compiling import PerNode, ReachedNode, dampening, narrowest, per_node, reached_nodes, values_per_node
+from .compiling import ReachedNode, reached_nodes
 from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_requests
 from .errors import ArgumentError
 from .estimating import Estimate, completed
@@ -21,6 +21,7 @@ from .profile import SelectionProfile, profiles_of
 from .provenance import warn_if_unlike
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
+from .values import Number, PerGroup, PerNode, Values, narrowest, per_node, values_per_node
 
 
 @renamed(share="forget_fraction")
@@ -28,8 +29,8 @@ def plan(
     dag: InheritanceDAG,
     requests: Iterable[ForgetRequest],
     *,
-    alpha: PerNode | str = 10.0,
-    lam: PerNode = 1.0,
+    alpha: PerGroup | str = 10.0,
+    lam: PerGroup = 1.0,
     exponent: float = 1.0,
     cap: float = 1.0,
     merge: MergeRule = "max",
@@ -49,8 +50,10 @@ def plan(
         dag: models, their original Fishers and who inherited from whom.
         requests: origin and forget Fisher of what is to be forgotten; or the data, as nodes may have.
         alpha: selection threshold; one number, or {node: number} that covers every node reached; "auto" chooses each
-            node's as `adaptive_alpha` does, from its own ratios m / I.
-        lam: dampening constant; likewise.
+            node's as `adaptive_alpha` does, from its own ratios m / I. {node: {pattern: number}} has a number for each
+            group of parameters: a pattern is a name or a glob of names in the node's Fisher; a parameter's own name
+            wins, then the first glob that matches it, and "*" is for all that are left.
+        lam: dampening constant; likewise, without "auto".
         exponent, cap: shape and upper bound of the factor.
         merge: "max" (MFIM), "mean" or "sum".
         scale: applied to the merged Fisher, last.
@@ -86,8 +89,8 @@ def dampen_(
     forget: Fisher | Sequence[Fisher],
     *,
     gradient: Gradient | Sequence[Gradient] | None = None,
-    alpha: float | str = 10.0,
-    lam: float = 1.0,
+    alpha: Number | str = 10.0,
+    lam: Number = 1.0,
     exponent: float = 1.0,
     cap: float = 1.0,
     merge: MergeRule = "max",
@@ -107,8 +110,8 @@ def dampen_(
         forget: Fisher over the data to be forgotten; several are merged on the fly.
         gradient: of the loss on that data, one for each forget Fisher; then only elements whose gradient and value
             differ in sign are selected, those that raise this loss as they shrink (`ForgetRequest`).
-        alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction: as in `plan`; alpha, lam and
-            forget_fraction are numbers here, alpha may be "auto".
+        alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction: as in `plan`; alpha and lam are
+            numbers here, or {pattern: number}; forget_fraction is a number, and alpha may be "auto".
         dry_run, undo, audit: as in `Plan.run_`.
 
     Returns:
@@ -118,7 +121,8 @@ def dampen_(
         FiunError: as `plan`.
 
     """
-    options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
+    alphas, lams = ({"model": one} if isinstance(one, Mapping) else one for one in (alpha, lam))
+    options = Options(alphas, lams, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)  # type: ignore[arg-type]
     return _plan_of_one(model, original, forget, gradient, options).run_(dry_run=dry_run, undo=undo, audit=audit)
 
 
@@ -162,8 +166,8 @@ def selection_profile(
 class Options:
     """The options of `plan`, as they were given."""
 
-    alpha: PerNode | str = 10.0
-    lam: PerNode = 1.0
+    alpha: PerGroup | str = 10.0
+    lam: PerGroup = 1.0
     exponent: float = 1.0
     cap: float = 1.0
     merge: MergeRule = "max"
@@ -212,9 +216,10 @@ def made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: di
     dtype = narrowest(request.fisher for request in requests)
     fractions = _forget_fractions(o, nodes, known)
     alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
-    how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
-    merging = Merging(o.merge, check_number("scale", o.scale, dtype))
-    made = Plan(nodes, requests, bystanders, merging, how, on_mismatch=o.on_mismatch, backend=o.backend)
+    values = Values.of(nodes, known, dtype, alpha, o.lam)
+    exponent, cap, scale = (check_number(what, getattr(o, what), dtype) for what in ("exponent", "cap", "scale"))
+    merging, more = Merging(o.merge, scale), {"on_mismatch": o.on_mismatch, "backend": o.backend}
+    made = Plan(nodes, requests, bystanders, merging, values, exponent=exponent, cap=cap, **more)  # type: ignore[arg-type]
     warn_if_unlike(
         (f"the original Fisher of {n.name!r}", n.fisher.provenance, f"the forget Fisher of request {k}", r.provenance)
         for n in nodes

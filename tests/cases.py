@@ -6,6 +6,7 @@ and scatters. It shares nothing with fiun_fast.kernels.reference.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,10 @@ EDGES = [0.0, 1e-45, 1e-40, 1.1754944e-38, 1e-30, 0.25, 0.5, 1.0, 2.0, 4.0, 1e30
 THETA_EDGES = [0.0, -0.0, 1e-45, -1e-40, 6e-8, 1.0, -1.0, 3.3e38, float("inf"), float("-inf"), float("nan")]
 
 
+PARTS = {"1.weight": (7, 3), "1.bias": (7,), "2.weight": (3, 17), "2.bias": ()}
+APART = {"1.bias": 0.5, "1.*": 2.0, "*": 1.2}  # of a node with PARTS
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem: a DAG, requests, shapes, dtypes, numbers."""
@@ -39,8 +44,8 @@ class Case:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SMALL)
     theta: torch.dtype = torch.float32
     fisher: torch.dtype = torch.float32
-    alpha: float | Mapping[str, float] = 1.5
-    lam: float | Mapping[str, float] = 0.7
+    alpha: float | Mapping[str, float | Mapping[str, float]] = 1.5
+    lam: float | Mapping[str, float | Mapping[str, float]] = 0.7
     exponent: float = 1.0
     cap: float = 1.0
     merge: str = "max"
@@ -103,6 +108,25 @@ CASES = [
     Case("cap-zero", shapes=SIZES, cap=0.0),
     Case("cap-one-lambda-large", values="edges", shapes=SIZES, lam=10.0, theta=torch.float16),
     Case("per-node", CHAIN, shapes=SIZES, alpha={"a": 0.5, "b": 2.0, "c": 40.0}, lam={"a": 1.0, "b": 0.1, "c": 3.0}),
+    Case(
+        "by-pattern",
+        DIAMOND,
+        ("a", "b"),
+        shapes=PARTS,
+        alpha={"a": APART, "b": 1.5, "c": APART, "d": {"2.bias": 9.0, "*": 0.1}},
+        lam={"a": 0.7, "b": {"1.*": 0.2, "*": 1.0}, "c": 0.7, "d": {"*": 0.3, "2.bias": 0.1}},
+    ),
+    Case(
+        "by-pattern-flat-signed-halves",
+        CHAIN,
+        ("b",),
+        shapes=PARTS,
+        alpha=dict.fromkeys("bc", APART),
+        theta=torch.bfloat16,
+        flat=True,
+        shift=1,
+        signed=True,
+    ),
     Case("weights-and-scale", DIAMOND, ("a", "b", "c"), (0.5, 1.0, 3.0), SIZES, scale=0.3, values="edges"),
     Case("weight-zero", CHAIN, ("a", "b"), (0.0, 1.0), SIZES),
     Case("scale-zero", CHAIN, shapes=SIZES, scale=0.0, values="edges"),
@@ -255,15 +279,23 @@ def reaches(parents: Mapping[str, tuple[str, ...]], origin: str, node: str) -> b
     return origin == node or any(reaches(parents, origin, parent) for parent in parents[node])
 
 
+def number_of(given: float | Mapping[str, float | Mapping[str, float]], node: str, parameter: str) -> float:
+    """The number of a parameter: the node's, or of its patterns the name itself, else the first that matches."""
+    of = given[node] if isinstance(given, Mapping) else given
+    if not isinstance(of, Mapping):
+        return of
+    return of[parameter] if parameter in of else next(of[glob] for glob in of if fnmatch.fnmatchcase(parameter, glob))
+
+
 def textbook(problem: Problem, compute: torch.dtype | None = None) -> Expected:
     """What SSD/FIUn code gives, node by node and parameter by parameter, in the Fishers' dtype or in `compute`."""
     case, result = problem.case, Expected({}, {}, {})
     weights = case.weights or (1.0,) * len(case.origins)
     for node, model in problem.models.items():
         mine = [k for k, origin in enumerate(case.origins) if reaches(case.parents, origin, node)]
-        alpha, lam = (v[node] if isinstance(v, Mapping) else v for v in (case.alpha, case.lam))
         counts = [0, 0, 0]
         for key, parameter in model.items():
+            alpha, lam = (number_of(v, node, key) for v in (case.alpha, case.lam)) if mine else (0.0, 0.0)
             value = parameter.detach().clone().cpu()
             result.values[node, key] = value
             if not mine or value.numel() == 0:

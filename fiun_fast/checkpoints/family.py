@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from ..arguments import MERGE_RULES, check_number, check_one_of
-from ..compiling import Program, ReachedNode, compile_program, dampening, narrowest, reached_nodes
+from ..compiling import Program, ReachedNode, compile_program, reached_nodes
 from ..dag import ForgetRequest, InheritanceDAG
 from ..errors import ArgumentError, CheckpointError, DagError
 from ..kernels.table import Dampening, Merging
 from ..provenance import warn_if_unlike
+from ..values import dampening, narrowest
 from .disk import Source
 from .entries import ModelEntry, Tree
 from .folder import Weights, open_weights

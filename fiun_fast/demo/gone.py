@@ -98,6 +98,8 @@ def _gone(
     plan.set_values_(chosen)
     choice, model = chosen[node], network.models[node]
     loaders: Any = {name: _loader(network.seen(node, samples)) for name, samples in sets.items()}
+    alpha: Any = choice.alpha  # the demo has one number a node
+    lam: Any = choice.lam
     columns: Any = [name for name in measures if name not in ("rmia", "ulira")]
     plan.run_()
     try:
@@ -110,11 +112,11 @@ def _gone(
     finally:
         network.restore()
     if "ulira" in measures:
-        how: Any = {"alpha": min(choice.alpha, 1e9), "lam": choice.lam, "smoothing": network.recipe.smoothing}
+        how: Any = {"alpha": min(alpha, 1e9), "lam": lam, "smoothing": network.recipe.smoothing}
         shadows = evaluation.ulira(model, forget=loaders["forget"], retain=loaders["retain"], **how)
         for name, of in (("trained", shadows.trained), ("unlearned", shadows.unlearned)):
             found[f"ulira_{name}"], found[f"ulira_{name}_tpr"] = (of.auc, None), (of.tpr, None)
-    return Gone(network.recipe.scenario, node, request, found, choice.alpha, choice.lam)
+    return Gone(network.recipe.scenario, node, request, found, alpha, lam)
 
 
 def _loader(samples: Samples) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -34,7 +34,7 @@ class Group:
     weights: tuple[float, ...]  # [K]
     originals: list[torch.Tensor]  # [N] flat original Fishers
     original_offsets: np.ndarray  # [S] int64
-    nodes: np.ndarray  # [N] int64, index of each node in alpha, lam and counts
+    nodes: np.ndarray  # [N] int64, index of each node in alpha, lam and counts: the slot of these parameters of it
     thetas: list[list[torch.Tensor]] | None = None  # [S][N] parameters, contiguous; None: Fishers only
     addresses: np.ndarray | None = None  # [N, S] int64, of the parameters
     gradients: list[torch.Tensor] | None = (
@@ -80,7 +80,7 @@ class Table:
     rows: np.ndarray  # [R, 5] int64: length in elements, first source, K, first target, N
     sources: np.ndarray  # [sum K] int64: address of each forget Fisher at the start of the row
     weights: np.ndarray  # [sum K] float64: w_k of each source
-    targets: np.ndarray  # [sum N, 3] int64: address of theta, address of I, node
+    targets: np.ndarray  # [sum N, 3] int64: address of theta, address of I, node (its slot)
     gradients: np.ndarray | None = None  # [sum K] int64: address of the gradient beside each source; None: unsigned
 
     @classmethod
@@ -111,8 +111,8 @@ class Dampening:
     `alpha` and `lam` may be written to between launches; `Launch.refresh` tells a backend that keeps copies.
     """
 
-    alpha: np.ndarray  # [nodes] float64
-    lam: np.ndarray  # [nodes] float64
+    alpha: np.ndarray  # [slots] float64; a node has one slot, or several where its parameters are told apart
+    lam: np.ndarray  # [slots] float64
     exponent: float = 1.0
     cap: float = 1.0
 

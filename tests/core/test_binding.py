@@ -14,8 +14,9 @@ from cases import DIAMOND, SIZES, Case, build, textbook
 
 import fiun_fast as ff
 from fiun_fast.binding import bind
-from fiun_fast.compiling import compile_program, dampening, reached_nodes
+from fiun_fast.compiling import compile_program, reached_nodes
 from fiun_fast.kernels.table import Merging
+from fiun_fast.values import dampening
 
 
 @dataclass

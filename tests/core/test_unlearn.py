@@ -161,6 +161,33 @@ def test_two_kinds_of_fishers_are_one_launch(models):
     assert same(models, before)
 
 
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
+def test_the_whole_model_is_tuned_layer_by_layer(models):
+    other, kinds = copy.deepcopy(models), ("batch", "expected")
+    request, found = ff.ForgetRequest("u0", data=only(TRAIN, 1)), {}
+    for kind in kinds:
+        how = {"estimate": {"params": None, "estimator": kind}}
+        found[kind] = ff.tune(chain(other), [request], ff.ClassScore(CHECK, forget=1), by="layer", points=8, **how)
+    score, before = ff.ClassScore(CHECK, forget=1), copy.deepcopy(models)
+    outcome = ff.unlearn_(chain(models), [request], score, params=None, points=8, left=1.0, lost=1.0)
+    for node in outcome:
+        assert list(node.alpha) == ["0.*", "1.*", "3.*"]
+        assert node.numel == sum(p.numel() for p in models[node.name].parameters())
+        best = max(kinds, key=lambda kind, name=node.name: found[kind][name].score)
+        assert (node.estimator, node.alpha, node.lam) == (
+            best,
+            found[best][node.name].alpha,
+            found[best][node.name].lam,
+        )
+        assert node.after.left < 0.1 * node.before.left
+    assert "by layer" in str(outcome)
+    json.dumps(outcome.to_dict())
+    outcome.undo_()
+    assert same(models, before)
+    one = ff.unlearn_(chain(models), [request], score, params=None, by="node", points=4, left=1.0, lost=1.0)
+    assert all(isinstance(node.alpha, float) for node in one)
+
+
 def test_one_model(models):
     model, same_one = models["u0"], copy.deepcopy(models)
     data, forget = LOADER, only(TRAIN, 3)

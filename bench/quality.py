@@ -1,0 +1,373 @@
+"""How well classes are forgotten, on test data that no choice saw: all classes, several seeds, four networks.
+
+    python bench/quality.py               bench/results/quality.json and the tables in docs/choosing.md
+    python bench/quality.py --seed 0      that seed alone; may be repeated
+    python bench/quality.py --features    what the features still know, of one chain; no seeds
+    python bench/quality.py --tables      only the tables, from the committed results
+
+The demo's four networks of digits (a chain, a star, two kinds of averages with several parents), a seed at a time. One
+request forgets one class, two merged ones two classes that entered at different nodes. A *pair* is what a request, or
+two, and a node make. Every rule chooses on validation data, and what it chose is judged once, on test data. Results are
+kept seed by seed and network by network: a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+import fiun_fast as ff
+from fiun_fast.bench.files import environment, fill, markdown, write_json
+from fiun_fast.demo.data import CLASSES, DigitNet, Digits, accuracies, load_digits
+from fiun_fast.demo.experiment import Network
+from fiun_fast.demo.networks import SCENARIOS, Recipe, grow
+from fiun_fast.tuning import tune_plan
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "bench" / "results" / "quality.json", ROOT / "docs" / "choosing.md"
+SEEN, NEW = (0, 1, 2), (3, 4, 5)  # seeds: looked at while the rules were made, and run once at the end
+ESTIMATORS: dict[str, tuple[Any, int]] = {
+    "batch of 64": ("batch", 64),
+    "batch of 16": ("batch", 16),
+    "sample": ("sample", 16),
+    "expected": ("expected", 16),
+    "label-free": ("label_free", 16),
+}
+LAST: dict[str, Any] = {"points": 24, "lams": [0.01]}  # of `tune`
+WHOLE: dict[str, dict[str, Any]] = {
+    "one α": {"points": 12, "lams": [0.1, 0.01]},
+    "by layer": {"by": "layer"},
+}
+SETS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ESTIMATORS},
+    "best of batch of 16, expected": ("batch of 16", "expected"),
+    "best of batch of 64, expected": ("batch of 64", "expected"),
+    "best of batch of 16, expected, label-free": ("batch of 16", "expected", "label-free"),
+    "best of all five": tuple(ESTIMATORS),
+}
+Found = dict[str, list[float]]  # left, lost, score of every pair, in order
+
+
+def recipe_of(scenario: str, digits: Digits, seed: int) -> Recipe:
+    """A network; where three classes have holders, other ones with every seed."""
+    if scenario in ("federated", "data-parallel"):
+        owners = [(3 * seed + k) % CLASSES for k in range(3)]
+        return SCENARIOS[scenario](digits, seed, owners)  # type: ignore[call-arg]
+    return SCENARIOS[scenario](digits, seed)
+
+
+def trained(recipe: Recipe, cache: Path) -> dict[str, DigitNet]:
+    """Its models, from the cache if they are there."""
+    file = cache / f"{recipe.scenario}-{recipe.seed}.pt"
+    if file.exists():
+        states = torch.load(file)
+        models = {name: DigitNet() for name in states}
+        for name, model in models.items():
+            model.load_state_dict(states[name])
+            model.eval()
+        return models
+    models = grow(recipe)
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save({name: model.state_dict() for name, model in models.items()}, file)
+    return models
+
+
+def requests_of(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What is to be forgotten: ("single", one class), ("merged", two classes from different origins)."""
+    for label in recipe.origin:
+        yield "single", (label,)
+    for pair in combinations(recipe.origin, 2):
+        if recipe.origin[pair[0]] != recipe.origin[pair[1]] and (len(recipe.origin) <= 3 or sum(pair) % 5 == 2):
+            yield "merged", pair
+
+
+def judged(network: Network, classes: Sequence[int], **how: Any) -> Iterator[tuple[float, float, float]]:
+    """Left, lost and score of every pair; with two classes, of the nodes that both reach."""
+    plan = ff.plan(network.dag, [network.request(label) for label in classes], alpha=0.0)
+    chosen = tune_plan(plan, network.score(classes), **how)
+    plan.set_values_(chosen)
+    nodes = [node for node, its in network.recipe.reached(classes).items() if len(its) == len(classes)]
+    before = {node: network.accuracy(node, classes) for node in nodes}
+    plan.run_()
+    after = {node: network.accuracy(node, classes) for node in nodes}
+    network.restore()
+    for node in nodes:
+        yield after[node][0], before[node][1] - after[node][1], chosen[node].score
+
+
+def measured(scenario: str, seed: int, cache: Path) -> tuple[dict[str, Found], dict[str, float]]:
+    """One network of one seed: "kind, rule" -> what came of its pairs; and seconds by rule."""
+    digits = load_digits(seed)
+    recipe = recipe_of(scenario, digits, seed)
+    models = trained(recipe, cache)
+    rules: list[tuple[str, str, str, dict[str, Any]]] = [("last-layer", name, name, LAST) for name in ESTIMATORS]
+    rules += [("all", "batch of 16", name, how) for name, how in WHOLE.items()]
+    networks: dict[tuple[str, str], Network] = {}
+    found: dict[str, Found] = {}
+    seconds: dict[str, float] = {}
+    for scope, estimator, rule, how in rules:
+        began = time.perf_counter()
+        if (scope, estimator) not in networks:
+            networks[scope, estimator] = Network(recipe, digits, models, scope, *ESTIMATORS[estimator])
+        for kind, classes in requests_of(recipe):
+            columns = found.setdefault(f"{kind}, {rule}", {"left": [], "lost": [], "score": []})
+            for values in judged(networks[scope, estimator], classes, **how):
+                for column, value in zip(columns.values(), values, strict=True):
+                    column.append(round(value, 5))
+        seconds[rule] = round(time.perf_counter() - began, 2)
+    return found, seconds
+
+
+def study(seeds: Sequence[int], cache: Path, results: Path) -> dict[str, Any]:
+    """Measure what the results do not have yet, and write them after every network."""
+    torch.set_num_threads(1)  # these models are too small to share
+    result: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"rows": []}
+    done = {(row["seed"], row["scenario"]) for row in result["rows"]}
+    for seed in seeds:
+        for scenario in SCENARIOS:
+            if (seed, scenario) in done:
+                continue
+            began = time.process_time()
+            found, seconds = measured(scenario, seed, cache)
+            row = {"seed": seed, "scenario": scenario, "cpu_seconds": time.process_time() - began}
+            result["rows"].append({**row, "seconds": seconds, "pairs": found})
+            write_json(results, {"environment": environment(), **result}, digits=5)
+            print(f"seed {seed}, {scenario}: {row['cpu_seconds']:.0f} s of CPU", flush=True)
+    return result
+
+
+# ---- what the features still know ------------------------------------------------------------------------------------
+
+FEATURES = (
+    "untouched",
+    "last layer",
+    "by layer",
+    "… expected in the body",
+    "… signed selection",
+    "… a feature term in the score",
+    "… BatchNorm statistics anew",
+    "retrained",
+)
+PROBED = (0, 3, 4)  # classes; retraining takes the longest
+
+
+def probed(model: DigitNet, network: Network, node: str, label: int) -> tuple[float, float]:
+    """Accuracy on the class, of ridge regression and of the nearest class mean of 5 samples, on features of test data.
+
+    Both are fitted on validation data.
+    """
+    shown = {split: network.seen(node, getattr(network.digits, split)) for split in ("validation", "test")}
+    known = network.recipe.data(node).classes
+    sets = {split: samples.only(known) for split, samples in shown.items()}
+    with torch.no_grad():
+        x, z = (model.body(sets[split].images).double() for split in ("validation", "test"))
+    y, gone = sets["validation"].labels, sets["test"].labels == label
+    wanted = torch.nn.functional.one_hot(y, CLASSES).double()
+    x1, z1 = (torch.cat([of, torch.ones(len(of), 1).double()], 1) for of in (x, z))
+    weights = torch.linalg.solve(x1.T @ x1 + torch.eye(x1.shape[1]).double(), x1.T @ wanted)
+    means = torch.stack([x[y == c][:5].mean(0) if c in known else torch.full_like(x[0], 1e9) for c in range(CLASSES)])
+    ridge, nearest = (z1 @ weights).argmax(1), torch.cdist(z, means).argmin(1)
+    return float((ridge[gone] == label).double().mean()), float((nearest[gone] == label).double().mean())
+
+
+class WithFeatures:
+    """The score, less a tenth of what the nearest class mean still knows of the class in validation features.
+
+    It does not measure, so that tuning by layer goes by the number alone.
+    """
+
+    def __init__(self, network: Network, label: int) -> None:
+        self._score, self._network, self._label = network.score([label]), network, label
+
+    def __call__(self, name: str, model: DigitNet) -> float:
+        """Higher is better."""
+        data = self._network.split(name, "validation")
+        with torch.no_grad():
+            features = model.body(data.images)
+        half = torch.arange(len(data.labels)) % 2 == 0
+        known = sorted(data.classes)
+        means = torch.stack([features[half & (data.labels == c)].mean(0) for c in known])
+        gone = ~half & (data.labels == self._label)
+        found = torch.tensor(known)[torch.cdist(features[gone], means).argmin(1)] == self._label
+        return self._score(name, model) - 0.1 * float(found.double().mean())
+
+
+def signed_request(network: Network, label: int) -> ff.ForgetRequest:
+    """The same request, with the gradient of the loss on the class at its origin."""
+    request, origin = network.request(label), network.recipe.origin[label]
+    model, data = network.models[origin], network.seen(origin, network.recipe.data(origin).only([label]))
+    torch.nn.functional.cross_entropy(model(data.images), data.labels).backward()
+    gradient = ff.Gradient.from_module(model, list(request.fisher.layout.names))
+    model.zero_grad()
+    return ff.ForgetRequest(origin, request.fisher, gradient=gradient)
+
+
+def mixed(body: ff.Fisher, head: ff.Fisher) -> ff.Fisher:
+    """One Fisher for the body and another for the last layer."""
+    values = {**body.as_dict(), **{k: v for k, v in head.as_dict().items() if k.startswith("head.")}}
+    return ff.Fisher.from_dict(values)
+
+
+def features(cache: Path, seed: int = 0, scenario: str = "incremental") -> list[dict[str, Any]]:
+    """For each class of PROBED, in the last node of a chain: what each rule left in answers and in features."""
+    torch.set_num_threads(1)
+    digits = load_digits(seed)
+    recipe = recipe_of(scenario, digits, seed)
+    models = trained(recipe, cache)
+    node = recipe.steps[-1].name
+    whole, last = (Network(recipe, digits, models, scope, "batch", 16) for scope in ("all", "last-layer"))
+    expected = Network(recipe, digits, models, "all", "expected", 16)
+    both = ff.InheritanceDAG()
+    for step in recipe.steps:
+        fisher = mixed(expected.originals[step.name], whole.originals[step.name])
+        both.add_model(step.name, models[step.name], fisher, parents=step.parents)
+    found = []
+    for label in PROBED:
+
+        def by_layer(
+            requests: list[ff.ForgetRequest], dag: ff.InheritanceDAG = whole.dag, score: Any = None
+        ) -> ff.Plan:
+            plan = ff.plan(dag, requests, alpha=0.0)
+            plan.set_values_(tune_plan(plan, score or whole.score([label]), by="layer"))  # noqa: B023
+            return plan
+
+        head = ff.plan(last.dag, [last.request(label)], alpha=0.0)
+        head.set_values_(tune_plan(head, last.score([label]), **LAST))
+        forget = mixed(expected.request(label).fisher, whole.request(label).fisher)
+        plans = {
+            "untouched": None,
+            "last layer": head,
+            "by layer": by_layer([whole.request(label)]),
+            "… expected in the body": by_layer([ff.ForgetRequest(recipe.origin[label], forget)], both),
+            "… signed selection": by_layer([signed_request(whole, label)]),
+            "… a feature term in the score": by_layer([whole.request(label)], score=WithFeatures(whole, label)),
+        }
+        plans["… BatchNorm statistics anew"] = plans["by layer"]
+        before = whole.accuracy(node, [label])[1]
+        for rule, plan in plans.items():
+            if plan is not None:
+                plan.run_()
+            state = copy.deepcopy(models[node].state_dict())
+            if "BatchNorm" in rule:
+                renew(models[node], whole.seen(node, recipe.data(node).without([label])).images)
+            left, kept = whole.accuracy(node, [label])
+            found.append({"label": label, "rule": rule, "left": left, "lost": before - kept})
+            found[-1] |= dict(zip(("ridge", "nearest"), probed(models[node], whole, node, label), strict=True))
+            models[node].load_state_dict(state)
+            whole.restore()
+        again = grow(recipe, without=[label])[node]
+        samples = digits.test.only(recipe.data(node).classes)
+        left, kept = accuracies(again, whole.seen(node, samples), [label])
+        found.append({"label": label, "rule": "retrained", "left": left, "lost": before - kept})
+        found[-1] |= dict(zip(("ridge", "nearest"), probed(again, whole, node, label), strict=True))
+    return found
+
+
+def renew(model: DigitNet, images: torch.Tensor) -> None:
+    """Take the statistics of every BatchNorm anew from what is to be kept."""
+    norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d))]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    model.train()
+    with torch.no_grad():
+        for batch in images.split(64):
+            if len(batch) > 1:
+                model(batch)
+    model.eval()
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def best(found: Mapping[str, Found], kind: str, rules: Sequence[str]) -> list[tuple[float, float]]:
+    """Left and lost of every pair by the rule with the best validation score; the first of equals."""
+    columns = [found[f"{kind}, {rule}"] for rule in rules if f"{kind}, {rule}" in found]
+    pairs = []
+    for k in range(len(columns[0]["left"]) if columns else 0):
+        column = max(columns, key=lambda c: c["score"][k])
+        pairs.append((column["left"][k], column["lost"][k]))
+    return pairs
+
+
+def summary(rows: Sequence[dict], kind: str, rules: Sequence[str]) -> dict[str, float]:
+    """Of all pairs: how many, what is left and lost on average, and the shares within two pairs of bounds."""
+    pairs = [pair for row in rows for pair in best(row["pairs"], kind, rules)]
+    found: dict[str, float] = {"pairs": len(pairs)}
+    if pairs:
+        left, lost = zip(*pairs, strict=True)
+        found |= {"left": mean(left), "lost": mean(lost)}
+        for bound in (1, 2):
+            found[f"within {bound}"] = mean(a <= bound / 100 + 1e-9 and b <= bound / 100 + 1e-9 for a, b in pairs)
+    return found
+
+
+def tables(result: dict, seen: Sequence[int] = SEEN, new: Sequence[int] = NEW) -> str:
+    """Tables in Markdown: last layer by candidates, whole model by rule, and each of the four networks."""
+    out = []
+    for head, sets in (("last layer", SETS), ("whole model", {rule: (rule,) for rule in WHOLE})):
+        for kind in ("single", "merged"):
+            lines = []
+            for name, rules in sets.items():
+                cells: list[str] = []
+                for seeds in (seen, new):
+                    s = summary([row for row in result["rows"] if row["seed"] in seeds], kind, rules)
+                    keys = ("within 1", "within 2", "left", "lost")
+                    cells += [
+                        "" if k not in s else f"{100 * s[k]:.2f}" if k == "lost" else f"{100 * s[k]:.1f} %"
+                        for k in keys
+                    ]
+                lines.append([name, *cells])
+            count = [
+                summary([row for row in result["rows"] if row["seed"] in seeds], kind, next(iter(sets.values())))[
+                    "pairs"
+                ]
+                for seeds in (seen, new)
+            ]
+            of = f"{head}, {kind}, {count[0]} and {count[1]} pairs"
+            titles = ["≤ 1, ≤ 1", "≤ 2, ≤ 2", "left", "lost"]
+            out.append(markdown([of, *titles, *(f"{t}, new seeds" for t in titles)], lines))
+    lines = []
+    for rule in FEATURES:
+        its = [one for one in result.get("features", ()) if one["rule"] == rule]
+        if its:
+            cells = [f"{100 * mean(one[key] for one in its):.1f} %" for key in ("left", "ridge", "nearest")]
+            lines.append([rule, cells[0], f"{100 * mean(one['lost'] for one in its):.2f}", *cells[1:]])
+    out.append(markdown(["what features still know", "left", "lost", "ridge probe", "nearest of 5 shots"], lines))
+    return "\n".join(out)
+
+
+def main() -> None:
+    """Run the study, or only write its tables."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--features", action="store_true")
+    parser.add_argument("--seed", action="append", type=int)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fiun_fast_quality")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.features:
+        result = json.loads(arguments.results.read_text())
+        write_json(
+            arguments.results, {**result, "features": features(arguments.cache), "rows": result["rows"]}, digits=5
+        )
+    elif not arguments.tables:
+        study(arguments.seed or [*SEEN, *NEW], arguments.cache, arguments.results)
+    text = tables(json.loads(arguments.results.read_text()))
+    print(text)
+    if arguments.results == RESULTS:
+        fill(PAGE, "quality", f"\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

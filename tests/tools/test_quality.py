@@ -1,0 +1,100 @@
+"""The study of how well classes are forgotten: its page says what its results say, and its sums are right."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from fiun_fast.demo.data import load_digits
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def quality():
+    specification = importlib.util.spec_from_file_location("bench_quality", ROOT / "bench" / "quality.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_tables_of_the_committed_results(quality):
+    result = json.loads(quality.RESULTS.read_text())
+    page = quality.PAGE.read_text(encoding="utf-8")
+    shown = page.partition("<!-- quality -->\n")[2].partition("<!-- /quality -->")[0]
+    assert shown == f"\n{quality.tables(result)}\n"
+    assert {(row["seed"], row["scenario"]) for row in result["rows"]} == {
+        (seed, scenario) for seed in (*quality.SEEN, *quality.NEW) for scenario in quality.SCENARIOS
+    }, "a network of a seed is missing"
+
+
+def rows(dice: random.Random, rules: list[str], count: int) -> list[dict]:
+    def column(*picks: float) -> list[float]:
+        return [dice.choice(picks) for _ in range(count)]
+
+    return [
+        {
+            "seed": seed,
+            "pairs": {
+                f"single, {rule}": {
+                    "left": column(0.0, 0.005, 0.015, 0.5),
+                    "lost": column(-0.01, 0.01, 0.02, 0.03),
+                    "score": column(-1.0, -0.5, 0.0),
+                }
+                for rule in rules
+            },
+        }
+        for seed in range(3)
+    ]
+
+
+def test_the_best_of_several_is_the_one_with_the_best_validation_score(quality):
+    found = rows(random.Random(1), ["a", "b", "c"], 50)
+    summary, chosen = quality.summary(found, "single", ("b", "a")), []
+    for row in found:
+        a, b = (row["pairs"][f"single, {rule}"] for rule in "ab")
+        for k in range(50):
+            column = a if a["score"][k] > b["score"][k] else b
+            chosen.append((column["left"][k], column["lost"][k]))
+    assert summary["pairs"] == 150
+    assert summary["left"] == pytest.approx(mean(left for left, _ in chosen))
+    assert summary["lost"] == pytest.approx(mean(lost for _, lost in chosen))
+    assert summary["within 1"] == pytest.approx(mean(left <= 0.01 and lost <= 0.01 for left, lost in chosen))
+    assert summary["within 2"] == pytest.approx(mean(left <= 0.02 and lost <= 0.02 for left, lost in chosen))
+    assert quality.summary(found, "merged", ("b", "a")) == {"pairs": 0}
+
+
+def test_requests_are_all_classes_and_pairs_from_different_origins(quality):
+    digits, seen = load_digits(0), set()
+    for seed in (*quality.SEEN, *quality.NEW):
+        for scenario in quality.SCENARIOS:
+            recipe = quality.recipe_of(scenario, digits, seed)
+            requests = list(quality.requests_of(recipe))
+            assert [c for kind, (c, *more) in requests if not more] == list(recipe.origin)
+            merged = [classes for kind, classes in requests if kind == "merged"]
+            assert all(recipe.origin[a] != recipe.origin[b] for a, b in merged)
+            assert bool(merged) == (scenario != "transfer"), "there everything enters at one node"
+            seen |= {(scenario, c) for c in recipe.origin}
+    assert len(seen) == 40, "every class in every network"
+
+
+def test_a_run_that_was_stopped_goes_on(quality, monkeypatch, tmp_path):
+    asked = []
+
+    def measured(scenario, seed, cache):
+        asked.append((seed, scenario))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return rows(random.Random(2), ["a"], 4)[0]["pairs"], {"a": 0.1}
+
+    monkeypatch.setattr(quality, "measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        quality.study([0], tmp_path, tmp_path / "found.json")
+    result = quality.study([0], tmp_path, tmp_path / "found.json")
+    assert asked == [(0, "federated"), (0, "data-parallel"), (0, "data-parallel"), (0, "incremental"), (0, "transfer")]
+    assert [row["scenario"] for row in result["rows"]] == list(quality.SCENARIOS)

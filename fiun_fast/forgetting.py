@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .arguments import ESTIMATORS, Estimator, MergeRule, OnMismatch, TuneBy, check_function, check_number
+from .arguments import ESTIMATORS, Estimator, MergeRule, OnMismatch, TuneBy, check_count, check_function, check_number
 from .compiling import ReachedNode, reached_nodes
 from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
 from .errors import ArgumentError, NotForgottenError, TuningWarning, warn
@@ -77,7 +77,7 @@ def unlearn_(
         estimators: what to try. Where some Fishers are given, the others are estimated as those were, over the same
             parameters, and nothing else is tried.
         left, lost: the bound: of the forgotten at most `left` is left, of what was kept before at most `lost` is lost,
-            shares in (0, 1] of what the score measures. A score that says nothing but a number has to beat leaving the
+            shares, 0..1, of what the score measures. A score that says nothing but a number has to beat leaving the
             node alone.
         strict: a node where nothing meets the bound is an error; else it is named in the outcome and in a warning.
         estimate: further keywords of `estimate_fisher` (loss_fn, forward_fn, …), each for the estimators that take it.
@@ -106,6 +106,8 @@ def unlearn_(
     check_function("score", score, "name", "model")
     bound = Bound(check_number("left", left), check_number("lost", lost))
     ways = _ways(estimators, estimate, backend)
+    if samples is not None:
+        check_count("samples", samples)
     seconds = dict.fromkeys(("Fishers", "choosing", "run"), 0.0)
     with _timed(seconds, "Fishers"):
         kinds = _kinds(family, listed, params, ways, samples, progress)
@@ -133,8 +135,14 @@ def unlearn_(
             plan = _made(family, *_side_by_side(kinds, reached, kind_of), options)
         plan.set_values_({name: one.choice for name, one in chosen.items()})
         report = plan.run_(undo=True)
-    with _timed(seconds, "choosing"):
-        after = {name: score.look(name, model) for name, model in models.items()} if isinstance(score, Score) else {}
+    after: dict[str, Seen] = {}
+    if isinstance(score, Score):
+        try:
+            with _timed(seconds, "choosing"):
+                after = {name: score.look(name, model) for name, model in models.items()}
+        except BaseException:  # whoever gets no outcome could not undo it
+            report.undo_()
+            raise
     nodes = {}
     for name, one in chosen.items():
         did = (one.choice.alpha, one.choice.lam, one.choice.score, report[name].selected, report[name].numel)

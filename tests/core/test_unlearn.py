@@ -250,6 +250,18 @@ def test_each_loader_is_gone_over_once_for_all_nodes_and_estimators(models):
     assert (data.times, forget.times) == (1, 1), "what was estimated is kept"
 
 
+@pytest.mark.parametrize("samples", [None, 64])
+def test_of_long_loaders_some_samples_will_do(models, samples):
+    data, seen = batched(*TRAIN, size=4), []
+    models["u0"].register_forward_hook(lambda _, given, out: seen.append(len(out)))
+    score = ff.ClassScore(CHECK, forget=0)
+    score.begin({"u0": models["u0"]})
+    seen.clear()
+    model = {"data": data, "forget": only(TRAIN, 0), "estimators": "expected"}
+    ff.unlearn_(models["u0"], score=score, samples=samples, points=4, left=1.0, lost=1.0, **model)
+    assert seen.count(4) == (16 if samples else 100)
+
+
 def test_what_meets_no_bound_is_named_or_an_error_before_anything_changes(models):
     before = copy.deepcopy(models)
     args = {"points": 3, "lams": [1.0], "left": 0.0, "lost": 0.0, "estimators": "expected"}
@@ -345,3 +357,30 @@ def test_arguments(grown, call, match):
     with pytest.raises(ff.ArgumentError, match=match):
         call(chain(grown), [ff.ForgetRequest("u0", data=LOADER)], ff.ClassScore(CHECK, forget=0))
     assert same(grown, before)
+
+
+def test_an_error_after_the_run_takes_it_back(models):
+    class Falls(ff.ClassScore):
+        def look(self, name, model):
+            if ended and name == "u1":
+                raise KeyboardInterrupt
+            return super().look(name, model)
+
+    before, ended = copy.deepcopy(models), []
+
+    score = Falls(CHECK, forget=0)
+    run_ = ff.Plan.run_
+
+    def run(self, **options):
+        report = run_(self, **options)
+        if options.get("undo"):
+            ended.append(report)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ff.Plan, "run_", run)
+        with pytest.raises(KeyboardInterrupt):
+            ff.unlearn_(chain(models), [ff.ForgetRequest("u0", data=only(TRAIN, 0))], score, points=6, **ENOUGH)
+    assert ended
+    assert ended[0]["u1"].selected > 0
+    assert same(models, before)

@@ -331,3 +331,29 @@ def test_one_score_serves_several_requests_and_begins_anew_only_where_something_
     assert seen(score, model) == pytest.approx(by_hand(model, data, data[1] == 2), abs=1e-6)
     with pytest.raises(ff.ArgumentError, match="a score whose forget is a function is made anew"):
         score.forgetting(lambda x, y: y == 2)
+
+
+class Keywords(Net):
+    """As transformers' models: called by keywords, returns a loss beside the logits."""
+
+    def forward(self, inputs, labels=None):
+        logits = self.head(self.body(inputs))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_batches_by_keywords_and_wrapped_models(data, loader, monkeypatch):
+    model = trained(Net)
+    inner = Keywords()
+    inner.load_state_dict(model.state_dict())
+    wrapped = nn.DataParallel(inner)
+    by_name = [{"inputs": x, "labels": y} for x, y in loader]
+    score = ff.ClassScore(by_name, forget=lambda batch, labels: (labels == 2) & (batch["inputs"][:, 0] > 0))
+    gone = (data[1] == 2) & (data[0][:, 0] > 0)
+    for _ in range(3):
+        assert seen(score, wrapped) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
+        with torch.no_grad():
+            for one in (model, inner):
+                one.head.weight.mul_(-0.6)
+    monkeypatch.setattr(Counter, "calls", 0)
+    score("u0", wrapped)
+    assert Counter.calls == 0

@@ -43,7 +43,7 @@ def study(seed: int) -> tuple[list[dict], list[dict]]:
             plan = ff.plan(network.dag, [request], alpha=0.0)
             before = {node: network.accuracy(node, [label])[1] for node in reached}
             for rule, lams in LAMBDAS.items():
-                plan.set_values_(tune_plan(plan, network.score.forgetting([label]), points=ALPHAS, lams=lams))
+                plan.set_values_(tune_plan(plan, network.score([label]), points=ALPHAS, lams=lams))
                 plan.run_()
                 for node in reached:
                     left, rest = network.accuracy(node, [label])

@@ -28,10 +28,9 @@ import torch
 
 import fiun_fast as ff
 from fiun_fast.bench.files import environment, fill, markdown, write_json
-from fiun_fast.demo.data import CLASSES, DigitNet, Digits, load_digits
+from fiun_fast.demo.data import CLASSES, DigitNet, Digits, accuracies, load_digits
 from fiun_fast.demo.experiment import Network
 from fiun_fast.demo.networks import SCENARIOS, Recipe, grow
-from fiun_fast.demo.score import look
 from fiun_fast.tuning import tune_plan
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +191,7 @@ class WithFeatures:
 
     def __call__(self, name: str, model: DigitNet) -> float:
         """Higher is better."""
-        data = self._network.inputs(name, "validation")
+        data = self._network.split(name, "validation")
         with torch.no_grad():
             features = model.body(data.images)
         half = torch.arange(len(data.labels)) % 2 == 0
@@ -268,7 +267,7 @@ def features(cache: Path, seed: int = 0, scenario: str = "incremental") -> list[
             whole.restore()
         again = grow(recipe, without=[label])[node]
         samples = digits.test.only(recipe.data(node).classes)
-        left, kept = look(again, whole.seen(node, samples), [label])[:2]
+        left, kept = accuracies(again, whole.seen(node, samples), [label])
         found.append({"label": label, "rule": "retrained", "left": left, "lost": before - kept})
         found[-1] |= dict(zip(("ridge", "nearest"), probed(again, whole, node, label), strict=True))
     return found

@@ -4,9 +4,9 @@
     python bench/unlearn.py --sentence  only the sentence, from the committed results
 
 scikit-learn's handwritten digits, enlarged from 8x8. u0 learns them, u1 goes on with a copy of them that is turned,
-shifted and scaled a little, u2 with another. Every class in turn is forgotten from u0 on, by one call with its defaults:
-Fishers of three models by two estimators over all data they were trained on, tuning on validation data, one run. Times
-are those of the process, on two threads; accuracies are on test data, which nothing was chosen by.
+shifted and scaled a little, u2 with another. Every class in turn is forgotten from u0 on, by one call with its
+defaults: Fishers of three models by two estimators, tuning on validation data, one run. Times are on two threads;
+accuracies are on test data, which nothing was chosen by.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def sentence(result: dict[str, Any]) -> str:
         f"images of 28×28, {epochs} epochs) trains for {result['training_seconds']:.1f} s. One call takes "
         f"{seconds:.2f} s on average over the ten classes, {mean(shares):.1%} of that, at most {max(shares):.1%}: "
         f"{parts['Fishers']:.2f} s for Fishers, {parts['choosing']:.2f} s for choosing, {1e3 * parts['run']:.1f} ms "
-        f"for the run. On test data {mean(left):.1%} of the class is left and {100 * mean(lost):.2f} points are lost on "
-        f"average; {within} of the {len(left)} pairs of a class and a model are within 1 % left and 2 points lost."
+        f"for the run. On test data {mean(left):.1%} of the class is left and {100 * mean(lost):.2f} points are lost "
+        f"on average; {within} of the {len(left)} pairs of a class and a model are within 1 % left and 2 points lost."
     )
 
 

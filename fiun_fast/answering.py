@@ -90,7 +90,7 @@ class Answering:
 
     def renew(self) -> None:
         """Forget what is kept, if the model was written to in a way that no counter tells."""
-        if self._kept is not None and self._kept.watched.changed():
+        if self._kept is not None and (self._kept.watched.changed() or self._kept.watched.rewritten()):
             self._tail, self._kept = self._last(), None
 
     def _captured(self, tail: nn.Module) -> Answered:
@@ -102,7 +102,7 @@ class Answering:
             return found
         if len({part.shape[1:] for part in given}) == 1:
             given = [torch.cat(given)]
-        self._kept = _Kept(given, found, self._first, Watched(self._bare, tail), _versions(tail))
+        self._kept = _Kept(given, found, self._first, Watched(self._bare, tail, bits=True), _versions(tail))
         return found
 
     def _by(self, tail: nn.Module, kept: _Kept) -> Answered:

@@ -181,7 +181,7 @@ def some(loader: Any, samples: int) -> Any:
     """
     try:
         total = len(loader)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return loader
     return loader if total <= FEWEST or is_iterator(loader) else _Some(loader, samples, total)
 

@@ -11,20 +11,22 @@ from typing import Any
 
 from torch import nn
 
-from .arguments import ESTIMATORS, Estimator, MergeRule, OnMismatch, check_function, check_number
+from .arguments import ESTIMATORS, Estimator, MergeRule, OnMismatch, TuneBy, check_count, check_function, check_number
 from .compiling import ReachedNode, reached_nodes
 from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
 from .errors import ArgumentError, NotForgottenError, TuningWarning, warn
 from .estimating import Complete, Estimate, check_estimate, complete_for, options_for
 from .estimators.job import Options as EstimateOptions
 from .fisher import Fisher
+from .grids import Evaluate
 from .outcome import Bound, NodeOutcome, Outcome, how_far
-from .planning import Choice, Plan
-from .scope import LAST, Params
+from .planning import Plan
+from .scope import LAST, Params, layers_of
 from .scores import Score, Seen
 from .tuned import Tuned
-from .tuning import POINTS, Evaluate, tune_plan
+from .tuning import tune_plan
 from .unlearning import Options, made
+from .values import Choice
 
 BEST: tuple[Estimator, ...] = ("batch", "expected")  # docs/choosing.md compares them
 SAMPLES = 1024
@@ -46,8 +48,9 @@ def unlearn_(
     strict: bool = False,
     estimate: Estimate | None = None,
     samples: int | None = SAMPLES,
+    by: TuneBy | None = None,
     lams: Iterable[float] | None = None,
-    points: int = POINTS,
+    points: int | None = None,
     merge: MergeRule = "max",
     scale: float = 1.0,
     on_mismatch: OnMismatch = "error",
@@ -74,11 +77,14 @@ def unlearn_(
         estimators: what to try. Where some Fishers are given, the others are estimated as those were, over the same
             parameters, and nothing else is tried.
         left, lost: the bound: of the forgotten at most `left` is left, of what was kept before at most `lost` is lost,
-            shares in (0, 1] of what the score measures. A score that says nothing but a number has to beat leaving the
+            shares, 0..1, of what the score measures. A score that says nothing but a number has to beat leaving the
             node alone.
         strict: a node where nothing meets the bound is an error; else it is named in the outcome and in a warning.
         estimate: further keywords of `estimate_fisher` (loss_fn, forward_fn, …), each for the estimators that take it.
-        lams, points: as in `tune`.
+        samples: of each loader that says its length about so many are used for a Fisher, in at least 16 batches spread
+            over all of it; None: all.
+        by, lams, points: as in `tune`; `by` is "layer" where more than one layer is in scope, unless something else is
+            said.
         merge, scale, on_mismatch, backend: as in `plan`.
         progress: show progress bars.
 
@@ -100,6 +106,8 @@ def unlearn_(
     check_function("score", score, "name", "model")
     bound = Bound(check_number("left", left), check_number("lost", lost))
     ways = _ways(estimators, estimate, backend)
+    if samples is not None:
+        check_count("samples", samples)
     seconds = dict.fromkeys(("Fishers", "choosing", "run"), 0.0)
     with _timed(seconds, "Fishers"):
         kinds = _kinds(family, listed, params, ways, samples, progress)
@@ -110,7 +118,8 @@ def unlearn_(
         models = next(iter(plans.values())).models
         if isinstance(score, Score):
             score.begin(models)
-        how: dict[str, Any] = {"lams": lams, "points": points, "progress": progress}
+        by = by or ("layer" if any(_has_layers(node) for node in reached[next(iter(reached))]) else "node")
+        how: dict[str, Any] = {"by": by, "lams": lams, "points": points, "progress": progress}
         tried = {kind: _tried(kind, plan, score, how) for kind, plan in plans.items()}
         chosen = {name: _best([one for those in tried.values() for one in those.of(name)], bound) for name in models}
     unmet = [one for one in chosen.values() if not one.meets(bound)]
@@ -126,8 +135,14 @@ def unlearn_(
             plan = _made(family, *_side_by_side(kinds, reached, kind_of), options)
         plan.set_values_({name: one.choice for name, one in chosen.items()})
         report = plan.run_(undo=True)
-    with _timed(seconds, "choosing"):
-        after = {name: score.look(name, model) for name, model in models.items()} if isinstance(score, Score) else {}
+    after: dict[str, Seen] = {}
+    if isinstance(score, Score):
+        try:
+            with _timed(seconds, "choosing"):
+                after = {name: score.look(name, model) for name, model in models.items()}
+        except BaseException:  # whoever gets no outcome could not undo it
+            report.undo_()
+            raise
     nodes = {}
     for name, one in chosen.items():
         did = (one.choice.alpha, one.choice.lam, one.choice.score, report[name].selected, report[name].numel)
@@ -170,21 +185,25 @@ class _Tried:
         self._kind, self.tuned, self._seen, self._before = kind, tuned, seen, before
 
     def of(self, name: str) -> list[_Found]:
-        """The candidates at a node, in the order in which they were tried."""
+        """The candidates at a node, in the order in which they were tried; by layer these are steps on one way.
+
+        Of them the first and the chosen one count, then: leaving alone, and where the way ended.
+        """
         points, best = self.tuned.points[name], self.tuned[name]
         seen: Sequence[Seen | None] = self._seen.get(name) or [None] * len(points)
-        return [
-            _Found(
-                name,
-                self._kind,
-                Choice(point.alpha, point.lam, point.score),
-                points[0].score,
-                self._before.get(name),
-                one,
-                self.tuned.doubts.get(name, "") if (point.alpha, point.lam) == (best.alpha, best.lam) else "",
-            )
-            for point, one in zip(points, seen, strict=True)
-        ]
+        by_layer, found = any(point.layer for point in points), []
+        for k, (point, one) in enumerate(zip(points, seen, strict=True)):
+            choice = Choice(point.alpha, point.lam, point.score)
+            if by_layer and k and choice != best:
+                continue
+            doubt = self.tuned.doubts.get(name, "") if choice == best else ""
+            found.append(_Found(name, self._kind, choice, points[0].score, self._before.get(name), one, doubt))
+        return found
+
+
+def _has_layers(node: ReachedNode) -> bool:
+    """Whether more than one layer of the node is in scope."""
+    return len(layers_of(node.model, node.fisher.layout.names)) > 1
 
 
 class _Noting:
@@ -193,6 +212,7 @@ class _Noting:
     def __init__(self, score: Evaluate) -> None:
         self._score = score
         self.seen: dict[str, list[Seen]] = {}
+        self.last = score.last if isinstance(score, Score) else {}  # tuning by layer goes by what was measured
 
     def __call__(self, name: str, model: Model) -> float:
         value = self._score(name, model)

@@ -92,8 +92,8 @@ def tune(
     check_function("evaluate", evaluate, "name", "model")
     how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
     compiled = plan(dag, requests, alpha=0.0, estimate=estimate, **how)
-    grid: dict[str, Any] = {"alphas": alphas, "lams": lams, "points": points, "slack": slack}
-    return _said("tune", tune_plan(compiled, evaluate, by=by, **grid, progress=progress))
+    grid = {"alphas": alphas, "lams": lams, "points": points, "slack": slack}
+    return _said("tune", tune_plan(compiled, evaluate, by=by, **grid, progress=progress))  # type: ignore[arg-type]
 
 
 def tune_plan(

@@ -25,10 +25,13 @@ class Watched:
         model: any.
         inside: a submodule that is not looked into; a tensor that others have too is watched all the same.
         free: ids of tensors that may be written to; that they are replaced or moved is noticed.
+        bits: sum up what is in the tensors, for `rewritten`.
 
     """
 
-    def __init__(self, model: nn.Module, inside: nn.Module | None = None, free: Collection[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, inside: nn.Module | None = None, free: Collection[int] = (), *, bits: bool = False
+    ) -> None:
         hidden = set() if inside is None else {id(module) for module in inside.modules()}
         self._homes, self._sizes = Homes(), list[tuple[Mapping[Any, Any], int]]()
         self._held: tuple[list[Any], list[str], list[Any]] = [], [], []
@@ -50,7 +53,7 @@ class Watched:
         self.sure = not any(tensor.is_inference() for tensor in self._tensors)  # those have no counter
         self._versions = [tensor._version for tensor in self._tensors] if self.sure else []
         self._homes.settle()
-        self._sums = self._sum_up()
+        self._sums = self._sum_up() if bits else []
 
     def _sum_up(self) -> list[int]:
         return [int(_bytes(tensor).sum(dtype=torch.int64)) for tensor in self._tensors]
@@ -82,8 +85,8 @@ class Watched:
         return self._sum_up() != self._sums
 
     def changed(self) -> bool:
-        """Any of the three."""
-        return self.rebuilt() or bool(self.written()) or self.rewritten()
+        """Either of the first two."""
+        return self.rebuilt() or bool(self.written())
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -91,4 +94,11 @@ def _bytes(tensor: Tensor) -> Tensor:
     if plain.layout != torch.strided or plain.is_meta or plain.is_quantized:  # what is in them cannot be summed up
         return torch.zeros(0)
     plain = plain if plain.is_contiguous() else plain.contiguous()
-    return plain.view(-1).view(torch.int32 if plain.nbytes % 4 == 0 and plain.itemsize >= 4 else torch.uint8)
+    flat = plain.view(-1)
+    return flat.view(next((kind for kind in (torch.int64, torch.int32) if _fits(flat, kind)), torch.uint8))
+
+
+def _fits(flat: Tensor, kind: torch.dtype) -> bool:
+    """Whether its bytes are whole numbers of that kind, at addresses for them."""
+    size = kind.itemsize
+    return flat.nbytes % size == 0 and flat.storage_offset() * flat.itemsize % size == 0

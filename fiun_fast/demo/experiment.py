@@ -53,7 +53,7 @@ class Network:
         self._requests: dict[int, ff.ForgetRequest] = {}
         self._request_seconds: dict[int, float] = {}
         validation = {node: [self.split(node, "validation", SEARCH[scope][1])] for node in models}
-        self.score = ff.ClassScore(validation, forget={})
+        self._score = ff.ClassScore(validation, forget={})
 
     def restore(self) -> None:
         """Put the parameters back that dampening may write."""
@@ -87,6 +87,10 @@ class Network:
         samples = join([samples, jittered(samples, copies, generator)]) if copies else samples
         return self.seen(node, samples)
 
+    def score(self, classes: Sequence[int]) -> ff.ClassScore:
+        """What each node that forgets some of the classes is to be tuned for."""
+        return self._score.forgetting(self.recipe.reached(classes))
+
     def accuracy(self, node: str, forgotten: Sequence[int]) -> tuple[float, float]:
         """Test accuracy on the forgotten classes that the node knows (nan if none), and on the others."""
         return accuracies(self.models[node], self.split(node, "test"), forgotten)
@@ -97,10 +101,10 @@ class Network:
         requests = {label: self.request(label) for label in classes}
         seconds["forget Fisher, at the origin"] = sum(self._request_seconds[label] for label in classes)
         before = {node: self.accuracy(node, classes) for node in self.models}
-        score, points = self.score.forgetting(reached), points or SEARCH[self.scope][0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ff.TuningWarning)  # the tables say what was reached
-            outcome = ff.unlearn_(self.dag, requests.values(), score, backend=backend, points=points)
+            how: Any = {"by": "node", "points": points or SEARCH[self.scope][0], "backend": backend}
+            outcome = ff.unlearn_(self.dag, requests.values(), self.score(classes), **how)
         seconds["choosing alpha and lambda"], rows = outcome.seconds["choosing"], []
         for node, step in zip(self.models, recipe.steps, strict=True):
             row = Row(node, step.parents, reached.get(node, ()), before[node], self.accuracy(node, classes))

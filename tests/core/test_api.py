@@ -24,6 +24,7 @@ POSITIONAL = {
     "stack_": 2,
     "top_overlap": 2,
     "tune": 3,
+    "unlearn_": 3,
     "unlearn_rounds_": 5,
 }
 

@@ -256,3 +256,20 @@ def test_a_loader_that_refills_one_batch_is_seen_anew_each_time():
     found = ff.plan(dag, [request], alpha=0.0).profile()["u0"].counts
     dag["u0"].data = batches(3, seed=3)
     assert found.tolist() == ff.plan(dag, [request], alpha=0.0).profile()["u0"].counts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "samples"), [(40, 4, 100), (40, 4, 10), (20, 64, 1024), (10, 1, 5), (97, 3, 150)]
+)
+def test_some_of_a_loader_is_spread_over_all_of_it(count, size, samples):
+    from fiun_fast.estimating import FEWEST, some
+
+    loader = [(torch.full((size, 2), float(k)), torch.zeros(size, dtype=torch.int64)) for k in range(count)]
+    taken = [int(x[0, 0]) for x, _ in some(loader, samples)]
+    assert len(taken) == min(count, max(FEWEST, -(-samples // size)))
+    assert taken == sorted(set(taken))
+    steps = [b - a for a, b in zip(taken, [*taken[1:], count], strict=True)]
+    assert max(steps) - min(steps) <= 1
+    assert some(iter(loader), samples) is not None
+    lengthless = (batch for batch in loader)
+    assert some(lengthless, samples) is lengthless

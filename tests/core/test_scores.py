@@ -312,3 +312,48 @@ def test_tune_chooses_what_it_chooses_by_the_obvious_function(data, loader):
         assert (found[name].alpha, found[name].lam) == (wanted[name].alpha, wanted[name].lam)
         assert math.isclose(found[name].score, wanted[name].score, abs_tol=1e-6)
         assert [p.selected for p in found.points[name]] == [p.selected for p in wanted.points[name]]
+
+
+def test_one_score_serves_several_requests_and_begins_anew_only_where_something_changed(data, loader, monkeypatch):
+    model, score = trained(), ff.ClassScore(loader, forget=2)
+    score.begin({"u0": model})
+    monkeypatch.setattr(Counter, "calls", 0)
+    other = score.forgetting({"u0": [1, 3]})
+    score.begin({"u0": model})
+    other.begin({"u0": model})
+    assert Counter.calls == 0
+    assert seen(other, model) == pytest.approx(by_hand(model, data, (data[1] == 1) | (data[1] == 3)), abs=1e-6)
+    assert seen(score, model) == pytest.approx(by_hand(model, data, data[1] == 2), abs=1e-6)
+    model.body.first.weight.data.mul_(2)  # past autograd's counter
+    Counter.calls = 0
+    score.begin({"u0": model})
+    assert Counter.calls == len(loader)
+    assert seen(score, model) == pytest.approx(by_hand(model, data, data[1] == 2), abs=1e-6)
+    with pytest.raises(ff.ArgumentError, match="a score whose forget is a function is made anew"):
+        score.forgetting(lambda x, y: y == 2)
+
+
+class Keywords(Net):
+    """As transformers' models: called by keywords, returns a loss beside the logits."""
+
+    def forward(self, inputs, labels=None):
+        logits = self.head(self.body(inputs))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_batches_by_keywords_and_wrapped_models(data, loader, monkeypatch):
+    model = trained(Net)
+    inner = Keywords()
+    inner.load_state_dict(model.state_dict())
+    wrapped = nn.DataParallel(inner)
+    by_name = [{"inputs": x, "labels": y} for x, y in loader]
+    score = ff.ClassScore(by_name, forget=lambda batch, labels: (labels == 2) & (batch["inputs"][:, 0] > 0))
+    gone = (data[1] == 2) & (data[0][:, 0] > 0)
+    for _ in range(3):
+        assert seen(score, wrapped) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
+        with torch.no_grad():
+            for one in (model, inner):
+                one.head.weight.mul_(-0.6)
+    monkeypatch.setattr(Counter, "calls", 0)
+    score("u0", wrapped)
+    assert Counter.calls == 0

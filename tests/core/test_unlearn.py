@@ -161,6 +161,33 @@ def test_two_kinds_of_fishers_are_one_launch(models):
     assert same(models, before)
 
 
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
+def test_the_whole_model_is_tuned_layer_by_layer(models):
+    other, kinds = copy.deepcopy(models), ("batch", "expected")
+    request, found = ff.ForgetRequest("u0", data=only(TRAIN, 1)), {}
+    for kind in kinds:
+        how = {"estimate": {"params": None, "estimator": kind}}
+        found[kind] = ff.tune(chain(other), [request], ff.ClassScore(CHECK, forget=1), by="layer", points=8, **how)
+    score, before = ff.ClassScore(CHECK, forget=1), copy.deepcopy(models)
+    outcome = ff.unlearn_(chain(models), [request], score, params=None, points=8, left=1.0, lost=1.0)
+    for node in outcome:
+        assert list(node.alpha) == ["0.*", "1.*", "3.*"]
+        assert node.numel == sum(p.numel() for p in models[node.name].parameters())
+        best = max(kinds, key=lambda kind, name=node.name: found[kind][name].score)
+        assert (node.estimator, node.alpha, node.lam) == (
+            best,
+            found[best][node.name].alpha,
+            found[best][node.name].lam,
+        )
+        assert node.after.left < 0.1 * node.before.left
+    assert "by layer" in str(outcome)
+    json.dumps(outcome.to_dict())
+    outcome.undo_()
+    assert same(models, before)
+    one = ff.unlearn_(chain(models), [request], score, params=None, by="node", points=4, left=1.0, lost=1.0)
+    assert all(isinstance(node.alpha, float) for node in one)
+
+
 def test_one_model(models):
     model, same_one = models["u0"], copy.deepcopy(models)
     data, forget = LOADER, only(TRAIN, 3)
@@ -221,6 +248,18 @@ def test_each_loader_is_gone_over_once_for_all_nodes_and_estimators(models):
     outcome.undo_()
     ff.unlearn_(dag, [request], ff.ClassScore(check, forget=0), points=8, **ENOUGH)
     assert (data.times, forget.times) == (1, 1), "what was estimated is kept"
+
+
+@pytest.mark.parametrize("samples", [None, 64])
+def test_of_long_loaders_some_samples_will_do(models, samples):
+    data, seen = batched(*TRAIN, size=4), []
+    models["u0"].register_forward_hook(lambda _, given, out: seen.append(len(out)))
+    score = ff.ClassScore(CHECK, forget=0)
+    score.begin({"u0": models["u0"]})
+    seen.clear()
+    model = {"data": data, "forget": only(TRAIN, 0), "estimators": "expected"}
+    ff.unlearn_(models["u0"], score=score, samples=samples, points=4, left=1.0, lost=1.0, **model)
+    assert seen.count(4) == (16 if samples else 100)
 
 
 def test_what_meets_no_bound_is_named_or_an_error_before_anything_changes(models):
@@ -318,3 +357,30 @@ def test_arguments(grown, call, match):
     with pytest.raises(ff.ArgumentError, match=match):
         call(chain(grown), [ff.ForgetRequest("u0", data=LOADER)], ff.ClassScore(CHECK, forget=0))
     assert same(grown, before)
+
+
+def test_an_error_after_the_run_takes_it_back(models):
+    class Falls(ff.ClassScore):
+        def look(self, name, model):
+            if ended and name == "u1":
+                raise KeyboardInterrupt
+            return super().look(name, model)
+
+    before, ended = copy.deepcopy(models), []
+
+    score = Falls(CHECK, forget=0)
+    run_ = ff.Plan.run_
+
+    def run(self, **options):
+        report = run_(self, **options)
+        if options.get("undo"):
+            ended.append(report)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ff.Plan, "run_", run)
+        with pytest.raises(KeyboardInterrupt):
+            ff.unlearn_(chain(models), [ff.ForgetRequest("u0", data=only(TRAIN, 0))], score, points=6, **ENOUGH)
+    assert ended
+    assert ended[0]["u1"].selected > 0
+    assert same(models, before)

@@ -274,3 +274,15 @@ def test_command_line(capsys, monkeypatch):
     monkeypatch.undo()
     assert cli.main(["bench", "--case", "zebra"]) == 1
     assert "no case 'zebra' in full mode; known are a, a-thread" in capsys.readouterr().err
+
+
+def test_the_page_says_what_the_whole_call_took_beside_training():
+    unlearn = load("unlearn")
+    result = json.loads(unlearn.RESULTS.read_text())
+    page = unlearn.PAGE.read_text(encoding="utf-8")
+    assert page.partition("<!-- unlearn -->\n")[2].partition("<!-- /unlearn -->")[0] == unlearn.sentence(result) + "\n"
+    assert len(result["rows"]) == 10
+    for row in result["rows"]:
+        assert row["share"] == pytest.approx(row["seconds"] / result["training_seconds"], rel=1e-4)
+        assert row["share"] <= 0.05
+        assert sum(row["parts"].values()) <= 1.001 * row["seconds"]

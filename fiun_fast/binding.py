@@ -53,6 +53,12 @@ class Part:
     dampening: Dampening
     backend: Backend
     launch: Launch
+    counted: bool = True  # False: another rank counts the same elements
+
+    @property
+    def counts(self) -> tuple[torch.device, bool]:
+        """Which counts it adds to: those of its device, or what is thrown away there."""
+        return self.table.device, self.counted
 
     def histogram(self) -> Histogram:
         """Made ready to count the ratios m / I of the same table."""
@@ -63,6 +69,8 @@ def bind(
     program: Program, memory: Memory, merging: Merging, dampening: Dampening, backend: str | None = None
 ) -> list[Part]:
     """Take addresses and prepare launches: a part for each device, parameter dtype and Fisher dtype.
+
+    Where models are spread over ranks, what this one counts and what it does not are parts of their own.
 
     Args:
         program: what is to be done.
@@ -76,16 +84,17 @@ def bind(
         BackendError: the backend cannot be used, or a call to it failed.
 
     """
-    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Group]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[Group]] = {}
     for plan in program.groups:
         if (group := _group(program, plan, memory)) is not None:
-            groups.setdefault((plan.device, plan.theta_dtype, plan.fisher_dtype), []).append(group)
+            kind = (plan.device, plan.theta_dtype, plan.fisher_dtype, plan.counted)
+            groups.setdefault(kind, []).append(group)
     _check_overlaps(program, memory, list(chain.from_iterable(groups.values())))
-    chosen = [select(backend, device.type) for device, _, _ in groups]
+    chosen = [select(backend, device.type) for device, *_ in groups]
     parts = []
-    for one, (key, found) in zip(chosen, groups.items(), strict=True):
-        table = Table.pack(*key, found)
-        parts.append(Part(table, merging, dampening, one, one.dampen(table, merging, dampening)))
+    for one, ((device, theta_dtype, fisher_dtype, counted), found) in zip(chosen, groups.items(), strict=True):
+        table = Table.pack(device, theta_dtype, fisher_dtype, found)
+        parts.append(Part(table, merging, dampening, one, one.dampen(table, merging, dampening), counted))
     return parts
 
 

@@ -7,6 +7,7 @@ runs. One program may be bound again and again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -43,6 +44,8 @@ class Described(Protocol):
 
 # (indices of nodes, names) -> for each name a column, what each node has under it; None: has none
 Describe = Callable[[Sequence[int], Sequence[str]], Sequence[Sequence[Described | None]]]
+# indices of nodes that were described together -> the same columns: whether the elements are counted here
+Counted = Callable[[Sequence[int]], Sequence[Sequence[bool]]]
 
 
 @dataclass(slots=True)
@@ -63,7 +66,7 @@ class Match:
     names: tuple[str, ...]  # [S]
     requests: tuple[tuple[int, ...], ...]  # [S] requests whose Fisher has the segment
     skipped: tuple[str, ...]  # names left out, by on_mismatch="skip"
-    numel: int  # of all segments together
+    numel: int  # of all parameters that fit together, whole where the segments are parts
     called: Mapping[int, Mapping[str, str]]  # request -> name here -> name in its Fisher, where they differ
 
 
@@ -77,6 +80,7 @@ class GroupPlan:
     requests: tuple[int, ...]
     match: Match
     segments: tuple[int, ...]  # indices into the match
+    counted: bool = True  # False: other ranks have the same elements, and one of them counts these
     nodes: list[int] = field(default_factory=list)  # indices into the program's nodes
 
 
@@ -112,7 +116,11 @@ def reached_nodes(dag: InheritanceDAG, requests: Sequence[ForgetRequest]) -> lis
 
 
 def compile_program(
-    nodes: list[ReachedNode], requests: list[ForgetRequest], on_mismatch: OnMismatch, describe: Describe
+    nodes: list[ReachedNode],
+    requests: list[ForgetRequest],
+    on_mismatch: OnMismatch,
+    describe: Describe,
+    counted: Counted | None = None,
 ) -> Program:
     """Match names and shapes, and put nodes that may share a launch into groups.
 
@@ -121,6 +129,7 @@ def compile_program(
         requests: what `ReachedNode.requests` counts.
         on_mismatch: "error", or "skip" to leave out what a forget Fisher does not have in that shape.
         describe: what the models of some nodes have under some names. Asked once for all nodes of a layout.
+        counted: where models are spread over ranks: which of that counts here. None: all.
 
     Raises:
         LayoutError: names or shapes differ, or a model has no parameter of a name that its Fisher has.
@@ -148,14 +157,18 @@ def compile_program(
         columns = describe(indices, match.names)
         _check_parameters([nodes[i] for i in indices], match, columns)
         found: dict[tuple, GroupPlan] = {}
-        for dtypes, members in _by_dtypes(indices, columns).items():
-            parts: dict[tuple[torch.dtype, tuple[int, ...]], list[int]] = {}
-            for s, part in enumerate(zip(dtypes, match.requests, strict=True)):
+        kinds: Sequence[Sequence] = [list(map(_DTYPE, column)) for column in columns]
+        if counted is not None and match.names:
+            kinds = [list(zip(*pair, strict=True)) for pair in zip(kinds, counted(indices), strict=True)]
+        for its, members in _by_kinds(indices, kinds).items():
+            parts: dict[tuple, list[int]] = {}
+            for s, part in enumerate(zip(its, match.requests, strict=True)):
                 parts.setdefault(part, []).append(s)
-            for (theta_dtype, reaching), segments in parts.items():
-                key = (theta_dtype, reaching, *segments)
+            for (kind, reaching), segments in parts.items():
+                theta_dtype, counts = (kind, True) if counted is None else kind
+                key = (theta_dtype, reaching, counts, *segments)
                 if key not in found:
-                    found[key] = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments))
+                    found[key] = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments), counts)
                 found[key].nodes += members
         groups += found.values()
         for index in indices:
@@ -163,13 +176,10 @@ def compile_program(
     return Program(nodes, requests, groups, matches)  # type: ignore[arg-type]
 
 
-def _by_dtypes(
-    indices: Sequence[int], columns: Sequence[Sequence[Described | None]]
-) -> dict[tuple[torch.dtype, ...], list[int]]:
-    """Nodes by the dtypes of their parameters."""
-    found: dict[tuple[torch.dtype, ...], list[int]] = {}
-    dtypes = zip(*(map(_DTYPE, column) for column in columns), strict=True)
-    for index, one in zip(indices, dtypes, strict=bool(columns)):
+def _by_kinds(indices: Sequence[int], columns: Sequence[Sequence]) -> dict[tuple, list[int]]:
+    """Nodes by the kinds of their parameters, [names][nodes]: dtypes, and whether they are counted."""
+    found: dict[tuple, list[int]] = {}
+    for index, one in zip(indices, zip(*columns, strict=True), strict=bool(columns)):
         found.setdefault(one, []).append(index)
     return found
 
@@ -208,16 +218,18 @@ def _match(node: ReachedNode, requests: list[ForgetRequest], on_mismatch: str) -
                 f'{difference}; estimate both over the same parameters, or pass on_mismatch="skip" to leave these out'
             )
         skipped.update(dict.fromkeys(s.name for s in forget if s.name not in layout or not layout[s.name].fits(s)))
-    kept, reaching = [], []
+    kept, reaching, numel = [], [], 0
     for segment in layout:
         fit = tuple(k for k in node.requests if segment.name in forgets[k] and forgets[k][segment.name].fits(segment))
         if not fit:
             skipped[segment.name] = None
-        elif segment.numel:
+            continue
+        numel += math.prod(segment.whole)
+        if segment.numel:
             kept.append(segment)
             reaching.append(fit)
     names = tuple(segment.name for segment in kept)
-    return Match(tuple(kept), names, tuple(reaching), tuple(skipped), sum(segment.numel for segment in kept), calls)
+    return Match(tuple(kept), names, tuple(reaching), tuple(skipped), numel, calls)
 
 
 def _called(node: ReachedNode, forget: Layout) -> dict[str, str]:

@@ -126,6 +126,10 @@ class InheritanceDAG:
             raise DagError(f"node {name!r} has no model: add it with add_model")
         return node
 
+    def models(self) -> list[Model]:
+        """Those of all nodes that have one."""
+        return [node.model for node in self._nodes.values()]
+
     def parents(self, name: str) -> list[str]:
         """Names of the models this one inherited from directly."""
         return list(self.graph.predecessors(name))

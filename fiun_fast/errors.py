@@ -69,6 +69,10 @@ class UndoFileError(FiunError, ValueError):
     """A file that is not a (whole) undo log written by this package."""
 
 
+class DistributedError(FiunError, RuntimeError):
+    """Another rank does not answer, or has met an error that is none of this package's; the message names the rank."""
+
+
 class EstimationWarning(UserWarning):
     """A Fisher that was estimated is of no use: zero everywhere, or not finite."""
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import datetime
 import math
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from .arguments import OnMismatch, check_number
 from .binding import Part, bind
-from .compiling import PerNode, Program, ReachedNode, compile_program, narrowest, values_per_node
+from .compiling import PerNode, ReachedNode, compile_program, narrowest, values_per_node
 from .dag import ForgetRequest, Model
 from .errors import ArgumentError, UndoError
 from .guards import alone, denormals_kept, signals_deferred
@@ -22,10 +22,12 @@ from .kernels.table import Dampening, Merging
 from .live import LiveMemory
 from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
+from .ranks import Ranks, together
 from .ratios import Ratios
-from .report import Audit, Facts, Report
+from .report import Audit, ParameterReport, Report
 from .sharing import check_unshared, warn_of_copies
-from .summary import Traffic, summary, traffic_of
+from .spread import Spread
+from .summary import Traffic, facts_of, summary, traffic_of
 from .tiles import examine, tiles
 from .undo import Recorder, UndoLog
 
@@ -72,6 +74,7 @@ class Plan:
         *,
         on_mismatch: OnMismatch = "error",
         backend: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Compile and bind. `plan` and `dampen_` make these from what a user has.
 
@@ -81,11 +84,13 @@ class Plan:
             bystanders: name -> model of all other nodes of the DAG; their memory must not be that of what is dampened.
             merging, dampening: the numbers, checked.
             on_mismatch, backend: as in `plan`.
+            ranks: over which the models are spread; None: they are whole.
 
         Raises:
             FiunError: as `plan`.
 
         """
+        self.spread = None if ranks is None else Spread(ranks, nodes, requests, bystanders)
         self._nodes, self._requests, self._bystanders = nodes, requests, bystanders
         self._known = frozenset(node.name for node in nodes) | frozenset(bystanders)
         self._merging, self._dampening = merging, dampening
@@ -94,16 +99,21 @@ class Plan:
 
     def _build(self) -> None:
         check_no_mode()
-        memory = LiveMemory(self._nodes, self._requests)
-        program = compile_program(self._nodes, self._requests, self._on_mismatch, memory.describe)
+        nodes, requests, spread = self._nodes, self._requests, self.spread
+        if spread is not None:
+            nodes, requests = spread.localised()
+        memory = LiveMemory(nodes, requests, () if spread is None else spread.modules)
+        counted = None if spread is None else partial(memory.counted, spread.ranks)
+        program = compile_program(nodes, requests, self._on_mismatch, memory.describe, counted)
         parts = bind(program, memory, self._merging, self._dampening, self._backend)
         check_unshared(memory, self._nodes, self._bystanders)
         warn_of_copies(memory, self._nodes)
         memory.settle()
         self.parts: list[Part] = parts
-        self._devices = tuple(dict.fromkeys(part.table.device for part in parts))
+        self._counts = tuple(dict.fromkeys(part.counts for part in parts))
         self._memory = memory
-        self._facts = _facts(program, parts, self._known, self._merging, self._dampening)
+        facts = facts_of(program, parts, self._known, self._merging, self._dampening)
+        self._facts = facts if spread is None else spread.facts(facts)
 
     def run_(self, *, dry_run: bool = False, undo: bool = False, audit: bool = False) -> Report:
         """Dampen every node a request reaches, in place, all from the state before the call.
@@ -144,29 +154,34 @@ class Plan:
                 )
 
     def _run(self, dry_run: bool, undo: bool = False, audit: bool = False) -> Report:
+        ranks = None if self.spread is None else self.spread.ranks
         with alone:
-            self._refresh()
-            if not dry_run:
-                self._memory.check_writable()
-            audited = self._audit() if audit else None
-            counts = {d: torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=d) for d in self._devices}
+            with together(ranks if undo or audit else None):  # these wait anyway, and take memory
+                self._refresh()
+                if not dry_run:
+                    self._memory.check_writable()
+                figures = examine(part for part in self.parts if part.counted) if audit else None
+                recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
+            audited = None if figures is None else self._audit(figures)
+            counts = {k: torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=k[0]) for k in self._counts}
             alpha, lam = self._dampening.alpha.copy(), self._dampening.lam.copy()
-            log = self._write(counts, dry_run, undo)
-            return Report(self._facts, list(counts.values()), alpha, lam, dry_run=dry_run, audit=audited, undo=log)
+            log = self._write(counts, dry_run, recorder)
+            found = [counted for (_, here), counted in counts.items() if here]
+            return Report(self._facts, found, alpha, lam, dry_run=dry_run, audit=audited, undo=log, ranks=ranks)
 
-    def _write(self, counts: Mapping[torch.device, torch.Tensor], dry_run: bool, undo: bool) -> UndoLog | None:
+    def _write(
+        self, counts: Mapping[tuple[torch.device, bool], torch.Tensor], dry_run: bool, recorder: Recorder | None
+    ) -> UndoLog | None:
         """Launch everything. Nothing is allocated from here on but by the log, and nothing interrupts."""
         if not dry_run:  # kernels write through addresses; autograd must hear of it
             self._memory.count_up()
-        if not undo and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
-            self.parts[0].launch.run(counts[self.parts[0].table.device], dry_run)
+        if recorder is None and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
+            self.parts[0].launch.run(counts[self.parts[0].counts], dry_run)
             return None
-        recorder = None
         try:
             with signals_deferred():  # their handlers run, and may raise, when the block has ended
-                recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
                 for part in self.parts:
-                    part.launch.run(counts[part.table.device], dry_run)
+                    part.launch.run(counts[part.counts], dry_run)
                 return None if recorder is None else recorder.seal()
         except BaseException as error:
             if recorder is not None:
@@ -175,7 +190,7 @@ class Plan:
 
     def _refresh(self) -> None:
         check_no_mode()
-        if self._memory.moved():
+        if self._memory.moved() or (self.spread is not None and self.spread.stale()):
             self._build()
 
     def set_values_(
@@ -290,16 +305,20 @@ class Plan:
         with alone, denormals_kept():
             found = profiles_of(self.ratios(), [numel for *_, numel in self._facts.nodes])
             if norms:
-                found = with_squares(found, tiles(self.parts))
+                parts, spread = [part for part in self.parts if part.counted], self.spread
+                found = with_squares(found, tiles(parts), None if spread is None else spread.ranks)
         return Profiles(dict(zip(self.nodes, found, strict=True)))
 
     def ratios(self) -> Ratios:
         """The ratios m / I of every node: histograms and exact percentiles; with gradients, those the sign admits."""
         with alone:
             self._refresh()
-        return Ratios([(part.table, part.histogram()) for part in self.parts], self.nodes)
+        found = [(part.table, part.histogram()) for part in self.parts if part.counted]
+        if self.spread is None:
+            return Ratios(found, self.nodes)
+        return Ratios(found, self.nodes, [node.fisher.dtype for node in self._nodes], self.spread.ranks)
 
-    def _audit(self) -> Audit:
+    def _audit(self, figures: Mapping[int, list[ParameterReport]]) -> Audit:
         """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
         time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         references = [
@@ -308,8 +327,9 @@ class Plan:
         references += self._facts.originals.values()
         fishers = {id(reference): fisher for reference in references if (fisher := reference()) is not None}
         digests = {id(fisher): fisher.sha256() for fisher in fishers.values()}
-        figures = examine(self.parts)
         parameters = {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)}
+        if self.spread is not None:
+            parameters = self.spread.audited(figures, self._facts)
         return Audit(time, parameters, {reference: digests[id(fisher)] for reference, fisher in fishers.items()})
 
     def warmup(self) -> None:
@@ -408,26 +428,3 @@ class Trials:
         """Restore, and refuse further runs."""
         self._ended = True
         self.restore()
-
-
-def _facts(program: Program, parts: list[Part], known: frozenset[str], merging: Merging, dampening: Dampening) -> Facts:
-    """What a report says of a plan beside the counts."""
-    origins = {
-        reaching: tuple(program.requests[k].origin for k in reaching)
-        for reaching in {node.requests for node in program.nodes}
-    }
-    options = {"exponent": dampening.exponent, "cap": dampening.cap, "scale": merging.scale, "merge": merging.how}
-    return Facts(
-        [
-            (node.name, origins[node.requests], match.skipped, match.numel)
-            for node, match in zip(program.nodes, program.matches, strict=True)
-        ],
-        known,
-        options,
-        tuple(dict.fromkeys(part.backend.name for part in parts)),
-        tuple(
-            (r.origin, float(r.weight), weakref.ref(r.fisher), None if r.gradient is None else weakref.ref(r.gradient))
-            for r in program.requests
-        ),
-        {node.name: weakref.ref(node.fisher) for node in program.nodes},
-    )

@@ -28,6 +28,7 @@ from .kernels.interface import Histogram
 from .kernels.table import BINS, Group, Merging, Table
 from .memory import check_no_mode
 from .provenance import warn_if_unlike
+from .ranks import Ranks
 
 FRACTION = "samples to forget over samples trained on, in (0, 1]"
 
@@ -54,15 +55,26 @@ class Ratios:
     Args:
         parts: tables, and a histogram of each; a node may appear in several tables.
         names: of the nodes, for messages.
+        dtypes: of the Fishers of each node; None: as the tables have them.
+        ranks: over which the ratios are spread, so that every count is a sum over them.
 
     """
 
-    def __init__(self, parts: Sequence[tuple[Table, Histogram]], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[Table, Histogram]],
+        names: Sequence[str],
+        dtypes: Sequence[torch.dtype] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.names = list(names)
+        self._dtypes, self._ranks = dtypes, ranks
         self._parts = list(parts)
 
     def dtypes(self) -> list[torch.dtype]:
         """Of the Fishers of each node, [nodes]."""
+        if self._dtypes is not None:
+            return list(self._dtypes)
         found = [torch.float32] * len(self.names)
         for table, _ in self._parts:
             for node in np.unique(table.targets[:, 2]).tolist():
@@ -82,7 +94,8 @@ class Ratios:
                     found[table.device] = torch.zeros(len(self.names), BINS, dtype=torch.int64, device=table.device)
                 histogram.run(found[table.device], bases, low, nearest)
         counts = [counted.cpu().numpy() for counted in found.values()]
-        return sum(counts[1:], counts[0]) if counts else np.zeros((len(self.names), BINS), dtype=np.int64)
+        total = sum(counts[1:], counts[0]) if counts else np.zeros((len(self.names), BINS), dtype=np.int64)
+        return total if self._ranks is None else self._ranks.sum_of(total)
 
     def percentiles(self, q: np.ndarray) -> np.ndarray:
         """The q-th percentile (0..100) of each node's finite ratios: [nodes] -> [nodes] float64.
@@ -95,7 +108,7 @@ class Ratios:
         """
         result = np.empty(len(self.names))
         dtypes = self.dtypes()
-        for dtype in set(dtypes):
+        for dtype in dict.fromkeys(dtypes):  # in one order on all ranks
             nodes = np.array([node for node, found in enumerate(dtypes) if found == dtype])
             result[nodes] = self._percentiles(dtype, nodes, q[nodes])
         return result
@@ -125,7 +138,7 @@ class Ratios:
         """
         result = np.empty(ranks.shape)
         dtypes = self.dtypes()
-        for dtype in set(dtypes):
+        for dtype in dict.fromkeys(dtypes):  # in one order on all ranks
             nodes = np.array([node for node, found in enumerate(dtypes) if found == dtype])
             bases = np.zeros(len(self.names), dtype=np.int64)
             counts = self.count(dtype, bases, DIGITS[dtype].lows[0])[nodes]

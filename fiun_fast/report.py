@@ -15,6 +15,7 @@ import torch
 from .errors import DagError, UndoError
 from .fisher import Fisher
 from .gradient import Gradient
+from .ranks import Ranks
 from .vectors import Vector
 from .version import __version__
 
@@ -162,6 +163,7 @@ class Report:
         dry_run: bool,
         audit: Audit | None = None,
         undo: Undo | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Keep what is needed to say it all later.
 
@@ -171,20 +173,26 @@ class Report:
             alpha, lam: [nodes] float64, as the run used them.
             dry_run: whether nothing was written.
             audit, undo: what a run with these options adds.
+            ranks: over which the counts are to be added up when they are read.
 
         """
         self.dry_run, self.undo = dry_run, undo
+        self._ranks = ranks
         self._facts, self._audit = facts, audit
         self._counts, self._alpha, self._lam = counts, alpha, lam
         self._read: dict[str, NodeReport] | None = None
 
     @property
     def nodes(self) -> dict[str, NodeReport]:
-        """Name -> report of each node reached, in the order of the DAG. The first look waits for the device."""
+        """Name -> report of each node reached, in the order of the DAG. The first look waits for the device.
+
+        Of models that are spread over ranks it adds up what all of them counted: every rank has to look.
+        """
         if self._read is None:
             counts = sum(
                 (counts.cpu() for counts in self._counts), torch.zeros(len(self), 3, dtype=torch.int64, device="cpu")
             )
+            counts = counts if self._ranks is None else self._ranks.sum(counts)
             audited = {} if self._audit is None else self._audit.parameters
             values = zip(self._alpha.tolist(), self._lam.tolist(), counts.tolist(), strict=True)
             self._read = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .arguments import short
 from .binding import Part
+from .compiling import Program
+from .kernels.table import Dampening, Merging
 from .report import Facts
 
 
@@ -74,3 +77,28 @@ def _bytes(n: int) -> str:
             break
         size, unit = size / 1000, larger
     return f"{n} B" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def facts_of(
+    program: Program, parts: Sequence[Part], known: frozenset[str], merging: Merging, dampening: Dampening
+) -> Facts:
+    """What a report says of a plan beside the counts."""
+    origins = {
+        reaching: tuple(program.requests[k].origin for k in reaching)
+        for reaching in {node.requests for node in program.nodes}
+    }
+    options = {"exponent": dampening.exponent, "cap": dampening.cap, "scale": merging.scale, "merge": merging.how}
+    return Facts(
+        [
+            (node.name, origins[node.requests], match.skipped, match.numel)
+            for node, match in zip(program.nodes, program.matches, strict=True)
+        ],
+        known,
+        options,
+        tuple(dict.fromkeys(part.backend.name for part in parts)),
+        tuple(
+            (r.origin, float(r.weight), weakref.ref(r.fisher), None if r.gradient is None else weakref.ref(r.gradient))
+            for r in program.requests
+        ),
+        {node.name: weakref.ref(node.fisher) for node in program.nodes},
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from .kernels.table import Merging
 from .planning import Plan
 from .profile import SelectionProfile, profiles_of
 from .provenance import warn_if_unlike
+from .ranks import Ranks, ranks_of, together
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
 
@@ -63,11 +64,15 @@ def plan(
     """
     if not isinstance(dag, InheritanceDAG):
         raise ArgumentError(f"dag is a {type(dag).__name__}, expected an InheritanceDAG")
-    listed = check_requests(requests)
     options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
-    nodes = reached_nodes(dag, listed)
-    reached = {node.name for node in nodes}
-    return _made(nodes, listed, {name: dag[name].model for name in dag if name not in reached}, options)
+
+    def checked() -> Checked:
+        listed = check_requests(requests)
+        nodes = reached_nodes(dag, listed)
+        reached = {node.name for node in nodes}
+        return nodes, listed, {name: dag[name].model for name in dag if name not in reached}
+
+    return _made(checked, ranks_of(dag.models()), options)
 
 
 @renamed(share="forget_fraction")
@@ -149,6 +154,10 @@ def selection_profile(
     return _plan_of_one(model, original, forgets, gradient, options).profile(norms=True)["model"]
 
 
+# nodes that requests reach, the requests, and the models of all other nodes
+Checked = tuple[list[ReachedNode], list[ForgetRequest], dict[str, Model]]
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of `plan`, as they were given."""
@@ -173,14 +182,17 @@ def _plan_of_one(
 ) -> Plan:
     """A plan for one model without a DAG; its node is called "model"."""
     check_model("model", model)
-    if not isinstance(original, Fisher):
-        raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
-    forgets = listed_fishers("forget", forget)
-    gradients = [None] * len(forgets) if gradient is None else _listed_gradients(gradient, len(forgets))
-    pairs = zip(forgets, gradients, strict=True)
-    requests = check_requests([ForgetRequest("model", one, gradient=its) for one, its in pairs])
-    node = ReachedNode("model", model, original, tuple(range(len(requests))))
-    return _made([node], requests, {}, options)
+
+    def checked() -> Checked:
+        if not isinstance(original, Fisher):
+            raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
+        forgets = listed_fishers("forget", forget)
+        gradients = [None] * len(forgets) if gradient is None else _listed_gradients(gradient, len(forgets))
+        pairs = zip(forgets, gradients, strict=True)
+        requests = check_requests([ForgetRequest("model", one, gradient=its) for one, its in pairs])
+        return [ReachedNode("model", model, original, tuple(range(len(requests))))], requests, {}
+
+    return _made(checked, ranks_of([model]), options)
 
 
 def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> Sequence[Gradient | None]:
@@ -196,16 +208,26 @@ def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> 
     return listed
 
 
-def _made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:
-    """Check the options, compile, bind; with alpha="auto" choose each node's alpha from its ratios."""
-    known = frozenset(node.name for node in nodes) | frozenset(bystanders)
-    check_one_of("merge", o.merge, MERGE_RULES)
-    dtype = narrowest(request.fisher for request in requests)
-    fractions = _forget_fractions(o, nodes, known)
-    alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
-    how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
-    merging = Merging(o.merge, check_number("scale", o.scale, dtype))
-    made = Plan(nodes, requests, bystanders, merging, how, on_mismatch=o.on_mismatch, backend=o.backend)
+def _made(checked: Callable[[], Checked], ranks: Ranks | None, o: Options) -> Plan:
+    """Check everything, compile, bind; with alpha="auto" choose each node's alpha from its ratios.
+
+    Where models are spread over ranks, either all of them come to a plan, or none does.
+    """
+    with together(ranks) as facts:
+        nodes, requests, bystanders = checked()
+        known = frozenset(node.name for node in nodes) | frozenset(bystanders)
+        check_one_of("merge", o.merge, MERGE_RULES)
+        dtype = narrowest(request.fisher for request in requests)
+        fractions = _forget_fractions(o, nodes, known)
+        alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
+        how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
+        merging = Merging(o.merge, check_number("scale", o.scale, dtype))
+        made = Plan(
+            nodes, requests, bystanders, merging, how, on_mismatch=o.on_mismatch, backend=o.backend, ranks=ranks
+        )
+        if made.spread is not None:
+            auto = "" if fractions is None else f"that of forget_fraction={fractions.tolist()}"
+            facts |= made.spread.said(merging, how, auto, o.on_mismatch)
     warn_if_unlike(
         (f"the original Fisher of {n.name!r}", n.fisher.provenance, f"the forget Fisher of request {k}", r.provenance)
         for n in nodes

@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..arguments import Estimator, Per
+from ..dtensors import is_dtensor, reshard_, sharding_modules
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
 from ..memory import check_loaded
+from ..ranks import Fact, Ranks, ranks_of, together
 from ..scope import Params, check_module, select_parameters
 from ..wrappers import check_gathered, silenced, unwrap
 from . import claims
@@ -40,6 +43,7 @@ def estimate_fisher(
     seed: int = 0,
     per: Per = "sequence",
     target_index: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Fisher:
     """Estimate the diagonal Fisher information of a model over a loader.
 
@@ -60,7 +64,10 @@ def estimate_fisher(
 
     Args:
         model: any module. Wrappers are looked through (DistributedDataParallel, DataParallel, torch.compile, Opacus and
-            others): the data of this process alone count, nothing is reduced over ranks, and the model runs eagerly.
+            others): the data of this process alone count unless `group` says otherwise, and the model runs eagerly.
+            Of a model that is spread over ranks (FSDP2, tensor parallel) the Fisher is spread alike, and gradients are
+            as its backward leaves them: under FSDP2 of the mean over ranks, so that `batch` squares that of the global
+            batch. All ranks need the same number of batches; `sample` and `expected` are refused.
         loader: yields batches: (inputs [B, ...], targets [B]), (inputs, …, targets), or a dict (any Mapping) with
             "labels", "label" or "label_ids", with whose keys as keywords the model is called; for `label_free` and
             `expected`, which need no labels, also inputs alone and dicts without labels. The model may return a tensor,
@@ -84,6 +91,10 @@ def estimate_fisher(
             and `expected` is: a "sequence", whose loss is the mean over its tokens, or a "token". Labels of -100 do
             not count; of a dict with labels the model's own loss says whether they are those of the next token.
         target_index: position of the targets in a tuple; default: last.
+        group: torch.distributed process group over which the data are split: each rank passes what it has, also none,
+            and gets the Fisher over all of it, the same on every rank: `sample` and `expected` average over all
+            samples, `batch` and `label_free` over all batches as the ranks had them. Labels that `expected` draws are
+            other ones than in one process. A model that is spread over ranks has its own group.
 
     Returns:
         The Fisher, float32, on the parameters' device.
@@ -100,7 +111,7 @@ def estimate_fisher(
 
     """
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
-    return _sweep({"model": model}, loader, params, options, progress)["model"]
+    return _sweep({"model": model}, loader, params, options, progress, group)["model"]
 
 
 def estimate_fishers(
@@ -117,6 +128,7 @@ def estimate_fishers(
     seed: int = 0,
     per: Per = "sequence",
     target_index: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, Fisher]:
     """Fishers of several models, such as all nodes of an inheritance DAG, in one sweep over the loader.
 
@@ -126,7 +138,8 @@ def estimate_fishers(
 
     Args:
         models: name -> module.
-        loader, params, estimator, loss_fn, forward_fn, progress, backend, samples, seed, per, target_index: as there.
+        loader, params, estimator, loss_fn, forward_fn, progress, backend, samples, seed, per, target_index, group: as
+            there.
 
     Returns:
         Name -> Fisher, in the order of `models`.
@@ -138,11 +151,16 @@ def estimate_fishers(
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
-    return _sweep(models, loader, params, options, progress)
+    return _sweep(models, loader, params, options, progress, group)
 
 
 def _sweep(
-    models: Mapping[str, torch.nn.Module], loader: Iterable[Any], params: Params, options: Options, progress: bool
+    models: Mapping[str, torch.nn.Module],
+    loader: Iterable[Any],
+    params: Params,
+    options: Options,
+    progress: bool,
+    group: dist.ProcessGroup | None,
 ) -> dict[str, Fisher]:
     for name, model in models.items():
         what = "model" if len(models) == 1 else f"model {name!r}"
@@ -152,31 +170,83 @@ def _sweep(
     bare = {name: found.module for name, found in inner.items()}
     if len({id(model) for model in bare.values()}) < len(bare):
         raise ArgumentError("one model is given under several names; estimate its Fisher once")
-    with ExitStack() as stack:
+    spread = ranks_of(bare.values())
+    ranks = Ranks.of_group(group) if group is not None and spread is None else spread
+    alone = options if ranks is None or spread is not None else replace(options, seed=options.seed + ranks.index)
+    with together(ranks) as facts, ExitStack() as stack:
         stack.enter_context(claims.estimating(bare))  # first: another estimate has frozen what it does not select
         stack.enter_context(claims.uncompiled())
         for model in models.values():
             stack.enter_context(silenced(model))
-        jobs = {name: Job(model, select_parameters(model, params), options) for name, model in bare.items()}
-        for job in jobs.values():
+        jobs = {name: Job(model, select_parameters(model, params), alone) for name, model in bare.items()}
+        for name, job in jobs.items():
             check_parameters(job.selected)
+            check_takes_spread(job)
+            facts[f"the layout of model {name!r}"] = Fact(_laid_out(job), LayoutError)
             if options.forward_fn is None:
                 check_loaded(job.model)
+        facts["the estimator"] = Fact((options.estimator, options.samples, options.per, options.seed))
         check_no_transform()
         on = stack.enter_context(preserved([(job.model, job.selected.values()) for job in jobs.values()]))
+        stack.callback(reshard_, sharding_modules(bare.values()))  # before what was found is put back
         estimates = {name: _Chosen(job) for name, job in jobs.items()}
         batches = loader
         if not isinstance(batches, NumberedBatches):
             batches = NumberedBatches(loader, options.reading, next(iter(bare.values())))
-        for number, batch in _progress(batches, loader) if progress else batches:
+        numbered = _progress(batches, loader) if progress else batches
+        for number, batch in numbered if spread is None else _in_step(numbered, spread):
             for i, (name, estimate) in enumerate(estimates.items()):
                 with on(i), of_batch(number):
                     estimate.step(batch)
                     if not estimate.totals.is_finite():
                         which = f"model {name!r}: " if len(models) > 1 else ""
                         raise EstimationError(which + why_not_finite(batch, bare[name]))
-        batches.check_not_empty()
-        return {name: _said(estimate.result(), inner[name].wrappers) for name, estimate in estimates.items()}
+        if ranks is None or spread is not None:
+            batches.check_not_empty()
+    if ranks is not None and spread is None:
+        found = {name: _added_up(estimate, ranks) for name, estimate in estimates.items()}
+    else:
+        found = {name: estimate.result() for name, estimate in estimates.items()}
+    return {name: _said(fisher, inner[name].wrappers) for name, fisher in found.items()}
+
+
+def _added_up(estimate: Estimate, ranks: Ranks) -> Fisher:
+    """The Fisher over what all ranks have added; what it says of itself is what the first of them that had data says."""
+    had_data = estimate.totals.steps > 0
+    estimate.totals.add_up(ranks)
+    fisher = estimate.result()
+    said = [record for record in ranks.gather(fisher.provenance if had_data else None) if record is not None]
+    return Fisher(fisher.buffer, fisher.layout, said[0])
+
+
+def _in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
+    """The batches of a model whose forward is a joint one: all ranks have the next one, or an error is raised on all."""
+    upcoming, done = iter(batches), object()
+    while True:
+        error, batch = None, done
+        try:
+            batch = next(upcoming, done)
+        except Exception as met:
+            error = met
+        has = "there" if batch is not done else "none"
+        ranks.agree(error, {"the next batch": Fact(has, EstimationError)})
+        if batch is done:
+            return
+        yield batch
+
+
+def check_takes_spread(job: Job) -> None:
+    """Raise an EstimationError for an estimator that a model spread over ranks cannot have."""
+    if job.by_sample and any(map(is_dtensor, job.selected.values())):
+        raise EstimationError(
+            f"estimator {job.estimator!r} takes each sample's gradient, and those of a model that is spread over ranks "
+            'are of all ranks\' samples together: take estimator="batch", or estimate before the model is spread; a '
+            "whole Fisher fits it too"
+        )
+
+
+def _laid_out(job: Job) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(p.shape)) for name, p in job.selected.items()]
 
 
 def _said(fisher: Fisher, wrappers: tuple[str, ...]) -> Fisher:
@@ -193,6 +263,8 @@ class _Chosen(Estimate):
     def __init__(self, job: Job) -> None:
         self._job, self._steps = job, 0
         try:
+            if any(map(is_dtensor, job.selected.values())):
+                raise NotAHead("the model is spread over ranks")
             self._estimate: Estimate = HeadEstimate(job)
         except NotAHead:  # more than a head was asked for: nothing to explain
             self._estimate = _general(job, "")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .arguments import MISMATCH_RULES, THETA_DTYPES, OnMismatch, check_number, check_one_of, listed
-from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_original
+from .dag import ForgetRequest, InheritanceDAG, Model, Node, check_model, check_original
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .fisher import Fisher
 from .kernels.table import Dampening
@@ -104,15 +104,20 @@ def reached_nodes(dag: InheritanceDAG, requests: Sequence[ForgetRequest]) -> lis
     """
     reached = []
     for node, reaching in dag.reached(requests):
-        if not isinstance(node.model, (torch.nn.Module, dict)):  # most are; asking for a Mapping takes longer
-            check_model(node.name, node.model)
-        if not isinstance(node.fisher, Fisher):
-            check_original(node.name, node.fisher)
-            raise ArgumentError(
-                f"node {node.name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…)"
-            )
-        reached.append(ReachedNode(node.name, node.model, node.fisher, reaching))
+        reached.append(reached_node(node, reaching))
     return reached
+
+
+def reached_node(node: Node, reaching: tuple[int, ...]) -> ReachedNode:
+    """A node and its S(n); an ArgumentError where it has no original Fisher, or its model is none."""
+    if not isinstance(node.model, (torch.nn.Module, dict)):  # most are; asking for a Mapping takes longer
+        check_model(node.name, node.model)
+    if not isinstance(node.fisher, Fisher):
+        check_original(node.name, node.fisher)
+        raise ArgumentError(
+            f"node {node.name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…)"
+        )
+    return ReachedNode(node.name, node.model, node.fisher, reaching)
 
 
 def compile_program(

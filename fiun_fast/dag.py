@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import networkx as nx
 import torch
@@ -126,9 +127,9 @@ class InheritanceDAG:
             raise DagError(f"node {name!r} has no model: add it with add_model")
         return node
 
-    def models(self) -> list[Model]:
-        """Those of all nodes that have one."""
-        return [node.model for node in self._nodes.values()]
+    def held(self) -> Mapping[str, Node]:
+        """The nodes that were added with a model, by name: all but those that were put into `graph` by hand."""
+        return MappingProxyType(self._nodes)
 
     def parents(self, name: str) -> list[str]:
         """Names of the models this one inherited from directly."""

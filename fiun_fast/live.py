@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from operator import attrgetter
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from .compiling import ReachedNode
 from .dag import ForgetRequest, Model
-from .dtensors import HeldPart, is_dtensor, part_of, reshard_
+from .dtensors import HeldPart, LocalPart, is_dtensor, part_of, reshard_
 from .errors import ArgumentError, LayoutError
 from .fisher import Fisher
 from .gradient import Gradient
 from .homes import Container, Counters, Held, Home, Homes
 from .memory import all_plain, check_addressable, check_writable, has_no_shape
 from .naming import Names, matched
-from .ranks import Ranks
 from .vectors import Vector, all_fit
 from .wrappers import check_no_engine, check_not_merged, is_wrapper, wrapper_of
 
@@ -148,11 +147,20 @@ class LiveMemory:
         described.containers, described.keys = containers, keys
         return described.columns()
 
-    def counted(self, ranks: Ranks, nodes: Sequence[int]) -> list[list[bool]]:
-        """Which of these nodes' parameters this rank counts, [names][nodes] of what was described together."""
-        described = self._described[self._place[nodes[0], 0]]
+    def counted(self, counts: Callable[[str, LocalPart | None], bool], nodes: Sequence[int]) -> list[list[bool]]:
+        """Which of these nodes' parameters this rank counts, [names][nodes] of what was described together.
+
+        Args:
+            counts: (node, part of a DTensor or None) -> whether it does.
+            nodes: all of one `describe`.
+
+        """
+        described, names = self._described[self._place[nodes[0], 0]], [self._nodes[i].name for i in nodes]
         return [
-            [ranks.counts(held.part if isinstance(held, HeldPart) else None) for held in column]
+            [
+                counts(name, held.part if isinstance(held, HeldPart) else None)
+                for name, held in zip(names, column, strict=True)
+            ]
             for column in described.containers
         ]
 

@@ -24,7 +24,7 @@ from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
 from .ranks import Ranks, together
 from .ratios import Ratios
-from .report import Audit, ParameterReport, Report
+from .report import Audit, Facts, ParameterReport, Report
 from .sharing import check_unshared, warn_of_copies
 from .spread import Spread
 from .summary import Traffic, facts_of, summary, traffic_of
@@ -74,7 +74,7 @@ class Plan:
         *,
         on_mismatch: OnMismatch = "error",
         backend: str | None = None,
-        ranks: Ranks | None = None,
+        spread: Spread | None = None,
     ) -> None:
         """Compile and bind. `plan` and `dampen_` make these from what a user has.
 
@@ -84,13 +84,13 @@ class Plan:
             bystanders: name -> model of all other nodes of the DAG; their memory must not be that of what is dampened.
             merging, dampening: the numbers, checked.
             on_mismatch, backend: as in `plan`.
-            ranks: over which the models are spread; None: they are whole.
+            spread: of models that lie on several ranks; None: they are all here.
 
         Raises:
             FiunError: as `plan`.
 
         """
-        self.spread = None if ranks is None else Spread(ranks, nodes, requests, bystanders)
+        self.spread = spread
         self._nodes, self._requests, self._bystanders = nodes, requests, bystanders
         self._known = frozenset(node.name for node in nodes) | frozenset(bystanders)
         self._merging, self._dampening = merging, dampening
@@ -103,7 +103,7 @@ class Plan:
         if spread is not None:
             nodes, requests = spread.localised()
         memory = LiveMemory(nodes, requests, () if spread is None else spread.modules)
-        counted = None if spread is None else partial(memory.counted, spread.ranks)
+        counted = None if spread is None else partial(memory.counted, spread.counts)
         program = compile_program(nodes, requests, self._on_mismatch, memory.describe, counted)
         parts = bind(program, memory, self._merging, self._dampening, self._backend)
         check_unshared(memory, self._nodes, self._bystanders)
@@ -141,7 +141,12 @@ class Plan:
         with alone:
             if _under_way and not dry_run:
                 self._check_no_trials()
-            return self._run(bool(dry_run), undo, audit)
+            return self._run(bool(dry_run), undo, audit, None if self.spread is None else self.spread.ranks)
+
+    def run_among(self, ranks: Ranks, *, dry_run: bool, undo: bool, audit: bool) -> Report:
+        """`run_`, where ranks with plans of their own run at once: with undo or audit none writes before all can."""
+        with alone:
+            return self._run(dry_run, undo, audit, ranks)
 
     def _check_no_trials(self) -> None:
         """Trials take back what they changed, and with it what another run did there meanwhile."""
@@ -153,10 +158,10 @@ class Plan:
                     "take back only what their own run() did"
                 )
 
-    def _run(self, dry_run: bool, undo: bool = False, audit: bool = False) -> Report:
+    def _run(self, dry_run: bool, undo: bool = False, audit: bool = False, among: Ranks | None = None) -> Report:
         ranks = None if self.spread is None else self.spread.ranks
         with alone:
-            with together(ranks if undo or audit else None):  # these wait anyway, and take memory
+            with together(among if undo or audit else None):  # these wait anyway, and take memory
                 self._refresh()
                 if not dry_run:
                     self._memory.check_writable()
@@ -164,7 +169,7 @@ class Plan:
                 recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
             audited = None if figures is None else self._audit(figures)
             counts = {k: torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=k[0]) for k in self._counts}
-            alpha, lam = self._dampening.alpha.copy(), self._dampening.lam.copy()
+            alpha, lam = self.values()
             log = self._write(counts, dry_run, recorder)
             found = [counted for (_, here), counted in counts.items() if here]
             return Report(self._facts, found, alpha, lam, dry_run=dry_run, audit=audited, undo=log, ranks=ranks)
@@ -328,7 +333,7 @@ class Plan:
         fishers = {id(reference): fisher for reference in references if (fisher := reference()) is not None}
         digests = {id(fisher): fisher.sha256() for fisher in fishers.values()}
         parameters = {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)}
-        if self.spread is not None:
+        if self.spread is not None and self.spread.ranks is not None:
             parameters = self.spread.audited(figures, self._facts)
         return Audit(time, parameters, {reference: digests[id(fisher)] for reference, fisher in fishers.items()})
 
@@ -336,6 +341,15 @@ class Plan:
         """Compile ahead what a run needs, where the backend compiles at run time (Triton); otherwise nothing to do."""
         for part in self.parts:
             part.launch.warmup()
+
+    @property
+    def facts(self) -> Facts:
+        """What a report says of the plan beside counts."""
+        return self._facts
+
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """Alpha and lambda of each node, [nodes] each."""
+        return self._dampening.alpha.copy(), self._dampening.lam.copy()
 
     @property
     def nodes(self) -> list[str]:

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import errors
-from .dtensors import LocalPart, is_dtensor, parameters_of, reshard_, sharding_modules
+from .dtensors import is_dtensor, parameters_of, reshard_, sharding_modules
 from .errors import ArgumentError, DistributedError, FiunError, LayoutError
 
 T = TypeVar("T")
 _SHOWN = 60  # characters of a value that a message shows
+_PIECE = 1 << 22  # elements that are sent at once
 
 
 class Fact(NamedTuple):
@@ -74,14 +75,25 @@ class Ranks:
 
     @property
     def index(self) -> int:
-        """This rank's place among them."""
+        """Place of this rank among them."""
         return self.members.index(self.rank)
 
-    def counts(self, part: LocalPart | None) -> bool:
-        """Whether this rank is the one that counts these elements; None: all ranks have them, as a plain tensor."""
-        if part is None:
-            return self.rank == self.members[0]
-        return part.first and self.members[0] in part.ranks
+    def send(self, flat: Tensor, to: int, piece: int = _PIECE) -> None:
+        """Send a flat tensor to a rank that calls `receive`, `piece` elements after another."""
+        with _answered():
+            for one in flat.detach().split(piece):
+                dist.send(one.to(self.device), to, group=self._groups[0])
+
+    def receive(self, flat: Tensor, source: int, piece: int = _PIECE) -> None:
+        """Receive it, into a flat tensor on `device`."""
+        with _answered():
+            for one in flat.split(piece):
+                dist.recv(one, source, group=self._groups[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors lie that are sent and received."""
+        return self._device(self._groups[0])
 
     def _device(self, group: dist.ProcessGroup | None) -> torch.device:
         """Where tensors must lie to be sent."""
@@ -101,7 +113,7 @@ class Ranks:
         """The same of an array."""
         return self.sum(torch.from_numpy(np.ascontiguousarray(counts))).numpy()
 
-    def sum_(self, tensor: Tensor, piece: int = 1 << 24) -> None:
+    def sum_(self, tensor: Tensor, piece: int = _PIECE) -> None:
         """The same in place, `piece` elements after another: flat and contiguous."""
         for one in tensor.split(piece):
             one.copy_(self.sum(one))
@@ -145,8 +157,12 @@ class Ranks:
         failed = [(rank, one) for rank, (one, _) in zip(self.members, every_said, strict=True) if one is not None]
         if failed:
             rank, (kind, text) = failed[0]
-            more = f" (and {len(failed) - 1} other ranks failed)" if len(failed) > 1 else ""
-            raise _agreed(_class(kind)(f"rank {rank}: {text}{more}")) from error
+            who = (
+                "every rank"
+                if len({one for _, one in failed}) == 1 < len(failed) == len(every_said)
+                else f"rank {rank}"
+            )
+            raise _agreed(_class(kind)(f"{who}: {text}")) from error
         raise _agreed(_difference(self.members, [texts for _, texts in every_said]))
 
 

@@ -80,13 +80,9 @@ class Facts:
     known: frozenset[str]  # all nodes of the DAG
     options: Mapping[str, float | str]
     backends: tuple[str, ...]
-    requests: tuple[tuple[str, float, weakref.ref[Fisher], weakref.ref[Gradient] | None], ...]  # origin, weight, F, g
-    originals: Mapping[str, weakref.ref[Fisher]]  # node -> I
-
-    @property
-    def signed(self) -> bool:
-        """Whether the requests have gradients."""
-        return any(gradient is not None for *_, gradient in self.requests)
+    requests: tuple[tuple[str, float, weakref.ref[Fisher] | None, weakref.ref[Gradient] | None], ...]  # origin, w, F, g
+    originals: Mapping[str, weakref.ref[Fisher]]  # node -> I, of those that lie here
+    signed: bool  # whether the requests have gradients
 
 
 @dataclass(frozen=True)
@@ -181,6 +177,24 @@ class Report:
         self._facts, self._audit = facts, audit
         self._counts, self._alpha, self._lam = counts, alpha, lam
         self._read: dict[str, NodeReport] | None = None
+
+    def among(self, facts: Facts, rows: Sequence[int], alpha: np.ndarray, lam: np.ndarray, ranks: Ranks) -> Report:
+        """The same as a part of a report on more nodes, of which other ranks have the others; not read yet.
+
+        Args:
+            facts: of all nodes.
+            rows: where this report's nodes stand among them.
+            alpha, lam: of all nodes.
+            ranks: all that have parts.
+
+        """
+        counts = [
+            torch.zeros(len(facts.nodes), 3, dtype=torch.int64, device=own.device).index_copy_(
+                0, torch.tensor(rows, dtype=torch.int64, device=own.device), own
+            )
+            for own in self._counts
+        ]
+        return Report(facts, counts, alpha, lam, dry_run=self.dry_run, audit=self._audit, undo=self.undo, ranks=ranks)
 
     @property
     def nodes(self) -> dict[str, NodeReport]:
@@ -287,7 +301,7 @@ class Report:
                 {"origin": origin, "weight": weight, **digest(fisher), **digest(gradient, "gradient_sha256")}
                 for origin, weight, fisher, gradient in facts.requests
             ],
-            "nodes": [{**_plain(node), **digest(facts.originals[node.name])} for node in self],
+            "nodes": [{**_plain(node), **digest(facts.originals.get(node.name))} for node in self],
         }
 
     def __str__(self) -> str:

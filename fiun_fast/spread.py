@@ -10,11 +10,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import get_rank
 
 from .arguments import short
 from .compiling import ReachedNode
 from .dag import ForgetRequest, Model
-from .dtensors import is_dtensor, part_of, reshard_, sharding_modules
+from .dtensors import LocalPart, is_dtensor, part_of, reshard_, sharding_modules
 from .errors import LayoutError
 from .kernels.table import Dampening, Merging
 from .layout import Layout, Shard
@@ -31,21 +32,37 @@ class Spread:
     """What a plan has to know of the ranks that its models are spread over.
 
     Attributes:
-        ranks: all that share the plan.
+        ranks: all that have the same plan, and add up what they count; None: each has its own, and nobody does.
         modules: of FSDP2, whose parameters have to be sharded when they are looked at.
+
+    Args:
+        ranks: as above.
+        nodes, requests, bystanders: of the plan.
+        holders: node -> the ranks that have it, or parts of it; None: all of `ranks` have each.
 
     """
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: Ranks | None,
         nodes: Sequence[ReachedNode],
         requests: Sequence[ForgetRequest],
         bystanders: Mapping[str, Model],
+        holders: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        members = () if ranks is None else ranks.members
+        self._holders = dict.fromkeys((node.name for node in nodes), members) if holders is None else holders
         self.ranks, self._nodes, self._requests = ranks, nodes, requests
         self.modules = sharding_modules([*(node.model for node in nodes), *bystanders.values()])
         self._taken: list[tuple[Vector, Layout, Tensor, int]] = []  # vectors that were cut, as they were then
+
+    def counts(self, node: str, part: LocalPart | None) -> bool:
+        """Whether this rank counts these elements of a node; None: of a plain tensor, whole on all that hold the node.
+
+        Where the mesh of a DTensor is smaller than the ranks that hold the node, others hold copies of it.
+        """
+        first = min(self._holders[node])
+        return first == get_rank() if part is None else part.first and first in part.ranks
 
     def localised(self) -> tuple[list[ReachedNode], list[ForgetRequest]]:
         """The same nodes and requests, with this rank's parts of their Fishers and gradients.
@@ -144,6 +161,7 @@ class Spread:
                 row = (p.numel, p.selected, p.zeroed, p.nonfinite, p.change**2)
                 sums[at[i, p.name]] = torch.tensor(row, dtype=torch.float64)
         reports: dict[str, list[ParameterReport]] = {node.name: [] for node in self._nodes}
+        assert self.ranks is not None
         for (i, name, shape, dtype), row in zip(rows, self.ranks.sum(sums).tolist(), strict=True):
             numel, selected, zeroed, nonfinite = map(int, row[:4])
             report = ParameterReport(name, shape, dtype, numel, selected, zeroed, nonfinite, row[4] ** 0.5)

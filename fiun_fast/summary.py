@@ -101,4 +101,5 @@ def facts_of(
             for r in program.requests
         ),
         {node.name: weakref.ref(node.fisher) for node in program.nodes},
+        any(one.gradient is not None for one in program.requests),
     )

@@ -21,6 +21,7 @@ from .provenance import warn_if_unlike
 from .ranks import Ranks, ranks_of, together
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
+from .spread import Spread
 
 
 @renamed(share="forget_fraction")
@@ -72,7 +73,7 @@ def plan(
         reached = {node.name for node in nodes}
         return nodes, listed, {name: dag[name].model for name in dag if name not in reached}
 
-    return _made(checked, ranks_of(dag.models()), options)
+    return _made(checked, ranks_of(node.model for node in dag.held().values()), options)
 
 
 @renamed(share="forget_fraction")
@@ -216,27 +217,58 @@ def _made(checked: Callable[[], Checked], ranks: Ranks | None, o: Options) -> Pl
     with together(ranks) as facts:
         nodes, requests, bystanders = checked()
         known = frozenset(node.name for node in nodes) | frozenset(bystanders)
+        spread = None if ranks is None else Spread(ranks, nodes, requests, bystanders)
+        made = Making(nodes, requests, bystanders, known, o, spread)
+        if spread is not None:
+            facts |= spread.said(made.merging, made.how, made.auto, o.on_mismatch)
+    return made.finished()
+
+
+class Making:
+    """A plan in the making: first all that a rank can do by itself, then what takes all of them."""
+
+    def __init__(
+        self,
+        nodes: list[ReachedNode],
+        requests: list[ForgetRequest],
+        bystanders: dict[str, Model],
+        known: frozenset[str],
+        o: Options,
+        spread: Spread | None,
+    ) -> None:
+        """Check the options, compile and bind; `known` are the names of all nodes of the DAG."""
         check_one_of("merge", o.merge, MERGE_RULES)
         dtype = narrowest(request.fisher for request in requests)
         fractions = _forget_fractions(o, nodes, known)
         alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
-        how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
-        merging = Merging(o.merge, check_number("scale", o.scale, dtype))
-        made = Plan(
-            nodes, requests, bystanders, merging, how, on_mismatch=o.on_mismatch, backend=o.backend, ranks=ranks
+        self.how = dampening(nodes, known, dtype, alpha=alpha, lam=o.lam, exponent=o.exponent, cap=o.cap)
+        self.merging = Merging(o.merge, check_number("scale", o.scale, dtype))
+        rules = {"on_mismatch": o.on_mismatch, "backend": o.backend, "spread": spread}
+        self._plan = Plan(nodes, requests, bystanders, self.merging, self.how, **rules)  # type: ignore[arg-type]
+        self._nodes, self._requests, self._fractions = nodes, requests, fractions
+
+    @property
+    def auto(self) -> str:
+        """What alpha will be chosen by; empty where it is a number."""
+        return "" if self._fractions is None else f"that of forget_fraction={self._fractions.tolist()}"
+
+    def finished(self) -> Plan:
+        """The plan; with alpha="auto" each node's alpha is chosen from its ratios, over all ranks."""
+        nodes, requests, made = self._nodes, self._requests, self._plan
+        warn_if_unlike(
+            (
+                f"the original Fisher of {n.name!r}",
+                n.fisher.provenance,
+                f"the forget Fisher of request {k}",
+                r.provenance,
+            )
+            for n in nodes
+            for k, r in ((k, requests[k].fisher) for k in n.requests)
         )
-        if made.spread is not None:
-            auto = "" if fractions is None else f"that of forget_fraction={fractions.tolist()}"
-            facts |= made.spread.said(merging, how, auto, o.on_mismatch)
-    warn_if_unlike(
-        (f"the original Fisher of {n.name!r}", n.fisher.provenance, f"the forget Fisher of request {k}", r.provenance)
-        for n in nodes
-        for k, r in ((k, requests[k].fisher) for k in n.requests)
-    )
-    if fractions is not None:
-        q = np.array([adaptive_percentile(fraction) for fraction in fractions])
-        made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))
-    return made
+        if self._fractions is not None:
+            q = np.array([adaptive_percentile(fraction) for fraction in self._fractions])
+            made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))
+        return made
 
 
 def _forget_fractions(o: Options, nodes: Sequence[ReachedNode], known: frozenset[str]) -> np.ndarray | None:

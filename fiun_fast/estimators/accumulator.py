@@ -193,7 +193,9 @@ class FisherAccumulator:
 
         """
         if any(map(is_dtensor, self._parameters.values())):
-            raise LayoutError("gradients of a model that is spread over ranks are reduced first: use update() or during()")
+            raise LayoutError(
+                "gradients of a model that is spread over ranks are reduced first: use update() or during()"
+            )
         with (
             self._open("streaming()"),
             claims.streaming(self._parameters),

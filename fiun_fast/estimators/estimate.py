@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -211,7 +211,7 @@ def _sweep(
 
 
 def _added_up(estimate: Estimate, ranks: Ranks) -> Fisher:
-    """The Fisher over what all ranks have added; what it says of itself is what the first of them that had data says."""
+    """The Fisher over what all ranks have added; its provenance is that of the first of them that had data."""
     had_data = estimate.totals.steps > 0
     estimate.totals.add_up(ranks)
     fisher = estimate.result()
@@ -220,7 +220,7 @@ def _added_up(estimate: Estimate, ranks: Ranks) -> Fisher:
 
 
 def _in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
-    """The batches of a model whose forward is a joint one: all ranks have the next one, or an error is raised on all."""
+    """Batches for a model whose forward is a joint one: all ranks have the next one, or all raise an error."""
     upcoming, done = iter(batches), object()
     while True:
         error, batch = None, done

@@ -66,7 +66,7 @@ class Totals:
     ) -> None:
         check_parameters(parameters)
         self.layout = Layout.from_tensors(parameters)
-        self._spread = {name: p.placements for name, p in parameters.items() if is_dtensor(p)}
+        self._spread: dict[str, Any] = {n: p.placements for n, p in parameters.items() if is_dtensor(p)}  # type: ignore[attr-defined]
         self._device, self._dtype = local_tensor(next(iter(parameters.values()))).device, dtype
         self._estimator, self._empty, self._power = estimator, empty, POWERS[estimator]
         self.kernels = select(backend, self._device.type)
@@ -168,7 +168,8 @@ class Totals:
 
     def _here(self, name: str, gradient: Tensor) -> Tensor:
         """What this rank has of the gradient of a parameter that is spread, cut up as the parameter is."""
-        if is_dtensor(gradient) and gradient.placements != self._spread[name]:  # sums that wait to be reduced
+        if is_dtensor(gradient) and gradient.placements != self._spread[name]:  # type: ignore[attr-defined]
+            # sums that wait to be reduced
             gradient = gradient.redistribute(placements=self._spread[name])  # type: ignore[attr-defined]
         return local_tensor(gradient)
 

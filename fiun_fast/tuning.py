@@ -13,6 +13,7 @@ from .dag import ForgetRequest, InheritanceDAG, Model
 from .errors import ArgumentError, TuningWarning, warn
 from .planning import Choice, Plan, Trials
 from .profile import Profiles, SelectionProfile
+from .ranks import together
 from .tuned import TriedPoint, Tuned
 from .unlearning import plan
 
@@ -100,7 +101,7 @@ def tune_plan(
             )
             for name, found in candidates.items():
                 if k < len(found):
-                    score = _score(name, evaluate(name, compiled.models[name]))
+                    score = _scored(compiled, evaluate, name)
                     tried[name].append(TriedPoint(*found[k], report[name].selected, report[name].share, score))
     best = {name: max(found, key=lambda point: point.score) for name, found in tried.items()}  # the first of equals
     given = alphas is not None
@@ -163,7 +164,7 @@ def search_alpha(
     compiled = plan(
         dag, requests, alpha=0.0, lam=lam, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend
     )
-    names, models = compiled.nodes, compiled.models
+    names = compiled.nodes
     tried = _left_alone(compiled, compiled.profile(), evaluate)
     goal = {name: rho * tried[name][0].score for name in names}
     for name in names:
@@ -184,7 +185,7 @@ def search_alpha(
             report = trials.run()
             for node in report:
                 if not there(node.name):
-                    score = _score(node.name, evaluate(node.name, models[node.name]))
+                    score = _scored(compiled, evaluate, node.name)
                     tried[node.name].append(TriedPoint(alphas[node.name], lam, node.selected, node.share, score))
     found = {name: Choice(points[-1].alpha, lam, points[-1].score) for name, points in tried.items()}
     failed = {
@@ -248,7 +249,7 @@ def _distinct(
 def _left_alone(compiled: Plan, profiles: Profiles, evaluate: Evaluate) -> dict[str, list[TriedPoint]]:
     """The first point of each node: as it is, with an alpha that selects nothing."""
     return {
-        name: [TriedPoint(_above(profile), 1.0, 0, 0.0, _score(name, evaluate(name, compiled.models[name])))]
+        name: [TriedPoint(_above(profile), 1.0, 0, 0.0, _scored(compiled, evaluate, name))]
         for name, profile in profiles.items()
     }
 
@@ -305,6 +306,17 @@ def _numbers(what: str, values: Iterable[float]) -> list[float]:
     if not numbers:
         raise ArgumentError(f"{what} is empty: nothing to try")
     return numbers
+
+
+def _scored(compiled: Plan, evaluate: Evaluate, name: str) -> float:
+    """The node's score, the same on all ranks that its model is spread over: the mean where they differ."""
+    ranks = None if compiled.spread is None else compiled.spread.ranks
+    with together(ranks):
+        score = _score(name, evaluate(name, compiled.models[name]))
+    if ranks is None:
+        return score
+    every = ranks.gather(score)
+    return score if len(set(every)) == 1 else sum(every) / len(every)
 
 
 def _score(name: str, score: object) -> float:

@@ -1,6 +1,6 @@
-"""What each rank of `spread_work.py` runs, at the same time as all others, and asserts; never imported by pytest itself.
+"""What each rank of `spread_work.py` runs, at the same time as all others, and asserts; pytest does not import it.
 
-A case takes the folder that the ranks share. It runs on 2, 3 and 4 ranks, but for those of `ON_SQUARES`.
+A case takes the folder that the ranks share, and says on how many ranks it runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from spread_models import ON_SQUARES, SHARDINGS, Net, assert_same_bits, counts, fishers, fsdp, net, tensor_parallel, whole
+from spread_models import (
+    ON_SQUARES,
+    SHARDINGS,
+    Net,
+    assert_same_bits,
+    counts,
+    fishers,
+    fsdp,
+    net,
+    tensor_parallel,
+    whole,
+)
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
@@ -27,21 +38,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fiun_fast as ff
 
-CASES: dict[str, Callable[[Path], None]] = {}
-SQUARES: dict[str, Callable[[Path], None]] = {}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CASES: dict[str, tuple[Callable[[Path], None], tuple[int, ...]]] = {}
+DTYPES = {  # of parameters and Fishers, by the number of ranks
+    2: [
+        (torch.float32, torch.float64),
+        *((one, torch.float32) for one in (torch.float64, torch.bfloat16, torch.float16)),
+    ],
+    3: [(torch.float32, torch.float32), (torch.bfloat16, torch.float64)],
+    4: [(torch.float32, torch.float32)],
+}
 
 
-def case(run):
-    CASES[run.__name__] = run
-    return run
+def on(*worlds: int):
+    def case(run):
+        CASES[run.__name__] = run, worlds
+        return run
+
+    return case
 
 
 def cases(world: int) -> dict[str, Callable[[Path], None]]:
     """Name -> case, the last one being the one in which a rank dies."""
-    every = CASES | (SQUARES if world == 4 else {})
-    last = every.pop("a_rank_dies")
-    return every | {"a_rank_dies": last}
+    every = {name: run for name, (run, worlds) in CASES.items() if world in worlds}
+    last = {name: every.pop(name) for name in ("a_rank_dies",) if name in every}
+    return every | last
 
 
 def rank() -> int:
@@ -79,9 +99,9 @@ def calls_counted():
         for name in dir(dist)
         if re.match("(all_|reduce|broadcast|gather|scatter|barrier|send|recv|isend|irecv|batch_isend|monitored)", name)
     ]
-    with mock.patch.multiple(dist, **{n: counting(n, getattr(dist, n)) for n in names if callable(getattr(dist, n))}):
-        with CommDebugMode() as mode:
-            yield called
+    replaced = {n: counting(n, getattr(dist, n)) for n in names if callable(getattr(dist, n))}
+    with mock.patch.multiple(dist, **replaced), CommDebugMode() as mode:
+        yield called
     if mode.get_total_counts() > sum(called.values()):
         called["functional"] = mode.get_total_counts()
 
@@ -91,17 +111,17 @@ def calls_counted():
 
 def bits(spread: Callable[[Net], Net], folder: Path) -> None:
     """Dampened as one process does it, to the bit, for every dtype; and all that counts is the same on every rank."""
-    for dtype in DTYPES:
-        for numbers in (torch.float32, torch.float64) if dtype in (torch.float32, torch.bfloat16) else (torch.float32,):
-            model = net(dtype)
-            original, *forget = fishers(model, numbers, seed=len(str(dtype)), count=3)
-            own = spread(copy.deepcopy(model))
-            expected = ff.dampen_(model, original, forget, alpha=1.5, lam=0.5, exponent=1.0)
-            found = ff.dampen_(own, original, forget, alpha=1.5, lam=0.5, exponent=1.0)
-            assert counts(found) == counts(expected)
-            assert found.selected > 0
-            assert_same_bits(own, model)
-    parts(spread)
+    for dtype, numbers in DTYPES[world()]:
+        model = net(dtype)
+        original, *forget = fishers(model, numbers, seed=len(str(dtype)), count=3)
+        own = spread(copy.deepcopy(model))
+        expected = ff.dampen_(model, original, forget, alpha=1.5, lam=0.5)
+        found = ff.dampen_(own, original, forget, alpha=1.5, lam=0.5)
+        assert counts(found) == counts(expected)
+        assert found.selected > 0
+        assert_same_bits(own, model)
+    if world() < 4 or spread in ON_SQUARES.values():
+        parts(spread)
 
 
 def parts(spread: Callable[[Net], Net]) -> None:
@@ -114,7 +134,9 @@ def parts(spread: Callable[[Net], Net]) -> None:
     assert layout.unsharded() == original.layout
     local = [one.part(layout) for one in (original, forget)]
     for vector, back in zip((original, forget), local, strict=True):
-        assert torch.equal(back.full().buffer.view(torch.int32) & 0x7F800000, vector.buffer.view(torch.int32) & 0x7F800000)
+        assert torch.equal(
+            back.full().buffer.view(torch.int32) & 0x7F800000, vector.buffer.view(torch.int32) & 0x7F800000
+        )
         assert torch.equal(back.full().buffer.nan_to_num(-1), vector.buffer.nan_to_num(-1))
     expected = ff.dampen_(model, original, forget, alpha=2.0, audit=True)
     found = ff.dampen_(own, *local, alpha=2.0, undo=True, audit=True)
@@ -144,12 +166,12 @@ def parts(spread: Callable[[Net], Net]) -> None:
 
 
 for _name, _spread in SHARDINGS.items():
-    CASES[f"bits: {_name}"] = partial(bits, _spread)
+    CASES[f"bits: {_name}"] = partial(bits, _spread), (2, 3, 4)
 for _name, _spread in ON_SQUARES.items():
-    SQUARES[f"bits: {_name}"] = partial(bits, _spread)
+    CASES[f"bits: {_name}"] = partial(bits, _spread), (4,)
 
 
-@case
+@on(2)
 def a_dict_of_dtensors_and_an_adamw(folder: Path) -> None:
     model = fsdp(net())
     state = dict(model.named_parameters())
@@ -170,7 +192,7 @@ def a_dict_of_dtensors_and_an_adamw(folder: Path) -> None:
 # ---- communication ---------------------------------------------------------------------------------------------------
 
 
-@case
+@on(2)
 def a_run_talks_to_nobody_and_a_report_adds_up_once(folder: Path) -> None:
     model = fsdp(net())
     dag = ff.InheritanceDAG()
@@ -193,7 +215,7 @@ def a_run_talks_to_nobody_and_a_report_adds_up_once(folder: Path) -> None:
     assert undoing == {"all_gather": 1}
 
 
-@case
+@on(2, 3)
 def what_a_forward_leaves_gathered_is_sharded_again(folder: Path) -> None:
     model, expected = fsdp(net()), net()
     original, forget = fishers(expected)
@@ -223,7 +245,7 @@ def assert_same_bits_after_resharding(model: nn.Module, expected: nn.Module) -> 
     assert_same_bits(model, expected)
 
 
-@case
+@on(2)
 def autograd_hears_of_a_run(folder: Path) -> None:
     model = tensor_parallel(net(hidden=12))
     original, forget = fishers(net(hidden=12))
@@ -236,7 +258,7 @@ def autograd_hears_of_a_run(folder: Path) -> None:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-@case
+@on(2, 3)
 def an_error_on_one_rank_is_raised_on_all(folder: Path) -> None:
     model = fsdp(net())
     original, forget = fishers(net())
@@ -247,7 +269,9 @@ def an_error_on_one_rank_is_raised_on_all(folder: Path) -> None:
         ff.dampen_(model, original, bad if here else forget)
     with same_everywhere(ff.ArgumentError, rf"^rank {last}: original is a int, expected a fiun_fast.Fisher"):
         ff.dampen_(model, 3 if here else original, forget)
-    with same_everywhere(ff.ArgumentError, rf"^alpha is 10.0 on rank 0 and 5.0 on rank {last}; all ranks need the same"):
+    with same_everywhere(
+        ff.ArgumentError, rf"^alpha is 10.0 on rank 0 and 5.0 on rank {last}; all ranks need the same"
+    ):
         ff.dampen_(model, original, forget, alpha=5.0 if here else 10.0)
     with same_everywhere(ff.ArgumentError, r"^lam is 1.0 on rank 0 and 0.5"):
         ff.dampen_(model, original, forget, lam=0.5 if here else 1)
@@ -262,7 +286,7 @@ def an_error_on_one_rank_is_raised_on_all(folder: Path) -> None:
     assert_same_bits(model, net())
 
 
-@case
+@on(2)
 def a_fisher_of_another_part_is_refused(folder: Path) -> None:
     model = fsdp(net())
     original, forget = fishers(net())
@@ -281,7 +305,7 @@ def a_fisher_of_another_part_is_refused(folder: Path) -> None:
         original.part(mine).save(folder / "no")
 
 
-@case
+@on(2)
 def together_raises_what_one_rank_has_met(folder: Path) -> None:
     ranks = ff.distributed.Ranks.of_group(dist.group.WORLD)
     with same_everywhere(ff.DistributedError, "^rank 1: KeyError: 'gone'$"), ff.distributed.together(ranks):
@@ -293,7 +317,7 @@ def together_raises_what_one_rank_has_met(folder: Path) -> None:
         ff.estimate_fisher(net(), data(0, 1), group=3)
 
 
-@case
+@on(3)
 def a_rank_dies(folder: Path) -> None:
     model = fsdp(net())
     original, forget = fishers(net())
@@ -301,10 +325,14 @@ def a_rank_dies(folder: Path) -> None:
     if rank() == world() - 1:
         return  # and the process with it; the last case
     begun = time.monotonic()
-    with pytest.raises(ff.DistributedError, match="another rank does not answer"):
+
+    def until_it_is_noticed() -> None:
         while True:
             ff.dampen_(model, original, forget, dry_run=True)
             time.sleep(0.05)
+
+    with pytest.raises(ff.DistributedError, match="another rank does not answer"):
+        until_it_is_noticed()
     assert time.monotonic() - begun < 40
 
 
@@ -316,29 +344,28 @@ def data(seed: int, batches: int, size: int = 4) -> list[tuple[torch.Tensor, tor
     return [(torch.randn(size, 5, generator=dice), torch.randint(3, (size,), generator=dice)) for _ in range(batches)]
 
 
-@case
+@on(3)
 def data_split_over_ranks(folder: Path) -> None:
     """As of one process over all of it, the same on every rank; rank 0 has no batch, batches have unlike sizes."""
     every = [batch for r in range(world()) for batch in data(r, r, 3 + r)]
     mine = data(rank(), rank(), 3 + rank())
-    for model in (net(), DistributedDataParallel(net())):
-        for estimator in ("batch", "sample", "expected", "label_free"):
-            for params in (None, "second.*"):
-                options = {"params": params, "estimator": estimator, "samples": 0}
-                found = ff.estimate_fisher(model, mine, group=dist.group.WORLD, **options)
-                expected = ff.estimate_fisher(net(), every, **options)
-                assert torch.allclose(found.buffer, expected.buffer, rtol=1e-5, atol=1e-9), (estimator, params)
-                assert found.provenance == expected.provenance
-                said = [None] * world()
-                dist.all_gather_object(said, (found.sha256(), found.provenance, dict(found.provenance.how)))
-                assert all(one == said[0] for one in said)
-        if isinstance(model, DistributedDataParallel):
-            break
+    for estimator in ("batch", "sample", "expected", "label_free"):
+        for params in (None, "second.*"):
+            options = {"params": params, "estimator": estimator, "samples": 0}
+            found = ff.estimate_fisher(net(), mine, group=dist.group.WORLD, **options)
+            expected = ff.estimate_fisher(net(), every, **options)
+            assert torch.allclose(found.buffer, expected.buffer, rtol=1e-5, atol=1e-9), (estimator, params)
+            assert found.provenance == expected.provenance
+            said = [None] * world()
+            dist.all_gather_object(said, (found.sha256(), found.provenance, dict(found.provenance.how)))
+            assert all(one == said[0] for one in said)
+    wrapped = ff.estimate_fisher(DistributedDataParallel(net()), mine, group=dist.group.WORLD)
+    assert torch.equal(wrapped.buffer, ff.estimate_fisher(net(), mine, group=dist.group.WORLD).buffer)
     both = ff.estimate_fishers({"a": net(), "b": Net(4)}, iter(mine), group=dist.group.WORLD)
     assert torch.allclose(both["a"].buffer, ff.estimate_fisher(net(), every).buffer, rtol=1e-5)
 
 
-@case
+@on(2)
 def an_error_in_one_ranks_loader(folder: Path) -> None:
     def loader():
         yield data(0, 1)[0]
@@ -361,7 +388,7 @@ def an_error_in_one_ranks_loader(folder: Path) -> None:
         ff.estimate_fisher(net(), batches, group=dist.group.WORLD)
 
 
-@case
+@on(2, 3)
 def a_model_that_is_spread(folder: Path) -> None:
     """FSDP2: the square of the gradient that it has averaged over ranks, and the model as it was afterwards."""
     rounds = [data(10 * r, 3) for r in range(world())]
@@ -401,7 +428,7 @@ def a_model_that_is_spread(folder: Path) -> None:
         ff.estimate_fisher(model, rounds[rank()][: 3 - (rank() == 1)])
 
 
-@case
+@on(2)
 def tensor_parallel_and_what_is_dampened_by_it(folder: Path) -> None:
     model, alone = tensor_parallel(net(hidden=12)), net(hidden=12)
     pairs = [(ff.estimate_fisher(one, data(k, 3)) for k in (0, 1)) for one in (model, alone)]
@@ -417,7 +444,7 @@ def tensor_parallel_and_what_is_dampened_by_it(folder: Path) -> None:
 # ---- choosing --------------------------------------------------------------------------------------------------------
 
 
-@case
+@on(3)
 def tuning_comes_to_the_same_choice_everywhere(folder: Path) -> None:
     original, forget = fishers(net())
     x, y = data(3, 1, 40)[0]
@@ -462,7 +489,7 @@ def random_dag(nodes: int, seed: int) -> list[list[int]]:
     return [sorted({int(dice.integers(i)) for _ in range(dice.integers(3))}) if i else [] for i in range(nodes)]
 
 
-@case
+@on(2, 3, 4)
 def a_dag_over_ranks(folder: Path) -> None:
     for seed, signed in ((0, False), (1, True)):
         parents, origins = random_dag(60, seed), (0, 3, 3, 17, 59)
@@ -524,12 +551,11 @@ def _holder(k: int, requests: int) -> int:
     return [r for r in range(world()) for n in range(requests) if n % world() == r][k]
 
 
-@case
+@on(2, 3)
 def a_dag_with_models_that_are_spread(folder: Path) -> None:
     """Its root on one rank alone, a child over all, a grandchild on the last."""
     original, forget = fishers(net())
     alone = ff.InheritanceDAG()
-    models = {}
     for name, above in (("root", []), ("child", ["root"]), ("grandchild", ["child"])):
         alone.add_model(name, net(), original, parents=above)
     expected = ff.plan(alone, [ff.ForgetRequest("root", forget)], alpha=2.0).run_()
@@ -545,10 +571,9 @@ def a_dag_with_models_that_are_spread(folder: Path) -> None:
     assert_same_bits(here["child"].model, alone["child"].model)
     if rank() == 0:
         assert_same_bits(here["root"].model, alone["root"].model)
-    del models
 
 
-@case
+@on(3)
 def what_is_wrong_with_a_dag_over_ranks(folder: Path) -> None:
     def dag(parents=()):
         made = ff.distributed.InheritanceDAG()
@@ -581,11 +606,9 @@ def what_is_wrong_with_a_dag_over_ranks(folder: Path) -> None:
         made.add_model(f"u{rank()}", *small(rank()))
 
 
-@case
+@on(4)
 def ten_thousand_nodes(folder: Path) -> None:
     """Against whole columns of numbers: m is the largest F of all origins above a node."""
-    if world() != 4:
-        return
     nodes, numel, origins = 10_000, 4, (0, 7, 100)
     dice = torch.Generator().manual_seed(9)
     theta, original = torch.randn(nodes, numel, generator=dice), torch.rand(nodes, numel, generator=dice)
@@ -618,7 +641,7 @@ def ten_thousand_nodes(folder: Path) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@case
+@on(2, 3, 4)
 def saved_by_some_ranks_and_loaded_by_others(folder: Path) -> None:
     original, _ = fishers(net())
     clean = ff.Fisher(original.buffer.nan_to_num(1.0), original.layout, ff.Provenance("batch", 3, 12, {"cube": "so"}))
@@ -627,7 +650,7 @@ def saved_by_some_ranks_and_loaded_by_others(folder: Path) -> None:
         layout = ff.Layout.from_module(model)
         ff.distributed.save(clean.part(layout), folder / f"{name}-{world()}")
         for other in range(2, world() + 1):
-            for path in (folder / f"{name}-{other}", folder / f"fsdp-{other}"):
+            for path in filter(Path.is_dir, (folder / f"{name}-{other}", folder / f"fsdp-{other}")):
                 found = ff.distributed.load(path, model)
                 assert found.layout == layout
                 assert torch.equal(found.buffer, clean.part(layout).buffer)
@@ -653,14 +676,12 @@ def saved_by_some_ranks_and_loaded_by_others(folder: Path) -> None:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-@case
+@on(2)
 def every_example_of_the_page_runs(folder: Path) -> None:
     page = Path(__file__).parents[2] / "docs" / "distributed.md"
     text = page.read_text(encoding="utf-8")
-    found = list(re.finditer(r"^```py\n((?:.*\n)*?)```", text, re.MULTILINE))
+    found = list(re.finditer(r"^```python3\n((?:.*\n)*?)```", text, re.MULTILINE))
     assert len(found) >= 4
-    if world() != 2:
-        return
     names: dict = {"__name__": "__main__", "folder": folder / "page"}
     (folder / "page").mkdir(exist_ok=True)
     dist.barrier()

@@ -16,7 +16,7 @@ import fiun_fast as ff
 
 
 class Net(nn.Module):
-    """7 rows over 2, 3 or 4 ranks are uneven, 1 row leaves ranks with nothing; a scalar; a shape of three dimensions."""
+    """7 rows over 2, 3 or 4 ranks are uneven, 1 row leaves ranks with nothing; a shape of three dimensions."""
 
     def __init__(self, hidden: int = 7) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
     python spread_work.py FOLDER [WORLD …]
 
-Each rank writes FOLDER/<world>-<rank>.json, {case: "" or what went wrong}. What comes after a case that went wrong is not
-run: ranks that have lost step would wait for one another.
+Each rank writes FOLDER/<world>-<rank>.json, {case: "" or what went wrong}. What comes after a case that went wrong is
+not run: ranks that have lost step would wait for one another.
 """
 
 from __future__ import annotations

@@ -282,6 +282,8 @@ def top_overlap(fisher: Fisher, other: Fisher, *, share: float = 0.01) -> float:
     check_alike(fisher, "fisher", other, "other")
     if fisher.layout != other.layout:
         raise LayoutError("other has the parameters of fisher in another order")
+    if fisher.layout.sharded:
+        raise LayoutError("these Fishers are one rank's parts: pass fisher.full()")
     count = max(1, int(share * fisher.numel))
     both = [torch.zeros(fisher.numel, dtype=torch.bool, device=fisher.device) for _ in range(2)]
     for among, one in zip(both, (fisher, other), strict=True):

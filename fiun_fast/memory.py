@@ -244,8 +244,8 @@ def _kind_of(tensor: Tensor) -> Flaw | None:
     if kind.__module__.startswith(_DTENSOR):
         return Flaw(
             LayoutError,
-            "it is a DTensor, whose numbers lie on several ranks; pass this rank's part, tensor.to_local(), or the "
-            "whole, tensor.full_tensor()",
+            "it is a DTensor, whose numbers lie on several ranks; pass tensor.full_tensor(), or this rank's part, "
+            "tensor.to_local()",
         )
     if is_lazy(tensor):
         return Flaw(LayoutError, "it has no shape yet: run the lazy module once on a batch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,6 +49,7 @@ class Choice:
     score: float
 
 
+_ALONE = nullcontext()
 _under_way: set[Trials] = set()  # of all plans of the process
 
 
@@ -161,7 +162,8 @@ class Plan:
     def _run(self, dry_run: bool, undo: bool = False, audit: bool = False, among: Ranks | None = None) -> Report:
         ranks = None if self.spread is None else self.spread.ranks
         with alone:
-            with together(among if undo or audit else None):  # these wait anyway, and take memory
+            waits = together(among) if among is not None and (undo or audit) else _ALONE  # these wait anyway
+            with waits:
                 self._refresh()
                 if not dry_run:
                     self._memory.check_writable()

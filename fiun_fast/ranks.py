@@ -80,13 +80,13 @@ class Ranks:
 
     def send(self, flat: Tensor, to: int, piece: int = _PIECE) -> None:
         """Send a flat tensor to a rank that calls `receive`, `piece` elements after another."""
-        with _answered():
+        with self._answered():
             for one in flat.detach().split(piece):
                 dist.send(one.to(self.device), to, group=self._groups[0])
 
     def receive(self, flat: Tensor, source: int, piece: int = _PIECE) -> None:
         """Receive it, into a flat tensor on `device`."""
-        with _answered():
+        with self._answered():
             for one in flat.split(piece):
                 dist.recv(one, source, group=self._groups[0])
 
@@ -103,7 +103,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of a tensor of one shape and dtype, a new one on the same device: one all-reduce."""
         total = tensor.detach().clone()
-        with _answered():
+        with self._answered():
             for group in self._groups:
                 total = total.to(self._device(group))
                 dist.all_reduce(total, group=group)
@@ -121,7 +121,7 @@ class Ranks:
     def gather(self, said: T) -> list[T]:
         """What each rank says, in the order of `members`."""
         found: list[tuple[int, T]] = [(self.rank, said)]
-        with _answered():
+        with self._answered():
             for group in self._groups:
                 parts: list[Any] = [None] * dist.get_world_size(group)
                 dist.all_gather_object(parts, found, group=group)
@@ -143,7 +143,7 @@ class Ranks:
         texts = {} if facts is None else {key: (fact.text, fact.error.__name__) for key, fact in facts.items()}
         digest = int.from_bytes(hashlib.sha256(repr(sorted(texts.items())).encode()).digest()[:7], "little")
         mine = torch.tensor([[int(error is not None), digest]], dtype=torch.int64)
-        with _answered():
+        with self._answered():
             for group in self._groups:
                 mine = mine.to(self._device(group))
                 every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -162,8 +162,22 @@ class Ranks:
                 if len({one for _, one in failed}) == 1 < len(failed) == len(every_said)
                 else f"rank {rank}"
             )
-            raise _agreed(_class(kind)(f"{who}: {text}")) from error
-        raise _agreed(_difference(self.members, [texts for _, texts in every_said]))
+            raise self._known(_class(kind)(f"{who}: {text}")) from error
+        raise self._known(_difference(self.members, [texts for _, texts in every_said]))
+
+    def _known(self, error: FiunError) -> FiunError:
+        """The error, marked as one that all members raise; so that it is not told once more."""
+        error.known_to = frozenset(self.members)  # type: ignore[attr-defined]
+        return error
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """What torch.distributed raises where a rank does not answer, as an error of this package."""
+        try:
+            yield
+        except RuntimeError as error:
+            first = str(error).strip().partition("\n")[0]
+            raise self._known(DistributedError(f"another rank does not answer: {first:.300}")) from error
 
 
 def ranks_of(models: Iterable[object]) -> Ranks | None:
@@ -218,7 +232,7 @@ def together(ranks: Ranks | None) -> Iterator[dict[str, Fact]]:
     try:
         yield facts
     except Exception as error:
-        if not getattr(error, "on_all_ranks", False):
+        if not getattr(error, "known_to", frozenset()).issuperset(ranks.members):
             ranks.agree(error)
         raise
     ranks.agree(None, facts)
@@ -238,11 +252,6 @@ def _class(name: str) -> type[FiunError]:
     return getattr(errors, name)
 
 
-def _agreed(error: FiunError) -> FiunError:
-    error.on_all_ranks = True  # type: ignore[attr-defined]
-    return error
-
-
 def _difference(members: Sequence[int], said: Sequence[Mapping[str, tuple[str, str]]]) -> FiunError:
     """The error about the first thing that two ranks have unlike."""
     for key in dict.fromkeys(key for one in said for key in one):
@@ -255,13 +264,3 @@ def _difference(members: Sequence[int], said: Sequence[Mapping[str, tuple[str, s
                     f"{key} is {values[0]} on rank {members[0]} and {values[1]} on rank {rank}; all ranks need the same"
                 )
     return DistributedError("ranks disagree in what they have, and say the same of it")
-
-
-@contextmanager
-def _answered() -> Iterator[None]:
-    """What torch.distributed raises where a rank does not answer, as an error of this package."""
-    try:
-        yield
-    except RuntimeError as error:
-        first = str(error).strip().partition("\n")[0]
-        raise _agreed(DistributedError(f"another rank does not answer: {first:.300}")) from error

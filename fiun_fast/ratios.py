@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .arguments import MERGE_RULES, MergeRule, check_fraction, check_number, check_one_of, renamed
-from .errors import ArgumentError
+from .errors import ArgumentError, LayoutError
 from .fisher import Fisher, check_alike, listed_fishers
 from .kernels import select
 from .kernels.interface import Histogram
@@ -182,6 +182,11 @@ def ratios_of(
     """
     check_no_mode()
     forgets = check_fishers(original, forget)
+    if original.layout.sharded:
+        raise LayoutError(
+            "these Fishers are one rank's parts: pass fisher.full(), or ask where the model is known: "
+            'alpha="auto", plan.profile(), selection_profile(…, model)'
+        )
     warn_if_unlike(("the original Fisher", original.provenance, "the forget Fisher", one.provenance) for one in forgets)
     check_one_of("merge", merge, MERGE_RULES)
     merging = Merging(merge, check_number("scale", scale, original.dtype))

@@ -49,7 +49,7 @@ class FisherAccumulator:
         ArgumentError: unknown estimator; a selected parameter does not require grad, so no gradient would ever arrive.
         DeviceError: the parameters lie on several devices, or one on meta.
         DTypeError: `dtype` is not float32 or float64.
-        LayoutError: a parameter has no plain memory of its own (a DTensor, sparse, freed, …); the message says what to
+        LayoutError: a parameter has no plain memory of its own (sparse, freed, …); the message says what to
             pass. Or as in `Layout.from_module`.
         BackendError: as in `plan`.
 

@@ -94,7 +94,8 @@ def estimate_fisher(
         group: torch.distributed process group over which the data are split: each rank passes what it has, also none,
             and gets the Fisher over all of it, the same on every rank: `sample` and `expected` average over all
             samples, `batch` and `label_free` over all batches as the ranks had them. Labels that `expected` draws are
-            other ones than in one process. A model that is spread over ranks has its own group.
+            other ones than in one process. Of a model that is spread over ranks: groups across its own ranks, such as
+            data parallel beside tensor parallel.
 
     Returns:
         The Fisher, float32, on the parameters' device.
@@ -171,9 +172,11 @@ def _sweep(
     if len({id(model) for model in bare.values()}) < len(bare):
         raise ArgumentError("one model is given under several names; estimate its Fisher once")
     spread = ranks_of(bare.values())
-    ranks = Ranks.of_group(group) if group is not None and spread is None else spread
-    alone = options if ranks is None or spread is not None else replace(options, seed=options.seed + ranks.index)
-    with together(ranks) as facts, ExitStack() as stack:
+    ranks = None if group is None else Ranks.of_group(group)
+    if ranks is not None and spread is not None and set(ranks.members) <= set(spread.members):
+        ranks = None  # the model's own ranks, over which its backward reduces as it needs
+    alone = options if ranks is None else replace(options, seed=options.seed + ranks.index)
+    with together(ranks) as facts, together(spread) as its, ExitStack() as stack:
         stack.enter_context(claims.estimating(bare))  # first: another estimate has frozen what it does not select
         stack.enter_context(claims.uncompiled())
         for model in models.values():
@@ -186,6 +189,7 @@ def _sweep(
             if options.forward_fn is None:
                 check_loaded(job.model)
         facts["the estimator"] = Fact((options.estimator, options.samples, options.per, options.seed))
+        its |= facts
         check_no_transform()
         on = stack.enter_context(preserved([(job.model, job.selected.values()) for job in jobs.values()]))
         stack.callback(reshard_, sharding_modules(bare.values()))  # before what was found is put back
@@ -201,9 +205,9 @@ def _sweep(
                     if not estimate.totals.is_finite():
                         which = f"model {name!r}: " if len(models) > 1 else ""
                         raise EstimationError(which + why_not_finite(batch, bare[name]))
-        if ranks is None or spread is not None:
+        if ranks is None:
             batches.check_not_empty()
-    if ranks is not None and spread is None:
+    if ranks is not None:
         found = {name: _added_up(estimate, ranks) for name, estimate in estimates.items()}
     else:
         found = {name: estimate.result() for name, estimate in estimates.items()}

@@ -28,6 +28,7 @@ from spread_models import (
     fishers,
     fsdp,
     net,
+    square_mesh,
     tensor_parallel,
     whole,
 )
@@ -439,6 +440,38 @@ def tensor_parallel_and_what_is_dampened_by_it(folder: Path) -> None:
     own = ff.dampen_(alone, original.full(), forget.full(), alpha=1.0)
     assert counts(report) == counts(own)
     assert_same_bits(model, alone)
+
+
+@on(4)
+def data_parallel_beside_tensor_parallel(folder: Path) -> None:
+    """Each pair of ranks has a copy, cut in two, and data of its own; what one rank meets, all four raise."""
+    mesh = square_mesh()
+    model, alone = tensor_parallel(net(hidden=12), mesh["tp"]), net(hidden=12)
+    pair = rank() // 2
+    found = ff.estimate_fisher(model, data(pair, 1 + pair), group=mesh["dp"].get_group())
+    expected = ff.estimate_fisher(alone, [*data(0, 1), *data(1, 2)])
+    assert torch.allclose(found.full(mesh["tp"].get_group()).buffer, expected.buffer, rtol=1e-3, atol=1e-8)
+    assert found.provenance.steps == 3
+
+    def loader():
+        yield data(0, 1)[0]
+        if rank() == 3:
+            raise KeyError("gone")
+
+    with pytest.raises(ff.DistributedError, match="^rank 3: .*KeyError: 'gone'|rank 3: "):
+        ff.estimate_fisher(model, loader(), group=mesh["dp"].get_group())
+
+
+@on(2)
+def parts_are_not_taken_for_the_whole(folder: Path) -> None:
+    parts = [one.part(ff.Layout.from_module(fsdp(net()))) for one in fishers(net())]
+    for ask in (
+        lambda: ff.adaptive_alpha(*parts, forget_fraction=0.1),
+        lambda: ff.selection_profile(*parts),
+        lambda: ff.top_overlap(*parts),
+    ):
+        with pytest.raises(ff.LayoutError, match=r"one rank's parts: pass fisher.full\(\)"):
+            ask()
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------

@@ -172,8 +172,8 @@ Two ranks share one machine's memory.
 On paper, not measured: 70 billion bfloat16 parameters on 64 GPUs, float32 Fishers, one request. A rank has n = P / R =
 {paper["elements"]:.2f} billion elements and holds n (s + 4 + 4 K) = {paper["held"]:.1f} GB of parameters (s = 2 bytes
 each) and Fishers (K requests and the original). A run moves at most n (2 s + 4 + 4 K) = {paper["moved"]:.1f} GB of a
-GPU's own memory and sends nothing; a report sends 24 bytes. Gathering first would bring {paper["gathered"]:.0f} GB to every
-GPU, more than it holds.
+GPU's own memory and sends nothing; a report sends 24 bytes. Gathering first would bring {paper["gathered"]:.0f} GB to
+every GPU, more than it holds.
 
 """
 

@@ -54,11 +54,7 @@ class Part:
     backend: Backend
     launch: Launch
     counted: bool = True  # False: another rank counts the same elements
-
-    @property
-    def counts(self) -> tuple[torch.device, bool]:
-        """Which counts it adds to: those of its device, or what is thrown away there."""
-        return self.table.device, self.counted
+    slot: int = 0  # which counts it adds to, of each device and of what is counted there; as the parts come
 
     def histogram(self) -> Histogram:
         """Made ready to count the ratios m / I of the same table."""
@@ -92,9 +88,11 @@ def bind(
     _check_overlaps(program, memory, list(chain.from_iterable(groups.values())))
     chosen = [select(backend, device.type) for device, *_ in groups]
     parts = []
+    slots: dict[tuple[torch.device, bool], int] = {}
     for one, ((device, theta_dtype, fisher_dtype, counted), found) in zip(chosen, groups.items(), strict=True):
+        slot = slots.setdefault((device, counted), len(slots))
         table = Table.pack(device, theta_dtype, fisher_dtype, found)
-        parts.append(Part(table, merging, dampening, one, one.dampen(table, merging, dampening), counted))
+        parts.append(Part(table, merging, dampening, one, one.dampen(table, merging, dampening), counted, slot))
     return parts
 
 

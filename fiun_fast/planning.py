@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,7 +49,6 @@ class Choice:
     score: float
 
 
-_ALONE = nullcontext()
 _under_way: set[Trials] = set()  # of all plans of the process
 
 
@@ -111,7 +110,7 @@ class Plan:
         warn_of_copies(memory, self._nodes)
         memory.settle()
         self.parts: list[Part] = parts
-        self._counts = tuple(dict.fromkeys(part.counts for part in parts))
+        self._counts = tuple(dict.fromkeys((part.table.device, part.counted) for part in parts))
         self._memory = memory
         facts = facts_of(program, parts, self._known, self._merging, self._dampening)
         self._facts = facts if spread is None else spread.facts(facts)
@@ -162,43 +161,46 @@ class Plan:
     def _run(self, dry_run: bool, undo: bool = False, audit: bool = False, among: Ranks | None = None) -> Report:
         ranks = None if self.spread is None else self.spread.ranks
         with alone:
-            waits = together(among) if among is not None and (undo or audit) else _ALONE  # these wait anyway
-            with waits:
-                self._refresh()
-                if not dry_run:
-                    self._memory.check_writable()
-                figures = examine(part for part in self.parts if part.counted) if audit else None
-                recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
-            audited = None if figures is None else self._audit(figures)
-            counts = {k: torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=k[0]) for k in self._counts}
+            audited = recorder = None
+            if undo or audit:
+                with together(among):  # these wait anyway, and take memory
+                    self._refresh(writes=not dry_run)
+                    figures = examine(part for part in self.parts if part.counted) if audit else None
+                    recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
+                audited = None if figures is None else self._audit(figures)
+            else:
+                self._refresh(writes=not dry_run)
+            counts = [torch.zeros(len(self._nodes), 3, dtype=torch.int64, device=device) for device, _ in self._counts]
             alpha, lam = self.values()
             log = self._write(counts, dry_run, recorder)
-            found = [counted for (_, here), counted in counts.items() if here]
+            found = counts
+            if self.spread is not None:  # other ranks count the rest
+                found = [one for one, (_, counted) in zip(counts, self._counts, strict=True) if counted]
             return Report(self._facts, found, alpha, lam, dry_run=dry_run, audit=audited, undo=log, ranks=ranks)
 
-    def _write(
-        self, counts: Mapping[tuple[torch.device, bool], torch.Tensor], dry_run: bool, recorder: Recorder | None
-    ) -> UndoLog | None:
+    def _write(self, counts: Sequence[torch.Tensor], dry_run: bool, recorder: Recorder | None) -> UndoLog | None:
         """Launch everything. Nothing is allocated from here on but by the log, and nothing interrupts."""
         if not dry_run:  # kernels write through addresses; autograd must hear of it
             self._memory.count_up()
         if recorder is None and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
-            self.parts[0].launch.run(counts[self.parts[0].counts], dry_run)
+            self.parts[0].launch.run(counts[self.parts[0].slot], dry_run)
             return None
         try:
             with signals_deferred():  # their handlers run, and may raise, when the block has ended
                 for part in self.parts:
-                    part.launch.run(counts[part.counts], dry_run)
+                    part.launch.run(counts[part.slot], dry_run)
                 return None if recorder is None else recorder.seal()
         except BaseException as error:
             if recorder is not None:
                 recorder.take_back(error)
             raise
 
-    def _refresh(self) -> None:
+    def _refresh(self, writes: bool = False) -> None:
         check_no_mode()
         if self._memory.moved() or (self.spread is not None and self.spread.stale()):
             self._build()
+        if writes:
+            self._memory.check_writable()
 
     def set_values_(
         self,

@@ -268,10 +268,12 @@ class _Chosen(Estimate):
         self._job, self._steps = job, 0
         try:
             if any(map(is_dtensor, job.selected.values())):
-                raise NotAHead("the model is spread over ranks")
+                raise NotAHead
             self._estimate: Estimate = HeadEstimate(job)
-        except NotAHead:  # more than a head was asked for: nothing to explain
-            self._estimate = _general(job, "")
+        except NotAHead:  # more than a head was asked for, or a model over ranks: nothing to explain
+            self._estimate = _general(
+                job, "averaged over ranks by fully_shard" if sharding_modules([job.model]) else ""
+            )
 
     def step(self, batch: Any) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -75,6 +76,20 @@ def test_on_two_gpus(tmp_path):
     script = HERE / "spread_gpu.py"
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, sorted(done.stdout.split())) == (0, ["0:well", "1:well"]), done.stderr
+
+
+def test_the_page_says_what_was_measured():
+    root = HERE.parents[1]
+    spec = importlib.util.spec_from_file_location("bench_distributed", root / "bench" / "distributed.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    record = json.loads(bench.RESULTS.read_text(encoding="utf-8"))
+    page = (root / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert f"<!-- measured -->\n{bench.tables(record)}<!-- /measured -->" in page
+    assert [row["run_bytes"] for row in record["rows"]] == [0, 0]
+    assert bench.on_paper(100, 4, theta=2, fisher=4, requests=3) == {
+        "elements": 25, "held": 25 * (2 + 4 * 4), "moved": 25 * (2 * 2 + 4 * 4), "sent": 24, "gathered": 75 * 18
+    }  # fmt: skip
 
 
 def test_an_import_brings_no_dtensors():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from ..arguments import Estimator, Per
 from ..dtensors import is_dtensor, reshard_, sharding_modules
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
+from ..layout import Layout
 from ..memory import check_loaded
 from ..ranks import Fact, Ranks, ranks_of, together
 from ..scope import Params, check_module, select_parameters
@@ -67,7 +68,8 @@ def estimate_fisher(
             others): the data of this process alone count unless `group` says otherwise, and the model runs eagerly.
             Of a model that is spread over ranks (FSDP2, tensor parallel) the Fisher is spread alike, and gradients are
             as its backward leaves them: under FSDP2 of the mean over ranks, so that `batch` squares that of the global
-            batch. All ranks need the same number of batches; `sample` and `expected` are refused.
+            batch. `sample` and `expected` are over all ranks' samples, for a last linear layer that FSDP2 has cut up,
+            and refused for all else. All ranks need the same number of batches.
         loader: yields batches: (inputs [B, ...], targets [B]), (inputs, …, targets), or a dict (any Mapping) with
             "labels", "label" or "label_ids", with whose keys as keywords the model is called; for `label_free` and
             `expected`, which need no labels, also inputs alone and dicts without labels. The model may return a tensor,
@@ -184,7 +186,6 @@ def _sweep(
         jobs = {name: Job(model, select_parameters(model, params), alone) for name, model in bare.items()}
         for name, job in jobs.items():
             check_parameters(job.selected)
-            check_takes_spread(job)
             facts[f"the layout of model {name!r}"] = Fact(_laid_out(job), LayoutError)
             if options.forward_fn is None:
                 check_loaded(job.model)
@@ -207,20 +208,24 @@ def _sweep(
                         raise EstimationError(which + why_not_finite(batch, bare[name]))
         if ranks is None:
             batches.check_not_empty()
-    if ranks is not None:
-        found = {name: _added_up(estimate, ranks) for name, estimate in estimates.items()}
-    else:
-        found = {name: estimate.result() for name, estimate in estimates.items()}
+    found = {}
+    for name, estimate in estimates.items():
+        over = [spread if estimate.is_whole else None, ranks]
+        fisher = _added_up(estimate, [one for one in over if one is not None])
+        found[name] = fisher.part(Layout.from_tensors(jobs[name].selected)) if estimate.is_whole else fisher
     return {name: _said(fisher, inner[name].wrappers) for name, fisher in found.items()}
 
 
-def _added_up(estimate: Estimate, ranks: Ranks) -> Fisher:
-    """The Fisher over what all ranks have added; its provenance is that of the first of them that had data."""
+def _added_up(estimate: Estimate, over: Sequence[Ranks]) -> Fisher:
+    """The Fisher over what all these ranks have added; its provenance is that of the first of them that had data."""
     had_data = estimate.totals.steps > 0
-    estimate.totals.add_up(ranks)
+    for ranks in over:
+        estimate.totals.add_up(ranks)
     fisher = estimate.result()
-    said = [record for record in ranks.gather(fisher.provenance if had_data else None) if record is not None]
-    return Fisher(fisher.buffer, fisher.layout, said[0])
+    said = fisher.provenance if had_data else None
+    for ranks in over:
+        said = next((record for record in ranks.gather(said) if record is not None), None)
+    return Fisher(fisher.buffer, fisher.layout, fisher.provenance if said is None else said)
 
 
 def _in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
@@ -239,14 +244,13 @@ def _in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
         yield batch
 
 
-def check_takes_spread(job: Job) -> None:
-    """Raise an EstimationError for an estimator that a model spread over ranks cannot have."""
-    if job.by_sample and any(map(is_dtensor, job.selected.values())):
-        raise EstimationError(
-            f"estimator {job.estimator!r} takes each sample's gradient, and those of a model that is spread over ranks "
-            'are of all ranks\' samples together: take estimator="batch", or estimate before the model is spread; a '
-            "whole Fisher fits it too"
-        )
+def _no_spread(job: Job, why: str) -> EstimationError:
+    """The error for an estimator that a model spread over ranks cannot have."""
+    return EstimationError(
+        f"estimator {job.estimator!r} takes each sample's gradient, and those of a model that is spread over ranks are "
+        f'of all ranks\' samples together: take params="last" ({why}) or estimator="batch", or estimate before the '
+        "model is spread; a whole Fisher fits it too"
+    )
 
 
 def _laid_out(job: Job) -> list[tuple[str, tuple[int, ...]]]:
@@ -265,15 +269,18 @@ class _Chosen(Estimate):
     """The cheapest way that fits; found on the first batch, by trying."""
 
     def __init__(self, job: Job) -> None:
+        self._estimate: Estimate
         self._job, self._steps = job, 0
+        self._spread = any(map(is_dtensor, job.selected.values()))
+        if self._spread and not job.by_sample:  # of gradients that are reduced over ranks
+            self._estimate = _general(job, "averaged over ranks by fully_shard" * bool(sharding_modules([job.model])))
+            return
         try:
-            if any(map(is_dtensor, job.selected.values())):
-                raise NotAHead
-            self._estimate: Estimate = HeadEstimate(job)
-        except NotAHead:  # more than a head was asked for, or a model over ranks: nothing to explain
-            self._estimate = _general(
-                job, "averaged over ranks by fully_shard" if sharding_modules([job.model]) else ""
-            )
+            self._estimate = HeadEstimate(job)
+        except NotAHead as refusal:  # more than a head was asked for: nothing to explain
+            if self._spread:
+                raise _no_spread(job, f"here: {refusal}") from None
+            self._estimate = _general(job, "")
 
     def step(self, batch: Any) -> None:
         try:
@@ -281,9 +288,16 @@ class _Chosen(Estimate):
         except NotAHead as refusal:
             if self._steps:
                 raise EstimationError(f"{refusal}, unlike in earlier batches") from None
+            if self._spread:
+                raise _no_spread(self._job, f"here: {refusal}") from None
             self._estimate = _general(self._job, f"not at the head: {refusal}")
             self._estimate.step(batch)
         self._steps += 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it adds up all of what this rank has a part of, over this rank's samples."""
+        return self._spread and self._job.by_sample
 
     @property
     def totals(self) -> Totals:

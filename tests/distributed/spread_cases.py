@@ -33,7 +33,10 @@ from spread_models import (
     whole,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -426,8 +429,34 @@ def a_model_that_is_spread(folder: Path) -> None:
     for estimator in ("sample", "expected"):
         with same_everywhere(ff.EstimationError, f"^every rank: estimator '{estimator}' takes each sample's gradient"):
             ff.estimate_fisher(model, rounds[rank()], estimator=estimator)
+        with same_everywhere(ff.EstimationError, "^every rank: batch 0: .*here: the outputs are not the layer"):
+            ff.estimate_fisher(model, rounds[rank()], "second.*", estimator=estimator)
     with same_everywhere(ff.EstimationError, "^the next batch is .* all ranks need the same"):
         ff.estimate_fisher(model, rounds[rank()][: 3 - (rank() == 1)])
+
+
+@on(2, 3)
+def the_head_of_a_model_that_is_spread(folder: Path) -> None:
+    """`sample` and `expected` over all ranks' samples: the forward meets the gathered layer, nothing is reduced."""
+    every = [data(20 + r, 2) for r in range(world())]
+
+    def made() -> nn.Sequential:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    model = made()
+    fully_shard(model[0])
+    for spread in (fully_shard(model), fully_shard(made())):  # the head belongs to the root in both
+        for estimator in ("sample", "expected"):
+            found = ff.estimate_fisher(spread, every[rank()], "last", estimator=estimator)
+            alone = ff.estimate_fisher(made(), [one for its in every for one in its], "last", estimator=estimator)
+            assert found.layout == ff.Layout.from_module(spread, "last")
+            assert torch.allclose(found.full().buffer, alone.buffer, rtol=1e-4)
+            assert found.provenance.samples == alone.provenance.samples
+    with same_everywhere(ff.EstimationError, "here: the layer is cut up in its forward, too"):
+        mesh = init_device_mesh("cpu", (world(),))
+        cut = parallelize_module(made(), mesh, {"2": ColwiseParallel()})
+        ff.estimate_fisher(cut, every[0], "last", estimator="sample")
 
 
 @on(2)

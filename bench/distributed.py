@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -101,16 +101,12 @@ def _rank(rank: int, world: int, width: int, folder: str) -> None:
 def on_ranks(world: int, width: int) -> dict[str, Any]:
     """The row of that many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(world):
-            if (child := os.fork()) == 0:
-                try:
-                    _rank(rank, world, width, folder)
-                finally:
-                    os._exit(0)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
+        fork = multiprocessing.get_context("fork")
+        ranks = [fork.Process(target=_rank, args=(rank, world, width, folder)) for rank in range(world)]
+        for one in ranks:
+            one.start()
+        for one in ranks:
+            one.join()
         return json.loads((Path(folder) / "row").read_text(encoding="utf-8"))
 
 

@@ -169,6 +169,20 @@ class Spread:
         return {name: tuple(found) for name, found in reports.items()}
 
 
+def check_part(node: ReachedNode) -> None:
+    """Raise a LayoutError where a node's Fisher is one rank's part, and its model, of plain tensors, has another part.
+
+    One's own cut of a model is taken: tensors of the parts' shapes.
+    """
+    find = _finder(node.model, node.fisher.layout.names)
+    for s in node.fisher.layout:
+        if s.shard is not None and (p := find(s.name)) is not None and tuple(p.shape) != s.shape:
+            raise LayoutError(
+                f"the original Fisher of {node.name!r}: {s.name!r} is {s}, and the model has {list(p.shape)}; pass the "
+                "whole Fisher, fisher.full()"
+            )
+
+
 def _finder(model: Model, names: Sequence[str]) -> Find:
     """Name -> the model's parameter, whatever wrappers either has; None where there is none."""
     if isinstance(model, nn.Module):

@@ -11,7 +11,7 @@ import torch
 from .arguments import MERGE_RULES, MergeRule, OnMismatch, check_number, check_one_of, renamed
 from .compiling import PerNode, ReachedNode, dampening, narrowest, per_node, reached_nodes, values_per_node
 from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_requests
-from .errors import ArgumentError, LayoutError
+from .errors import ArgumentError
 from .fisher import Fisher, listed_fishers
 from .gradient import Gradient
 from .kernels.table import Merging
@@ -21,7 +21,7 @@ from .provenance import warn_if_unlike
 from .ranks import Ranks, ranks_of, together
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
-from .spread import Spread
+from .spread import Spread, check_part
 
 
 @renamed(share="forget_fraction")
@@ -239,7 +239,9 @@ class Making:
         """Check the options, compile and bind; `known` are the names of all nodes of the DAG."""
         check_one_of("merge", o.merge, MERGE_RULES)
         if spread is None:
-            _check_whole(nodes, requests)
+            for node in nodes:
+                if node.fisher.layout.sharded:
+                    check_part(node)
         dtype = narrowest(request.fisher for request in requests)
         fractions = _forget_fractions(o, nodes, known)
         alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
@@ -271,14 +273,6 @@ class Making:
             q = np.array([adaptive_percentile(fraction) for fraction in self._fractions])
             made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))
         return made
-
-
-def _check_whole(nodes: Sequence[ReachedNode], requests: Sequence[ForgetRequest]) -> None:
-    """Raise a LayoutError where models are whole and a Fisher is one rank's part."""
-    cut = (f"the original Fisher of {node.name!r}" for node in nodes if node.fisher.layout.sharded)
-    also = (f"the forget Fisher of request {k}" for k, one in enumerate(requests) if one.fisher.layout.sharded)
-    for where in (*cut, *also):
-        raise LayoutError(f"{where} is one rank's part, and the models are whole: pass fisher.full()")
 
 
 def _forget_fractions(o: Options, nodes: Sequence[ReachedNode], known: frozenset[str]) -> np.ndarray | None:

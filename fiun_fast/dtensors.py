@@ -47,6 +47,11 @@ def _class_of(module: str, name: str) -> Any:
     return None if found is None else getattr(found, name, None)
 
 
+def there_may_be_some() -> bool:
+    """Whether anybody has imported DTensors."""
+    return _class_of("torch.distributed.tensor", "DTensor") is not None
+
+
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor, parameter or not."""
     kind = _class_of("torch.distributed.tensor", "DTensor")

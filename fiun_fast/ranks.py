@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import errors
-from .dtensors import is_dtensor, parameters_of, reshard_, sharding_modules
+from .dtensors import is_dtensor, parameters_of, reshard_, sharding_modules, there_may_be_some
 from .errors import ArgumentError, DistributedError, FiunError, LayoutError
 
 T = TypeVar("T")
@@ -189,7 +189,7 @@ def ranks_of(models: Iterable[object]) -> Ranks | None:
         LayoutError: parameters lie on meshes of which none holds all others.
 
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized() or not there_may_be_some():
         return None
     models = list(models)
     reshard_(sharding_modules(models))

@@ -35,6 +35,7 @@ from spread_models import (
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
@@ -307,6 +308,17 @@ def a_fisher_of_another_part_is_refused(folder: Path) -> None:
         ff.dampen_(whole_model, original.part(mine), forget.part(mine))
     with pytest.raises(ff.LayoutError, match=r"one rank's part: ff.distributed.save"):
         original.part(mine).save(folder / "no")
+
+
+@on(2)
+def dtensors_that_are_no_blocks(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (world(),))
+    sums = {"w": DTensor.from_local(torch.ones(3), mesh, [Partial()])}
+    fisher = ff.Fisher(torch.ones(3), ff.Layout({"w": (3,)}))
+    with same_everywhere(ff.LayoutError, "^every rank: .*'w': a DTensor of partial sums .*; redistribute it first"):
+        ff.dampen_(sums, fisher, fisher)
+    with pytest.raises(ff.LayoutError, match="'w': a DTensor of partial sums"):
+        ff.Layout.from_tensors(sums)
 
 
 @on(2)
@@ -596,6 +608,8 @@ def a_dag_over_ranks(folder: Path) -> None:
         assert (report.selected, report.numel) == (expected.selected, expected.numel)
         for i in order:
             assert torch.equal(here[f"u{i}"].model["w"], models[i]["w"]), i
+        assert [one["weight"] for one in report.to_dict()["requests"]] == [one.weight for one in ordered]
+        assert str(plan).startswith(f"{len(found)} nodes over {world()} ranks; here:\n")
     again = plan.run_(undo=True)
     changed = again.selected
     assert changed > 0

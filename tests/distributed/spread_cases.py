@@ -153,6 +153,13 @@ def parts(spread: Callable[[Net], Net]) -> None:
     found.undo_()
     assert_same_bits(own, before)
 
+    some = ff.Layout.from_module(before, ["first.weight", "one.weight"])
+    few = ff.Fisher(torch.rand(some.numel, generator=torch.Generator().manual_seed(4)) * 9, some)
+    options = {"on_mismatch": "skip", "audit": True, "dry_run": True}
+    skipping, theirs = (ff.dampen_(one, original, few, **options)["model"] for one in (own, before))
+    assert (skipping.skipped, counts(skipping)) == (theirs.skipped, counts(theirs))
+    assert [p.name for p in skipping.parameters] == [p.name for p in theirs.parameters]
+
     profile = ff.selection_profile(*local, own)
     theirs = ff.selection_profile(original, forget, before)
     assert np.array_equal(profile.counts, theirs.counts)
@@ -174,6 +181,31 @@ for _name, _spread in SHARDINGS.items():
     CASES[f"bits: {_name}"] = partial(bits, _spread), (2, 3, 4)
 for _name, _spread in ON_SQUARES.items():
     CASES[f"bits: {_name}"] = partial(bits, _spread), (4,)
+
+
+@on(3)
+def ranks_with_nothing(folder: Path) -> None:
+    """One row over three ranks: two of them take part in all of it and have no element."""
+    model, alone = nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)
+    alone.load_state_dict(model.state_dict())
+    own = fully_shard(copy.deepcopy(alone))
+    assert ff.Layout.from_module(own).numel == (4 if rank() == 0 else 0)
+    batches = [(torch.ones(2, 4) * (rank() + 1), torch.zeros(2, dtype=torch.int64))]
+    options = {"loss_fn": lambda z, _: z.square().mean()}
+    original = ff.estimate_fisher(own, batches, **options)
+    forget = ff.Fisher(torch.ones(4) * 1e9, ff.Layout.from_module(alone))
+    expected = ff.dampen_(alone, original.full(), forget, alpha=1.0, audit=True)
+    found = ff.dampen_(own, original, forget, alpha=1.0, audit=True, undo=True)
+    assert counts(found) == counts(expected)
+    assert found.selected == 4
+    assert_same_bits(own, alone)
+    assert str(found["model"]) == str(expected["model"])
+    found.undo_()
+    profile = ff.selection_profile(original, forget.part(original.layout), own)
+    assert profile.numel == 4
+    assert ff.dampen_(own, original, forget, alpha="auto", forget_fraction=0.5, dry_run=True).numel == 4
+    ff.distributed.save(original, folder / "nothing")
+    assert torch.equal(ff.distributed.load(folder / "nothing", own).buffer, original.buffer)
 
 
 @on(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
 from .ranks import Ranks, together
 from .ratios import Ratios
-from .report import Audit, Facts, ParameterReport, Report
+from .report import Audit, Facts, ParameterReport, Report, audit_of
 from .sharing import check_unshared, warn_of_copies
 from .spread import Spread
 from .summary import Traffic, facts_of, summary, traffic_of
@@ -328,18 +327,10 @@ class Plan:
         return Ratios(found, self.nodes, [node.fisher.dtype for node in self._nodes], self.spread.ranks)
 
     def _audit(self, figures: Mapping[int, list[ParameterReport]]) -> Audit:
-        """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
-        time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        references = [
-            one for *_, fisher, gradient in self._facts.requests for one in (fisher, gradient) if one is not None
-        ]
-        references += self._facts.originals.values()
-        fishers = {id(reference): fisher for reference in references if (fisher := reference()) is not None}
-        digests = {id(fisher): fisher.sha256() for fisher in fishers.values()}
-        parameters = {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)}
+        """Everything that must be known before the run."""
         if self.spread is not None and self.spread.ranks is not None:
-            parameters = self.spread.audited(figures, self._facts)
-        return Audit(time, parameters, {reference: digests[id(fisher)] for reference, fisher in fishers.items()})
+            return audit_of(self._facts, self.spread.audited(figures, self._facts))
+        return audit_of(self._facts, {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)})
 
     def warmup(self) -> None:
         """Compile ahead what a run needs, where the backend compiles at run time (Triton); otherwise nothing to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import weakref
@@ -92,6 +93,16 @@ class Audit:
     time: str  # when the run began, UTC, ISO 8601
     parameters: Mapping[str, tuple[ParameterReport, ...]]  # node -> its parameters
     sha256: Mapping[int, str]  # id of a reference to a Fisher or gradient, in Facts -> digest, taken before the run
+
+
+def audit_of(facts: Facts, parameters: Mapping[str, tuple[ParameterReport, ...]]) -> Audit:
+    """The audit of a run that is about to begin: its time, these figures, and hashes of all Fishers and gradients."""
+    time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    references: list[Any] = [one for *_, fisher, gradient in facts.requests for one in (fisher, gradient)]
+    references += facts.originals.values()
+    vectors = {id(one): vector for one in references if one is not None and (vector := one()) is not None}
+    digests = {id(vector): vector.sha256() for vector in vectors.values()}
+    return Audit(time, parameters, {reference: digests[id(vector)] for reference, vector in vectors.items()})
 
 
 @dataclass(frozen=True)

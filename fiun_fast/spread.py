@@ -232,7 +232,8 @@ def _version(buffer: Tensor) -> int:
 
 
 def _one(values: Sequence[float]) -> object:
-    return values[0] if len(set(values)) == 1 else values
+    """The value of all nodes where it is one."""
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _of_layout(vector: Vector) -> Fact:

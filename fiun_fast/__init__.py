@@ -4,6 +4,7 @@ Method: FIUn with MFIM (arXiv 2408.08493); for one model, Selective Synaptic Dam
 """
 
 from . import checkpoints as checkpoints
+from . import distributed as distributed
 from . import evaluation as evaluation
 from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import (
@@ -12,6 +13,7 @@ from .errors import (
     CheckpointError,
     DagError,
     DeviceError,
+    DistributedError,
     DTypeError,
     EstimationError,
     EstimationWarning,
@@ -61,6 +63,7 @@ __all__ = [
     "DTypeError",
     "DagError",
     "DeviceError",
+    "DistributedError",
     "EstimationError",
     "EstimationWarning",
     "FallbackWarning",

@@ -54,6 +54,8 @@ class Part:
     backend: Backend
     launch: Launch
     node: np.ndarray  # [slots] int64: whose node each slot of the dampening is
+    counted: bool = True  # False: another rank counts the same elements
+    tally: int = 0  # which counts it adds to, of each device and of what is counted there; as the parts come
 
     def histogram(self) -> Histogram:
         """Made ready to count the ratios m / I of the same table."""
@@ -64,6 +66,8 @@ def bind(
     program: Program, memory: Memory, merging: Merging, dampening: Dampening, backend: str | None = None
 ) -> list[Part]:
     """Take addresses and prepare launches: a part for each device, parameter dtype and Fisher dtype.
+
+    Where models are spread over ranks, what this one counts and what it does not are parts of their own.
 
     Args:
         program: what is to be done.
@@ -77,16 +81,20 @@ def bind(
         BackendError: the backend cannot be used, or a call to it failed.
 
     """
-    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Group]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[Group]] = {}
     for plan in program.groups:
         if (group := _group(program, plan, memory)) is not None:
-            groups.setdefault((plan.device, plan.theta_dtype, plan.fisher_dtype), []).append(group)
+            kind = (plan.device, plan.theta_dtype, plan.fisher_dtype, plan.counted)
+            groups.setdefault(kind, []).append(group)
     _check_overlaps(program, memory, list(chain.from_iterable(groups.values())))
-    chosen = [select(backend, device.type) for device, _, _ in groups]
+    chosen = [select(backend, device.type) for device, *_ in groups]
     parts = []
-    for one, (key, found) in zip(chosen, groups.items(), strict=True):
-        table = Table.pack(*key, found)
-        parts.append(Part(table, merging, dampening, one, one.dampen(table, merging, dampening), program.slots.node))
+    tallies: dict[tuple[torch.device, bool], int] = {}
+    for one, ((device, theta_dtype, fisher_dtype, counted), found) in zip(chosen, groups.items(), strict=True):
+        tally = tallies.setdefault((device, counted), len(tallies))
+        table = Table.pack(device, theta_dtype, fisher_dtype, found)
+        launch = one.dampen(table, merging, dampening)
+        parts.append(Part(table, merging, dampening, one, launch, program.slots.node, counted, tally))
     return parts
 
 

@@ -7,6 +7,7 @@ runs. One program may be bound again and again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -16,7 +17,7 @@ from typing import Protocol
 import torch
 
 from .arguments import MISMATCH_RULES, THETA_DTYPES, OnMismatch, check_one_of, listed
-from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_original
+from .dag import ForgetRequest, InheritanceDAG, Model, Node, check_model, check_original
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .fisher import Fisher
 from .layout import Layout, Segment
@@ -40,6 +41,8 @@ class Described(Protocol):
 
 # (indices of nodes, names) -> for each name a column, what each node has under it; None: has none
 Describe = Callable[[Sequence[int], Sequence[str]], Sequence[Sequence[Described | None]]]
+# indices of nodes that were described together -> the same columns: whether the elements are counted here
+Counted = Callable[[Sequence[int]], Sequence[Sequence[bool]]]
 
 
 @dataclass(slots=True)
@@ -60,7 +63,7 @@ class Match:
     names: tuple[str, ...]  # [S]
     requests: tuple[tuple[int, ...], ...]  # [S] requests whose Fisher has the segment
     skipped: tuple[str, ...]  # names left out, by on_mismatch="skip"
-    numel: int  # of all segments together
+    numel: int  # of all parameters that fit together, whole where the segments are parts
     called: Mapping[int, Mapping[str, str]]  # request -> name here -> name in its Fisher, where they differ
 
 
@@ -74,6 +77,7 @@ class GroupPlan:
     requests: tuple[int, ...]
     match: Match
     segments: tuple[int, ...]  # indices into the match
+    counted: bool = True  # False: other ranks have the same elements, and one of them counts these
     nodes: list[int] = field(default_factory=list)  # indices into the program's nodes
     slots: list[int] = field(default_factory=list)  # beside the nodes
 
@@ -105,17 +109,22 @@ def reached_nodes(
     """
     reached = []
     for node, reaching in dag.reached(requests):
-        if not isinstance(node.model, (torch.nn.Module, dict)):  # most are; asking for a Mapping takes longer
-            check_model(node.name, node.model)
-        fisher = node.fisher if node.fisher is not None else estimated.get(node.name)
-        if not isinstance(fisher, Fisher):
-            check_original(node.name, fisher)
-            raise ArgumentError(
-                f"node {node.name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…), or "
-                "add_model(…, data=loader) to have it estimated"
-            )
-        reached.append(ReachedNode(node.name, node.model, fisher, reaching))
+        reached.append(reached_node(node, reaching, estimated.get(node.name)))
     return reached
+
+
+def reached_node(node: Node, reaching: tuple[int, ...], estimated: Fisher | None = None) -> ReachedNode:
+    """A node and its S(n); an ArgumentError where it has no original Fisher, or its model is none."""
+    if not isinstance(node.model, (torch.nn.Module, dict)):  # most are; asking for a Mapping takes longer
+        check_model(node.name, node.model)
+    fisher = node.fisher if node.fisher is not None else estimated
+    if not isinstance(fisher, Fisher):
+        check_original(node.name, fisher)
+        raise ArgumentError(
+            f"node {node.name!r}: a request reaches it, but it has no original Fisher: add_model(…, fisher=…), or "
+            "add_model(…, data=loader) to have it estimated"
+        )
+    return ReachedNode(node.name, node.model, fisher, reaching)
 
 
 def compile_program(
@@ -124,6 +133,7 @@ def compile_program(
     on_mismatch: OnMismatch,
     describe: Describe,
     slots: Slots | None = None,
+    counted: Counted | None = None,
 ) -> Program:
     """Match names and shapes, and put nodes that may share a launch into groups.
 
@@ -134,6 +144,7 @@ def compile_program(
         describe: what the models of some nodes have under some names. Asked once for all nodes of a layout.
         slots: where parameters find their numbers; None: one slot a node. What differs in its slot differs in its
             group.
+        counted: where models are spread over ranks: which of that counts here. None: all.
 
     Raises:
         LayoutError: names or shapes differ, or a model has no parameter of a name that its Fisher has.
@@ -162,19 +173,23 @@ def compile_program(
         columns = describe(indices, match.names)
         _check_parameters([nodes[i] for i in indices], match, columns)
         found: dict[tuple, GroupPlan] = {}
+        kinds: Sequence[Sequence] = [list(map(_DTYPE, column)) for column in columns]
+        if counted is not None and match.names:
+            kinds = [list(zip(*pair, strict=True)) for pair in zip(kinds, counted(indices), strict=True)]
         alike_nodes = [
-            (dtypes, apart, some)
-            for dtypes, members in _by_dtypes(indices, columns).items()
+            (its, apart, some)
+            for its, members in _by_kinds(indices, kinds).items()
             for apart, some in slots.alike(members, match.names).items()
         ]
-        for dtypes, apart, members in alike_nodes:
-            parts: dict[tuple[torch.dtype, tuple[int, ...], int], list[int]] = {}
-            for s, part in enumerate(zip(dtypes, match.requests, apart, strict=True)):
+        for its, apart, members in alike_nodes:
+            parts: dict[tuple, list[int]] = {}
+            for s, part in enumerate(zip(its, match.requests, apart, strict=True)):
                 parts.setdefault(part, []).append(s)
-            for (theta_dtype, reaching, offset), segments in parts.items():
-                key = (theta_dtype, reaching, *segments)
+            for (kind, reaching, offset), segments in parts.items():
+                theta_dtype, counts = (kind, True) if counted is None else kind
+                key = (theta_dtype, reaching, counts, *segments)
                 if key not in found:
-                    found[key] = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments))
+                    found[key] = GroupPlan(device, theta_dtype, dtype, reaching, match, tuple(segments), counts)
                 found[key].nodes += members
                 found[key].slots += slots.at(members, offset)
         groups += found.values()
@@ -183,13 +198,10 @@ def compile_program(
     return Program(nodes, requests, groups, matches, slots)  # type: ignore[arg-type]
 
 
-def _by_dtypes(
-    indices: Sequence[int], columns: Sequence[Sequence[Described | None]]
-) -> dict[tuple[torch.dtype, ...], list[int]]:
-    """Nodes by the dtypes of their parameters."""
-    found: dict[tuple[torch.dtype, ...], list[int]] = {}
-    dtypes = zip(*(map(_DTYPE, column) for column in columns), strict=True)
-    for index, one in zip(indices, dtypes, strict=bool(columns)):
+def _by_kinds(indices: Sequence[int], columns: Sequence[Sequence]) -> dict[tuple, list[int]]:
+    """Nodes by the kinds of their parameters, [names][nodes]: dtypes, and whether they are counted."""
+    found: dict[tuple, list[int]] = {}
+    for index, one in zip(indices, zip(*columns, strict=True), strict=bool(columns)):
         found.setdefault(one, []).append(index)
     return found
 
@@ -228,16 +240,18 @@ def _match(node: ReachedNode, requests: list[ForgetRequest], on_mismatch: str) -
                 f'{difference}; estimate both over the same parameters, or pass on_mismatch="skip" to leave these out'
             )
         skipped.update(dict.fromkeys(s.name for s in forget if s.name not in layout or not layout[s.name].fits(s)))
-    kept, reaching = [], []
+    kept, reaching, numel = [], [], 0
     for segment in layout:
         fit = tuple(k for k in node.requests if segment.name in forgets[k] and forgets[k][segment.name].fits(segment))
         if not fit:
             skipped[segment.name] = None
-        elif segment.numel:
+            continue
+        numel += math.prod(segment.whole)
+        if segment.numel:
             kept.append(segment)
             reaching.append(fit)
     names = tuple(segment.name for segment in kept)
-    return Match(tuple(kept), names, tuple(reaching), tuple(skipped), sum(segment.numel for segment in kept), calls)
+    return Match(tuple(kept), names, tuple(reaching), tuple(skipped), numel, calls)
 
 
 def _called(node: ReachedNode, forget: Layout) -> dict[str, str]:

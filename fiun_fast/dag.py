@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import networkx as nx
@@ -149,6 +149,10 @@ class InheritanceDAG:
     def lacks_fishers(self) -> bool:
         """Whether any node has data in the place of a Fisher."""
         return any(node.fisher is None and node.data is not None for node in self._nodes.values())
+
+    def held(self) -> Mapping[str, Node]:
+        """The nodes that were added with a model, by name: all but those that were put into `graph` by hand."""
+        return MappingProxyType(self._nodes)
 
     def parents(self, name: str) -> list[str]:
         """Names of the models this one inherited from directly."""

@@ -73,6 +73,10 @@ class NotForgottenError(FiunError, RuntimeError):
     """At some node nothing that was tried forgets enough and keeps enough; the message says what was reached there."""
 
 
+class DistributedError(FiunError, RuntimeError):
+    """Another rank does not answer, or has met an error that is none of this package's; the message names the rank."""
+
+
 class EstimationWarning(UserWarning):
     """A Fisher that was estimated is of no use: zero everywhere, or not finite."""
 

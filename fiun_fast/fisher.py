@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import fisher_file, optimizer_state
 from .arguments import MERGE_RULES, MergeRule, check_fraction, check_number, check_one_of, check_size, short
@@ -17,6 +19,7 @@ from .kernels.table import Merging
 from .layout import Layout
 from .memory import check_no_mode
 from .provenance import Provenance, merged, warn_if_unlike
+from .ranks import Ranks
 from .scope import Params, select_parameters
 from .vectors import Vector, flattened
 
@@ -43,8 +46,21 @@ class Fisher(Vector):
         super().__init__(buffer, layout)
         self.provenance = provenance
 
-    def _with(self, buffer: torch.Tensor) -> Fisher:
-        return Fisher(buffer, self.layout, self.provenance)
+    def _with(self, buffer: torch.Tensor, layout: Layout | None = None) -> Fisher:
+        return Fisher(buffer, self.layout if layout is None else layout, self.provenance)
+
+    def full(self, group: dist.ProcessGroup | None = None) -> Fisher:
+        """The whole Fisher, on every rank, of one that is spread over ranks; itself where it is whole. A collective.
+
+        Args:
+            group: the ranks that have the parts; None: all.
+
+        Raises:
+            ArgumentError: torch.distributed is not initialised.
+            LayoutError: the ranks' parts together are not the whole.
+
+        """
+        return self if not self.layout.sharded else gathered(self, Ranks.of_group(group or dist.group.WORLD))
 
     @classmethod
     @denormals_kept()
@@ -148,9 +164,15 @@ class Fisher(Vector):
                 was there before is still there, and no partial file is left.
             ArgumentError: a parameter's name that no file can hold, `path` is no path, `shard_size` no size.
             DTypeError: another dtype than bfloat16, or a float64 Fisher beside it.
+            LayoutError: it is one rank's part of a Fisher.
 
         """
         self.check_memory("the Fisher to be saved")
+        if self.layout.sharded:
+            raise LayoutError(
+                "this Fisher is one rank's part: ff.distributed.save(fisher, path) writes all parts, "
+                "fisher.full().save(path) gathers them first"
+            )
         if dtype is not None and (dtype != fisher_file.ROUNDED or self.dtype != torch.float32):
             raise DTypeError(
                 f"dtype is {dtype} for a {short(self.dtype)} Fisher, expected None, or torch.bfloat16 for a float32 one"
@@ -167,6 +189,34 @@ class Fisher(Vector):
             f"Fisher({self.numel:,} elements in {len(self.layout)} parameters, {short(self.dtype)} on {self.device}, "
             f"estimator {p.estimator}, {p.steps} steps, {p.samples} samples)"
         )
+
+
+def gathered(fisher: Fisher, ranks: Ranks) -> Fisher:
+    """The whole of what these ranks have parts of: an all-reduce, to which each part is added by one rank."""
+    said = [(s.name, s.shape, s.place) for s in fisher.layout]
+    whole = fisher.layout.unsharded()
+    every = ranks.gather((said, [(s.name, s.shape) for s in whole], fisher.dtype))
+    for rank, (_, shapes, dtype) in zip(ranks.members, every, strict=True):
+        if (shapes, dtype) != every[0][1:]:
+            raise LayoutError(f"ranks {ranks.members[0]} and {rank} have parts of unlike Fishers")
+    first: dict[tuple, int] = {}
+    for rank, (parts, *_) in zip(ranks.members, every, strict=True):
+        for part in parts:
+            first.setdefault(part, rank)
+    held = dict.fromkeys(whole.names, 0)
+    for name, shape, _ in first:
+        held[name] += math.prod(shape)
+    for s in whole:
+        if held[s.name] != s.numel:
+            raise LayoutError(f"the ranks have {held[s.name]:,} of the {s.numel:,} elements of {s.name!r} between them")
+    buffer = torch.zeros(whole.numel, dtype=fisher.dtype, device=fisher.device)
+    for name, view in whole.views(buffer).items():
+        own = fisher.layout[name]
+        if first[name, own.shape, own.place] == ranks.rank:
+            start = (0,) * view.dim() if own.shard is None else own.shard.start
+            view[tuple(slice(at, at + n) for at, n in zip(start, own.shape, strict=True))] = fisher[name]
+    ranks.sum_(buffer)
+    return Fisher(buffer, whole, fisher.provenance)
 
 
 def merge_fishers(
@@ -232,6 +282,8 @@ def top_overlap(fisher: Fisher, other: Fisher, *, share: float = 0.01) -> float:
     check_alike(fisher, "fisher", other, "other")
     if fisher.layout != other.layout:
         raise LayoutError("other has the parameters of fisher in another order")
+    if fisher.layout.sharded:
+        raise LayoutError("these Fishers are one rank's parts: pass fisher.full()")
     count = max(1, int(share * fisher.numel))
     both = [torch.zeros(fisher.numel, dtype=torch.bool, device=fisher.device) for _ in range(2)]
     for among, one in zip(both, (fisher, other), strict=True):

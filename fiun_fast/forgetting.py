@@ -21,6 +21,7 @@ from .fisher import Fisher
 from .grids import Evaluate
 from .outcome import Bound, NodeOutcome, Outcome, how_far
 from .planning import Plan
+from .ranks import ranks_of
 from .scope import LAST, Params, layers_of
 from .scores import Score, Seen
 from .tuned import Tuned
@@ -101,6 +102,11 @@ def unlearn_(
 
     """
     family, listed = _family(dag, requests, data, forget)
+    if ranks_of(node.model for node in family.held().values()) is not None:
+        raise ArgumentError(
+            "a model is spread over ranks: use estimate_fisher, tune and plan there (docs/distributed.md); unlearn_ is "
+            "for models that one process has"
+        )
     if score is None:
         raise ArgumentError("score is missing: what is wanted of a model, such as ClassScore(validation, forget=[3])")
     check_function("score", score, "name", "model")

@@ -12,6 +12,7 @@ from .dag import Model
 from .errors import ArgumentError
 from .planning import Plan
 from .profile import Profiles, SelectionProfile
+from .ranks import together
 from .ratios import Ratios
 from .scores import Score
 from .tuned import TriedPoint
@@ -61,19 +62,28 @@ def left_alone(compiled: Plan, profiles: Profiles, evaluate: Evaluate) -> dict[s
     if isinstance(evaluate, Score):
         evaluate.begin(compiled.models)
     return {
-        name: [TriedPoint(alpha_above(profile), 1.0, 0, 0.0, score_of(evaluate, name, compiled.models[name]))]
+        name: [TriedPoint(alpha_above(profile), 1.0, 0, 0.0, score_of(compiled, evaluate, name))]
         for name, profile in profiles.items()
     }
 
 
-def score_of(evaluate: Evaluate, name: str, model: Model) -> float:
-    """What `evaluate` says of a node.
+def score_of(compiled: Plan, evaluate: Evaluate, name: str) -> float:
+    """What `evaluate` says of a node; the same on all ranks that its model is spread over: the mean where they differ.
 
     Raises:
         ArgumentError: no number, or NaN.
 
     """
-    score: object = evaluate(name, model)
+    ranks = None if compiled.spread is None else compiled.spread.ranks
+    with together(ranks):
+        score = _number(name, evaluate(name, compiled.models[name]))
+    if ranks is None:
+        return score
+    every = ranks.gather(score)
+    return score if len(set(every)) == 1 else sum(every) / len(every)
+
+
+def _number(name: str, score: object) -> float:
     if isinstance(score, torch.Tensor) and score.numel() == 1:
         score = score.item()
     try:

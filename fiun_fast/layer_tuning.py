@@ -70,7 +70,7 @@ def _tuned(
     compiled: Plan, evaluate: Evaluate, lams: Sequence[float], points: int, slack: float, progress: bool
 ) -> Tuned:
     tried = left_alone(compiled, compiled.profile(), evaluate)
-    alone = {name: Answer(own[0].score, _seen(evaluate, name)) for name, own in tried.items()}
+    alone = {name: Answer(own[0].score, _seen(compiled, evaluate, name)) for name, own in tried.items()}
     layers = _layers(compiled, points)
     searches = {name: _search(own, lams, slack, alone[name]) for name, own in layers.items()}
     lowest = {name: _numbers(own, [min([*one.alphas, one.nothing]) for one in own]) for name, own in layers.items()}
@@ -101,10 +101,10 @@ def _tuned(
             alphas, lambdas = ({name: getattr(one, of) for name, one in numbers.items()} for of in ("alpha", "lam"))
             report = trials.run(alpha=alphas, lam=lambdas)
             for name, one in numbers.items():
-                score, node = score_of(evaluate, name, compiled.models[name]), report[name]
+                score, node = score_of(compiled, evaluate, name), report[name]
                 layer = ", ".join(layers[name][waiting[name].layer].patterns)
                 tried[name].append(TriedPoint(one.alpha, one.lam, node.selected, node.share, score, layer))
-                go_on(name, Answer(score, _seen(evaluate, name)))
+                go_on(name, Answer(score, _seen(compiled, evaluate, name)))
     return Tuned({name: found[name] for name in compiled.nodes}, tried, doubts)
 
 
@@ -150,8 +150,10 @@ def _bears(answer: Answer, reference: Answer, before: Answer, slack: float) -> b
     return bool(seen.left <= least.left and seen.kept >= kept - slack and surer <= SURER)
 
 
-def _seen(evaluate: Evaluate, name: str) -> Any:
-    """What the last call measured, of a score that says so; else None."""
+def _seen(compiled: Plan, evaluate: Evaluate, name: str) -> Any:
+    """What the last call measured, of a score that says so; else None. Ranks agree on scores, and on nothing else."""
+    if compiled.spread is not None:
+        return None
     last = getattr(evaluate, "last", None)
     return last.get(name) if isinstance(last, Mapping) else None
 

@@ -9,6 +9,7 @@ from operator import index
 
 import torch
 
+from .dtensors import is_dtensor, part_of
 from .errors import ArgumentError, LayoutError
 from .memory import flaw_of_kind
 from .naming import matched, near
@@ -35,7 +36,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Segment:
-    """One parameter's place in a flat buffer; offset and numel in elements. `shard` is None where it is whole."""
+    """One parameter's place in a flat buffer; offset and numel in elements. `shard` is None where it is whole.
+
+    Of a model that is spread over ranks shape and numel are those of this rank's part, `shard.shape` of the whole.
+    """
 
     name: str
     offset: int
@@ -45,7 +49,17 @@ class Segment:
 
     def fits(self, other: Segment) -> bool:
         """Whether the other holds the same elements of a parameter, wherever it lies in its buffer."""
-        return self.shape == other.shape and self.shard == other.shard
+        return self.shape == other.shape and self.place == other.place
+
+    @property
+    def place(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shape of the whole, and where this part begins in it; None where this is the whole."""
+        return None if self.shard is None else (self.shard.shape, self.shard.start)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the whole parameter, the same on every rank."""
+        return self.shape if self.shard is None else self.shard.shape
 
     def __str__(self) -> str:
         whole = "" if self.shard is None else f" of {list(self.shard.shape)} from {list(self.shard.start)}"
@@ -66,8 +80,9 @@ class Layout:
 
     """
 
-    __slots__ = ("_hash", "_segments", "names", "numel")
+    __slots__ = ("_hash", "_segments", "names", "numel", "sharded")
     _hash: int
+    sharded: bool  # whether any segment is a part of something larger
     _segments: dict[str, Segment]
     names: tuple[str, ...]
     numel: int
@@ -92,7 +107,13 @@ class Layout:
         if offset > LARGEST:
             raise LayoutError(f"a layout of {float(min(offset, 10**300)):.1e} elements, expected fewer than 2^63")
         contents = hash(tuple((s.name, s.shape, s.shard) for s in segments.values()))
-        for key, value in (("_segments", segments), ("names", tuple(segments)), ("numel", offset), ("_hash", contents)):
+        for key, value in (
+            ("_segments", segments),
+            ("names", tuple(segments)),
+            ("numel", offset),
+            ("_hash", contents),
+            ("sharded", bool(parts)),
+        ):
             object.__setattr__(self, key, value)
 
     def __setattr__(self, key: str, value: object) -> None:
@@ -115,21 +136,31 @@ class Layout:
 
     @classmethod
     def from_module(cls, model: torch.nn.Module, params: Params = None) -> Layout:
-        """Layout of a module's parameters, also on meta; see `select_parameters` for `params` and the errors."""
-        return cls({name: p.shape for name, p in select_parameters(model, params).items()})
+        """Layout of a module's parameters, also on meta; see `select_parameters` for `params` and the errors.
+
+        Of a model that is spread over ranks (FSDP2, tensor parallel) each segment is what this rank has; names are the
+        same everywhere.
+        """
+        return cls._of(select_parameters(model, params))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Layout:
-        """Layout of a dict of tensors, in the order of the dict.
+        """Layout of a dict of tensors, in the order of the dict; of a DTensor, what this rank has.
 
         Raises:
-            LayoutError: one is no dense tensor of its own shape: a DTensor, sparse, nested, lazy, ….
+            LayoutError: one is no dense tensor of its own shape: sparse, nested, lazy, ….
 
         """
         for name, t in tensors.items():
             if (flaw := flaw_of_kind(t)) is not None:
                 raise flaw.raised(f"{name!r}")
-        return cls({name: t.shape for name, t in tensors.items()})
+        return cls._of(tensors)
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, torch.Tensor]) -> Layout:
+        parts = {name: part_of(repr(name), t) for name, t in tensors.items() if is_dtensor(t)}
+        shapes = {name: parts[name].tensor.shape if name in parts else t.shape for name, t in tensors.items()}
+        return cls(shapes, {name: Shard(name, one.shape, one.start) for name, one in parts.items() if one.cut})
 
     def __getitem__(self, name: str) -> Segment:
         """Return the segment of that name.
@@ -189,6 +220,10 @@ class Layout:
         """The same segments with other names, where `called` has one: name here -> new name."""
         shards = {called.get(s.name, s.name): s.shard for s in self if s.shard is not None}
         return Layout({called.get(s.name, s.name): s.shape for s in self}, shards)
+
+    def unsharded(self) -> Layout:
+        """The whole parameters, of which this has parts: the same on every rank."""
+        return Layout({s.name: s.whole for s in self}) if self.sharded else self
 
     def named_as(self, other: Layout) -> Layout:
         """The same segments, called as in `other` where names differ by what wrappers add to them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from operator import attrgetter
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .compiling import ReachedNode
 from .dag import ForgetRequest, Model
+from .dtensors import HeldPart, LocalPart, is_dtensor, part_of, reshard_
 from .errors import ArgumentError, LayoutError
 from .fisher import Fisher
 from .gradient import Gradient
@@ -24,6 +25,7 @@ from .vectors import Vector, all_fit
 from .wrappers import check_no_engine, check_not_merged, is_wrapper, wrapper_of
 
 _IS_NESTED = attrgetter("is_nested")
+_PLAIN = {nn.Parameter, Tensor, type(None)}
 V = TypeVar("V", bound=Vector)
 
 
@@ -38,6 +40,7 @@ class Links:
         self._keys: list[str] = []
         self._modules: list[Any] = []
         self._held = Held()
+        self.resharding: Sequence[Any] = ()  # modules of FSDP2: a forward may put gathered parameters there meanwhile
 
     def add(self, containers: Sequence[Mapping[str, Any]], key: str, modules: Sequence[Any]) -> None:
         """Take these down: each mapping holds one of the objects under that key."""
@@ -47,6 +50,8 @@ class Links:
 
     def replaced(self) -> str | None:
         """The key of one that was replaced or removed since; None where none was."""
+        if self.resharding:
+            reshard_(self.resharding)
         if self._held.all(self._containers, self._keys, self._modules):
             return None
         held = zip(self._containers, self._keys, self._modules, strict=True)
@@ -73,16 +78,19 @@ class LiveMemory:
 
     It remembers the home of all that was asked for. Submodules on the way to a parameter are remembered too: after
     `model.fc = nn.Linear(…)` the old parameters live on, at the old addresses, in a layer that is dead. Everything is
-    asked and kept in columns: nodes may be 100,000.
+    asked and kept in columns: nodes may be 100,000. Of a DTensor it hands out the local part.
 
     Raises:
         FiunError: the buffer of a Fisher was replaced by one that does not fit, or freed.
 
     """
 
-    def __init__(self, nodes: Sequence[ReachedNode], requests: Sequence[ForgetRequest]) -> None:
+    def __init__(
+        self, nodes: Sequence[ReachedNode], requests: Sequence[ForgetRequest], resharding: Sequence[Any] = ()
+    ) -> None:
         self._nodes, self._requests = nodes, requests
         self.links = Links()
+        self.links.resharding = resharding
         self._layouts = Links()  # of Fishers
         self.parameters: list[Tensor] = []  # all that were bound
         self.owners: dict[int, int] = {}  # id of each of them -> index of its node
@@ -92,6 +100,7 @@ class LiveMemory:
         self._watched: set[int] = set()  # ids of the Fishers and gradients whose homes are known
         self._copies: dict[tuple[int, torch.device], Vector] = {}  # by the id of what was copied
         self._foreign: list[tuple[str, Tensor]] = []  # parameters in memory that torch did not allocate
+        self._wholes: list[Tensor] = []  # DTensors of which local parts were handed out
         self._wrapped = False  # a wrapper was met on the way to a parameter
         self._check_fishers()
 
@@ -112,12 +121,48 @@ class LiveMemory:
             self._place_by_meaning(described, columns)
             columns = described.columns()
         flat = list(chain.from_iterable(columns))
-        if not set(map(type, flat)) <= {nn.Parameter, Tensor} or any(map(_IS_NESTED, flat)):
+        if not (kinds := set(map(type, flat))) <= _PLAIN and any(map(is_dtensor, flat)):
+            columns = self._local(described, columns)
+            flat = list(chain.from_iterable(columns))
+            kinds = set(map(type, flat))
+        if not kinds <= {nn.Parameter, Tensor} or any(map(_IS_NESTED, flat)):
             for name, column in zip(names, columns, strict=True):
                 for i, tensor in zip(nodes, column, strict=True):
                     if tensor is not None and (not isinstance(tensor, Tensor) or has_no_shape(tensor)):
                         check_addressable(self._label(i, name), tensor)
         return columns
+
+    def _local(self, described: Described, columns: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+        """Put local parts in the place of DTensors, in `described` and in the columns that are returned."""
+        containers = [list(column) for column in described.containers]
+        keys = [list(column) for column in described.keys]
+        for s, column in enumerate(columns):
+            for i, tensor in enumerate(column):
+                if is_dtensor(tensor):
+                    assert tensor is not None
+                    self.links.add([containers[s][i]], keys[s][i], [tensor])  # type: ignore[list-item]
+                    part = part_of(self._label(described.nodes[i], described.names[s]), tensor)
+                    containers[s][i], keys[s][i] = HeldPart(tensor, part), HeldPart.KEY
+                    self._wholes.append(tensor)
+        described.containers, described.keys = containers, keys
+        return described.columns()
+
+    def counted(self, counts: Callable[[str, LocalPart | None], bool], nodes: Sequence[int]) -> list[list[bool]]:
+        """Which of these nodes' parameters this rank counts, [names][nodes] of what was described together.
+
+        Args:
+            counts: (node, part of a DTensor or None) -> whether it does.
+            nodes: all of one `describe`.
+
+        """
+        described, names = self._described[self._place[nodes[0], 0]], [self._nodes[i].name for i in nodes]
+        return [
+            [
+                counts(name, held.part if isinstance(held, HeldPart) else None)
+                for name, held in zip(names, column, strict=True)
+            ]
+            for column in described.containers
+        ]
 
     def thetas(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Tensor]]:
         """For each name the parameters of these nodes, which were described together; their homes are remembered.
@@ -216,6 +261,8 @@ class LiveMemory:
     def count_up(self) -> None:
         """Tell autograd that all parameters that were bound are about to be written to."""
         self._counters.count_up()
+        if self._wholes:
+            torch.autograd.graph.increment_version(self._wholes)
 
     def check_writable(self) -> None:
         """Raise a LayoutError where a parameter lies in memory that is mapped read-only."""

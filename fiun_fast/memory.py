@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .arguments import THETA_DTYPES
+from .dtensors import is_dtensor
 from .errors import ArgumentError, DeviceError, DTypeError, FiunError, LayoutError
 
 Container = Mapping[str, Any]
@@ -84,9 +85,12 @@ def flaw_of(tensor: Any) -> Flaw | None:
 def flaw_of_kind(tensor: Any) -> Flaw | None:
     """What is wrong with laying out a tensor by its shape, or None: `flaw_of` without a look at its memory.
 
-    A tensor on meta has a shape like any other; that it has no numbers is said where these are needed.
+    A tensor on meta has a shape like any other; that it has no numbers is said where these are needed. Of a DTensor the
+    local part is laid out.
     """
     if type(tensor) in _TYPES and (tensor.is_meta or _dispatch_keys(tensor).raw_repr() in _PLAIN):
+        return None
+    if is_dtensor(tensor):
         return None
     return _kind_of(tensor) if isinstance(tensor, Tensor) else flaw_of(tensor)
 
@@ -240,8 +244,8 @@ def _kind_of(tensor: Tensor) -> Flaw | None:
     if kind.__module__.startswith(_DTENSOR):
         return Flaw(
             LayoutError,
-            "it is a DTensor, sharded or replicated over ranks, and this version works on one process's memory; "
-            "pass tensor.full_tensor(), or a model that is not sharded",
+            "it is a DTensor, whose numbers lie on several ranks; pass tensor.full_tensor(), or this rank's part, "
+            "tensor.to_local()",
         )
     if is_lazy(tensor):
         return Flaw(LayoutError, "it has no shape yet: run the lazy module once on a batch")

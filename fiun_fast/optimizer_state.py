@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .arguments import check_number
+from .dtensors import local_tensor
 from .errors import ArgumentError, EstimationError, LayoutError
 from .memory import check_addressable
 from .wrappers import optimizer_in
@@ -27,7 +28,7 @@ def second_moments(
     Raises:
         ArgumentError: `optimizer` is not an optimiser, or not one of Adam's kind; its numbers are none.
         LayoutError: a parameter is in none of its groups.
-        FiunError: a moment has no plain memory of its own (a DTensor, quantised, freed, …).
+        FiunError: a moment has no plain memory of its own (quantised, freed, …).
         EstimationError: the optimiser has taken no step with a parameter yet.
 
     """
@@ -58,7 +59,7 @@ def second_moments(
             raise ArgumentError(f"{kind}: beta2 is {beta2:g}, expected less than 1")
         if step < 1:
             raise EstimationError(f"{kind} has taken no step with {name!r} yet")
-        check_addressable(f"exp_avg_sq of {name!r}", state["exp_avg_sq"])
+        check_addressable(f"exp_avg_sq of {name!r}", local_tensor(state["exp_avg_sq"]))
         moment = state["exp_avg_sq"].detach()
         moment = moment.to(torch.float64 if moment.dtype == torch.float64 else torch.float32)
         moments[name] = moment / -_expm1_of_log(beta2, step)

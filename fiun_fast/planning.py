@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from .kernels.table import Merging
 from .live import LiveMemory
 from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
+from .ranks import Ranks, together
 from .ratios import Ratios
-from .report import Audit, Report
+from .report import Audit, Facts, ParameterReport, Report, audit_of
 from .sharing import check_unshared, warn_of_copies
+from .spread import Spread
 from .summary import Traffic, facts_of, summary, traffic_of
 from .tiles import examine, tiles
 from .undo import Recorder, UndoLog
@@ -54,6 +56,7 @@ class Plan:
         cap: float = 1.0,
         on_mismatch: OnMismatch = "error",
         backend: str | None = None,
+        spread: Spread | None = None,
     ) -> None:
         """Compile and bind. `plan` and `dampen_` make these from what a user has.
 
@@ -63,11 +66,13 @@ class Plan:
             bystanders: name -> model of all other nodes of the DAG; their memory must not be that of what is dampened.
             merging, values, exponent, cap: the numbers, checked.
             on_mismatch, backend: as in `plan`.
+            spread: of models that lie on several ranks; None: they are all here.
 
         Raises:
             FiunError: as `plan`.
 
         """
+        self.spread = spread
         self._nodes, self._requests, self._bystanders = nodes, requests, bystanders
         self._known = frozenset(node.name for node in nodes) | frozenset(bystanders)
         self._merging, self._shape = merging, (exponent, cap)
@@ -76,8 +81,12 @@ class Plan:
 
     def _build(self, values: Values) -> None:
         check_no_mode()
-        memory, slots = LiveMemory(self._nodes, self._requests), values.slots(self._nodes)
-        program = compile_program(self._nodes, self._requests, self._on_mismatch, memory.describe, slots)
+        nodes, requests, spread, slots = self._nodes, self._requests, self.spread, values.slots(self._nodes)
+        if spread is not None:
+            nodes, requests = spread.localised()
+        memory = LiveMemory(nodes, requests, () if spread is None else spread.modules)
+        counted = None if spread is None else partial(memory.counted, spread.counts)
+        program = compile_program(nodes, requests, self._on_mismatch, memory.describe, slots, counted)
         dampening = values.dampening(slots, *self._shape)
         parts = bind(program, memory, self._merging, dampening, self._backend)
         check_unshared(memory, self._nodes, self._bystanders)
@@ -86,9 +95,10 @@ class Plan:
         self.parts: list[Part] = parts
         self._values, self._slots, self._dampening = values, slots, dampening
         self._matches = program.matches
-        self._devices = tuple(dict.fromkeys(part.table.device for part in parts))
+        self._counts = tuple(dict.fromkeys((part.table.device, part.counted) for part in parts))
         self._memory = memory
-        self._facts = facts_of(program, parts, self._known, self._merging, dampening)
+        facts = facts_of(program, parts, self._known, self._merging, dampening)
+        self._facts = facts if spread is None else spread.facts(facts)
 
     def run_(self, *, dry_run: bool = False, undo: bool = False, audit: bool = False) -> Report:
         """Dampen every node a request reaches, in place, all from the state before the call.
@@ -116,7 +126,12 @@ class Plan:
         with alone:
             if _under_way and not dry_run:
                 self._check_no_trials()
-            return self._run(bool(dry_run), undo, audit)
+            return self._run(bool(dry_run), undo, audit, None if self.spread is None else self.spread.ranks)
+
+    def run_among(self, ranks: Ranks, *, dry_run: bool, undo: bool, audit: bool) -> Report:
+        """`run_`, where ranks with plans of their own run at once: with undo or audit none writes before all can."""
+        with alone:
+            return self._run(dry_run, undo, audit, ranks)
 
     def _check_no_trials(self) -> None:
         """Trials take back what they changed, and with it what another run did there meanwhile."""
@@ -128,40 +143,49 @@ class Plan:
                     "take back only what their own run() did"
                 )
 
-    def _run(self, dry_run: bool, undo: bool = False, audit: bool = False) -> Report:
+    def _run(self, dry_run: bool, undo: bool = False, audit: bool = False, among: Ranks | None = None) -> Report:
+        ranks = None if self.spread is None else self.spread.ranks
         with alone:
-            self._refresh()
-            if not dry_run:
-                self._memory.check_writable()
-            audited = self._audit() if audit else None
-            counts = {d: torch.zeros(len(self._slots), 3, dtype=torch.int64, device=d) for d in self._devices}
-            log = self._write(counts, dry_run, undo)
-            of = self._facts, list(counts.values()), self._values, self._slots
-            return Report(*of, dry_run=dry_run, audit=audited, undo=log)
+            audited = recorder = None
+            if undo or audit:
+                with together(among):  # these wait anyway, and take memory
+                    self._refresh(writes=not dry_run)
+                    figures = examine(part for part in self.parts if part.counted) if audit else None
+                    recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
+                audited = None if figures is None else self._audit(figures)
+            else:
+                self._refresh(writes=not dry_run)
+            counts = [torch.zeros(len(self._slots), 3, dtype=torch.int64, device=device) for device, _ in self._counts]
+            log = self._write(counts, dry_run, recorder)
+            found = counts
+            if self.spread is not None:  # other ranks count the rest
+                found = [one for one, (_, counted) in zip(counts, self._counts, strict=True) if counted]
+            of = self._facts, found, self._values, self._slots
+            return Report(*of, dry_run=dry_run, audit=audited, undo=log, ranks=ranks)
 
-    def _write(self, counts: Mapping[torch.device, torch.Tensor], dry_run: bool, undo: bool) -> UndoLog | None:
+    def _write(self, counts: Sequence[torch.Tensor], dry_run: bool, recorder: Recorder | None) -> UndoLog | None:
         """Launch everything. Nothing is allocated from here on but by the log, and nothing interrupts."""
         if not dry_run:  # kernels write through addresses; autograd must hear of it
             self._memory.count_up()
-        if not undo and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
-            self.parts[0].launch.run(counts[self.parts[0].table.device], dry_run)
+        if recorder is None and len(self.parts) == 1 and self.parts[0].launch.in_one_call:
+            self.parts[0].launch.run(counts[self.parts[0].tally], dry_run)
             return None
-        recorder = None
         try:
             with signals_deferred():  # their handlers run, and may raise, when the block has ended
-                recorder = Recorder(self.parts, self.nodes, self._memory) if undo else None
                 for part in self.parts:
-                    part.launch.run(counts[part.table.device], dry_run)
+                    part.launch.run(counts[part.tally], dry_run)
                 return None if recorder is None else recorder.seal()
         except BaseException as error:
             if recorder is not None:
                 recorder.take_back(error)
             raise
 
-    def _refresh(self) -> None:
+    def _refresh(self, writes: bool = False) -> None:
         check_no_mode()
-        if self._memory.moved():
+        if self._memory.moved() or (self.spread is not None and self.spread.stale()):
             self._build(self._values)
+        if writes:
+            self._memory.check_writable()
 
     def set_values_(
         self,
@@ -277,7 +301,8 @@ class Plan:
         with alone, denormals_kept():
             found = profiles_of(self.ratios(), [numel for *_, numel in self._facts.nodes])
             if norms:
-                found = with_squares(found, tiles(self.parts))
+                parts, spread = [part for part in self.parts if part.counted], self.spread
+                found = with_squares(found, tiles(parts), None if spread is None else spread.ranks)
         return Profiles(dict(zip(self.nodes, found, strict=True)))
 
     def ratios(self, layers: Sequence[tuple[str, Sequence[str]]] | None = None) -> Ratios:
@@ -292,25 +317,33 @@ class Plan:
             self._refresh()
             names = self.nodes if layers is None else [f"{node}, {', '.join(own)}" for node, own in layers]
             rows = self._slots.node if layers is None else self._slots.rows(self.nodes, layers)
-            return Ratios([(part.table, part.histogram()) for part in self.parts], names, rows)
+            found = [(part.table, part.histogram()) for part in self.parts if part.counted]
+            if self.spread is None:
+                return Ratios(found, names, rows)
+            own_dtype = {node.name: node.fisher.dtype for node in self._nodes}
+            dtypes = [own_dtype[name] for name in (self.nodes if layers is None else [node for node, _ in layers])]
+            return Ratios(found, names, rows, dtypes, self.spread.ranks)
 
-    def _audit(self) -> Audit:
-        """Everything that must be known before the run: its time, hashes of Fishers, figures of each parameter."""
-        time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        references = [
-            one for *_, fisher, gradient in self._facts.requests for one in (fisher, gradient) if one is not None
-        ]
-        references += self._facts.originals.values()
-        fishers = {id(reference): fisher for reference in references if (fisher := reference()) is not None}
-        digests = {id(fisher): fisher.sha256() for fisher in fishers.values()}
-        figures = examine(self.parts)
-        parameters = {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)}
-        return Audit(time, parameters, {reference: digests[id(fisher)] for reference, fisher in fishers.items()})
+    def _audit(self, figures: Mapping[int, list[ParameterReport]]) -> Audit:
+        """Everything that must be known before the run."""
+        if self.spread is not None and self.spread.ranks is not None:
+            return audit_of(self._facts, self.spread.audited(figures, self._facts))
+        return audit_of(self._facts, {name: tuple(figures.get(i, ())) for i, name in enumerate(self.nodes)})
 
     def warmup(self) -> None:
         """Compile ahead what a run needs, where the backend compiles at run time (Triton); otherwise nothing to do."""
         for part in self.parts:
             part.launch.warmup()
+
+    @property
+    def facts(self) -> Facts:
+        """What a report says of the plan beside counts."""
+        return self._facts
+
+    @property
+    def values(self) -> Values:
+        """Alpha and lambda of each node, as they are now."""
+        return self._values
 
     @property
     def nodes(self) -> list[str]:

@@ -14,6 +14,7 @@ from .arguments import check_number
 from .errors import ArgumentError, DagError
 from .kernels.reference import ratio_bins
 from .kernels.table import BINS
+from .ranks import Ranks
 from .ratios import Ratios
 from .tiles import Tile, admitted
 
@@ -215,8 +216,10 @@ def _folded(row: np.ndarray) -> np.ndarray:
     return np.append(row[:NORMAL].sum(), row[NORMAL:INFINITE])
 
 
-def with_squares(profiles: Sequence[SelectionProfile], tiles: Iterable[Tile]) -> list[SelectionProfile]:
-    """The same with theta^2 in each bin: a second pass, in plain torch, tile by tile."""
+def with_squares(
+    profiles: Sequence[SelectionProfile], tiles: Iterable[Tile], ranks: Ranks | None = None
+) -> list[SelectionProfile]:
+    """The same with theta^2 in each bin: a second pass, in plain torch, tile by tile; added up over ranks, if any."""
     squares = np.zeros((len(profiles), BINS))
     totals = np.zeros(len(profiles))
     for tile in tiles:
@@ -226,6 +229,8 @@ def with_squares(profiles: Sequence[SelectionProfile], tiles: Iterable[Tile]) ->
         square = tile.theta.double() ** 2
         squares[tile.node] += torch.bincount(bins, square[has_bin], BINS).cpu().numpy()
         totals[tile.node] += float(square.sum())
+    if ranks is not None:
+        squares, totals = ranks.sum_of(squares), ranks.sum_of(totals)
     return [
         replace(p, squares=_folded(row), always_square=float(row[INFINITE:].sum()), total_square=float(total))
         for p, row, total in zip(profiles, squares, totals, strict=True)

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from .arguments import MERGE_RULES, MergeRule, check_fraction, check_number, check_one_of, renamed
-from .errors import ArgumentError
+from .errors import ArgumentError, LayoutError
 from .fisher import Fisher, check_alike, listed_fishers
 from .kernels import select
 from .kernels.interface import Histogram
 from .kernels.table import BINS, Group, Merging, Table
 from .memory import check_no_mode
 from .provenance import warn_if_unlike
+from .ranks import Ranks
 
 FRACTION = "samples to forget over samples trained on, in (0, 1]"
 
@@ -56,18 +57,28 @@ class Ratios:
         names: of the nodes, for messages.
         node: [slots] int64, whose node each slot of the tables is; None: they are the nodes. Whatever is to have ratios
             of its own may be a "node" here: the layers of a model, if the slots tell them apart.
+        dtypes: of the Fishers of each node; None: as the tables have them.
+        ranks: over which the ratios are spread, so that every count is a sum over them.
 
     """
 
     def __init__(
-        self, parts: Sequence[tuple[Table, Histogram]], names: Sequence[str], node: np.ndarray | None = None
+        self,
+        parts: Sequence[tuple[Table, Histogram]],
+        names: Sequence[str],
+        node: np.ndarray | None = None,
+        dtypes: Sequence[torch.dtype] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.names = list(names)
+        self._dtypes, self._ranks = dtypes, ranks
         self._parts = list(parts)
         self._node = np.arange(len(self.names)) if node is None else node
 
     def dtypes(self) -> list[torch.dtype]:
         """Of the Fishers of each node, [nodes]."""
+        if self._dtypes is not None:
+            return list(self._dtypes)
         found = [torch.float32] * len(self.names)
         for table, _ in self._parts:
             for node in np.unique(self._node[table.targets[:, 2]]).tolist():
@@ -90,7 +101,7 @@ class Ratios:
         result = np.zeros((len(self.names), BINS), dtype=np.int64)
         for counts in found.values():
             np.add.at(result, self._node, counts.cpu().numpy())
-        return result
+        return result if self._ranks is None else self._ranks.sum_of(result)
 
     def percentiles(self, q: np.ndarray) -> np.ndarray:
         """The q-th percentile (0..100) of each node's finite ratios: [nodes] -> [nodes] float64.
@@ -103,7 +114,7 @@ class Ratios:
         """
         result = np.empty(len(self.names))
         dtypes = self.dtypes()
-        for dtype in set(dtypes):
+        for dtype in dict.fromkeys(dtypes):  # in one order on all ranks
             nodes = np.array([node for node, found in enumerate(dtypes) if found == dtype])
             result[nodes] = self._percentiles(dtype, nodes, q[nodes])
         return result
@@ -133,7 +144,7 @@ class Ratios:
         """
         result = np.empty(ranks.shape)
         dtypes = self.dtypes()
-        for dtype in set(dtypes):
+        for dtype in dict.fromkeys(dtypes):  # in one order on all ranks
             nodes = np.array([node for node, found in enumerate(dtypes) if found == dtype])
             bases = np.zeros(len(self.names), dtype=np.int64)
             counts = self.count(dtype, bases, DIGITS[dtype].lows[0])[nodes]
@@ -177,6 +188,11 @@ def ratios_of(
     """
     check_no_mode()
     forgets = check_fishers(original, forget)
+    if original.layout.sharded:
+        raise LayoutError(
+            "these Fishers are one rank's parts: pass fisher.full(), or ask where the model is known: "
+            'alpha="auto", plan.profile(), selection_profile(…, model)'
+        )
     warn_if_unlike(("the original Fisher", original.provenance, "the forget Fisher", one.provenance) for one in forgets)
     check_one_of("merge", merge, MERGE_RULES)
     merging = Merging(merge, check_number("scale", scale, original.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import weakref
@@ -9,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from .errors import DagError, UndoError
 from .fisher import Fisher
 from .gradient import Gradient
+from .ranks import Ranks
 from .values import Number, Slots, Values
 from .vectors import Vector
 from .version import __version__
@@ -79,13 +82,9 @@ class Facts:
     known: frozenset[str]  # all nodes of the DAG
     options: Mapping[str, float | str]
     backends: tuple[str, ...]
-    requests: tuple[tuple[str, float, weakref.ref[Fisher], weakref.ref[Gradient] | None], ...]  # origin, weight, F, g
-    originals: Mapping[str, weakref.ref[Fisher]]  # node -> I
-
-    @property
-    def signed(self) -> bool:
-        """Whether the requests have gradients."""
-        return any(gradient is not None for *_, gradient in self.requests)
+    requests: tuple[tuple[str, float, weakref.ref[Fisher] | None, weakref.ref[Gradient] | None], ...]  # origin, w, F, g
+    originals: Mapping[str, weakref.ref[Fisher]]  # node -> I, of those that lie here
+    signed: bool  # whether the requests have gradients
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,16 @@ class Audit:
     time: str  # when the run began, UTC, ISO 8601
     parameters: Mapping[str, tuple[ParameterReport, ...]]  # node -> its parameters
     sha256: Mapping[int, str]  # id of a reference to a Fisher or gradient, in Facts -> digest, taken before the run
+
+
+def audit_of(facts: Facts, parameters: Mapping[str, tuple[ParameterReport, ...]]) -> Audit:
+    """The audit of a run that is about to begin: its time, these figures, and hashes of all Fishers and gradients."""
+    time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    references: list[Any] = [one for *_, fisher, gradient in facts.requests for one in (fisher, gradient)]
+    references += facts.originals.values()
+    vectors = {id(one): vector for one in references if one is not None and (vector := one()) is not None}
+    digests = {id(vector): vector.sha256() for vector in vectors.values()}
+    return Audit(time, parameters, {reference: digests[id(vector)] for reference, vector in vectors.items()})
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,7 @@ class Report:
         dry_run: bool,
         audit: Audit | None = None,
         undo: Undo | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Keep what is needed to say it all later.
 
@@ -173,19 +183,43 @@ class Report:
             slots: what the counts are of.
             dry_run: whether nothing was written.
             audit, undo: what a run with these options adds.
+            ranks: over which the counts are to be added up when they are read.
 
         """
         self.dry_run, self.undo = dry_run, undo
+        self._ranks = ranks
         self._facts, self._audit = facts, audit
         self._counts, self._values, self._slots = counts, values, slots
         self._read: dict[str, NodeReport] | None = None
 
+    def among(self, facts: Facts, rows: Sequence[int], values: Values, ranks: Ranks) -> Report:
+        """The same as a part of a report on more nodes, of which other ranks have the others; not read yet.
+
+        Args:
+            facts: of all nodes.
+            rows: where this report's nodes stand among them.
+            values: of all nodes.
+            ranks: all that have parts.
+
+        """
+        to = torch.from_numpy(np.asarray(rows, dtype=np.int64)[self._slots.node])
+        counts = [
+            torch.zeros(len(facts.nodes), 3, dtype=torch.int64, device=own.device).index_add_(0, to.to(own.device), own)
+            for own in self._counts
+        ]
+        of = facts, counts, values, Slots.plain(len(facts.nodes))
+        return Report(*of, dry_run=self.dry_run, audit=self._audit, undo=self.undo, ranks=ranks)
+
     @property
     def nodes(self) -> dict[str, NodeReport]:
-        """Name -> report of each node reached, in the order of the DAG. The first look waits for the device."""
+        """Name -> report of each node reached, in the order of the DAG. The first look waits for the device.
+
+        Of models that are spread over ranks it adds up what all of them counted: every rank has to look.
+        """
         if self._read is None:
             zeros = torch.zeros(len(self._slots), 3, dtype=torch.int64, device="cpu")
             by_slot = sum((counts.cpu() for counts in self._counts), zeros)
+            by_slot = by_slot if self._ranks is None else self._ranks.sum(by_slot)
             counts = self._slots.sums(by_slot.numpy(), len(self))
             audited = {} if self._audit is None else self._audit.parameters
             values = zip(self._values.alpha.all(), self._values.lam.all(), counts.tolist(), strict=True)
@@ -281,7 +315,7 @@ class Report:
                 {"origin": origin, "weight": weight, **digest(fisher), **digest(gradient, "gradient_sha256")}
                 for origin, weight, fisher, gradient in facts.requests
             ],
-            "nodes": [{**_plain(node), **digest(facts.originals[node.name])} for node in self],
+            "nodes": [{**_plain(node), **digest(facts.originals.get(node.name))} for node in self],
         }
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import THETA_DTYPES, check_function, short
+from .dtensors import reshard_, sharding_modules
 from .errors import ArgumentError, DTypeError, LayoutError, ScopeWarning, warn
 from .memory import flaw_of_kind
 from .naming import Names, near
@@ -45,14 +46,15 @@ def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.P
 
     Raises:
         LayoutError: a pattern matches nothing (the message lists near names), a submodule or parameter is not the
-            model's, nothing is selected, a selected parameter has no shape yet or is no dense tensor (a DTensor,
-            sparse, nested, …), or the model is cut up by FullyShardedDataParallel (FSDP1).
+            model's, nothing is selected, a selected parameter has no shape yet or is no dense tensor (sparse,
+            nested, …), or the model is cut up by FullyShardedDataParallel (FSDP1).
         DTypeError: a selected parameter is not float32, float64, bfloat16 or float16.
         ArgumentError: `params` or `model` is of another type, or `params` a function that takes other arguments.
 
     """
     check_module("model", model)
     check_gathered("model", model)
+    reshard_(sharding_modules([model]))
     names = Names(model)
     chosen = {id(p) for p in _chosen(model, names, params)}
     selected = {name: p for name, p in names.first.items() if id(p) in chosen}

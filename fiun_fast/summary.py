@@ -80,7 +80,7 @@ def _bytes(n: int) -> str:
 
 
 def facts_of(
-    program: Program, parts: list[Part], known: frozenset[str], merging: Merging, dampening: Dampening
+    program: Program, parts: Sequence[Part], known: frozenset[str], merging: Merging, dampening: Dampening
 ) -> Facts:
     """What a report says of a plan beside the counts."""
     origins = {
@@ -101,4 +101,5 @@ def facts_of(
             for r in program.requests
         ),
         {node.name: weakref.ref(node.fisher) for node in program.nodes},
+        any(one.gradient is not None for one in program.requests),
     )

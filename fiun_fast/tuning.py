@@ -130,7 +130,7 @@ def tune_plan(
             )
             for name, found in candidates.items():
                 if k < len(found):
-                    score = score_of(evaluate, name, compiled.models[name])
+                    score = score_of(compiled, evaluate, name)
                     tried[name].append(TriedPoint(*found[k], report[name].selected, report[name].share, score))
     best = {name: max(found, key=lambda point: point.score) for name, found in tried.items()}  # the first of equals
     given = alphas is not None
@@ -193,7 +193,7 @@ def search_alpha(
             raise ArgumentError(f"{what} is {value:g}, expected more than {least} and at most {most}")
     how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
     compiled = plan(dag, requests, alpha=0.0, lam=lam, estimate=estimate, **how)
-    names, models = compiled.nodes, compiled.models
+    names = compiled.nodes
     tried = left_alone(compiled, compiled.profile(), evaluate)
     goal = {name: rho * tried[name][0].score for name in names}
     for name in names:
@@ -214,7 +214,7 @@ def search_alpha(
             report = trials.run()
             for node in report:
                 if not there(node.name):
-                    score = score_of(evaluate, node.name, models[node.name])
+                    score = score_of(compiled, evaluate, node.name)
                     tried[node.name].append(TriedPoint(alphas[node.name], lam, node.selected, node.share, score))
     found = {name: Choice(points[-1].alpha, lam, points[-1].score) for name, points in tried.items()}
     failed = {

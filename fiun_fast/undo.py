@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import undo_file
 from .binding import Part
 from .dag import InheritanceDAG, Model, check_model
+from .dtensors import local_tensor, reshard_, sharding_modules
 from .errors import ArgumentError, DTypeError, LayoutError, UndoError
 from .guards import alone, denormals_kept, signals_deferred
 from .live import Links, LiveMemory
@@ -250,11 +252,14 @@ def _model(models: InheritanceDAG | Mapping[str, Model] | Model, node: str, node
 
 def _tensors(model: Model, names: Sequence[str]) -> dict[str, Tensor | None]:
     """What the model has under these names, whatever wrappers it had during the run and has now."""
+    reshard_(sharding_modules([model]))
     if isinstance(model, torch.nn.Module):
         own = Names(model)
-        return {name: own.first.get(own.find(name) or "") for name in names}
-    called = matched(names, model)
-    return {name: model.get(called.get(name, name)) for name in names}
+        found: dict[str, Any] = {name: own.first.get(own.find(name) or "") for name in names}
+    else:
+        called = matched(names, model)
+        found = {name: model.get(called.get(name, name)) for name in names}
+    return {name: local_tensor(one) for name, one in found.items()}
 
 
 def _check(entry: Entry, parameter: Tensor) -> None:

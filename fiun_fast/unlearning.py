@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,10 @@ from .kernels.table import Merging
 from .planning import Plan
 from .profile import SelectionProfile, profiles_of
 from .provenance import warn_if_unlike
+from .ranks import Ranks, ranks_of, together
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
+from .spread import Spread, check_part
 from .values import Number, PerGroup, PerNode, Values, narrowest, per_node, values_per_node
 
 
@@ -74,12 +76,22 @@ def plan(
     """
     if not isinstance(dag, InheritanceDAG):
         raise ArgumentError(f"dag is a {type(dag).__name__}, expected an InheritanceDAG")
-    listed = check_requests(requests)
     options = Options(alpha, lam, exponent, cap, merge, scale, on_mismatch, backend, forget_fraction)
-    listed, originals = completed(dag, listed, estimate, backend)
-    nodes = reached_nodes(dag, listed, originals)
-    reached = {node.name for node in nodes}
-    return made(nodes, listed, {name: dag[name].model for name in dag if name not in reached}, options)
+
+    def checked() -> Checked:
+        listed = check_requests(requests)
+        if ranks is not None and (dag.lacks_fishers or any(request.fisher is None for request in listed)):
+            raise ArgumentError(
+                "data= in the place of a Fisher, and models that are spread over ranks: estimate_fisher estimates the "
+                "Fishers of such models; pass these"
+            )
+        listed, originals = completed(dag, listed, estimate, backend)
+        nodes = reached_nodes(dag, listed, originals)
+        reached = {node.name for node in nodes}
+        return nodes, listed, {name: dag[name].model for name in dag if name not in reached}
+
+    ranks = ranks_of(node.model for node in dag.held().values())
+    return _made(checked, ranks, options)
 
 
 @renamed(share="forget_fraction")
@@ -162,6 +174,10 @@ def selection_profile(
     return _plan_of_one(model, original, forgets, gradient, options).profile(norms=True)["model"]
 
 
+# nodes that requests reach, the requests, and the models of all other nodes
+Checked = tuple[list[ReachedNode], list[ForgetRequest], dict[str, Model]]
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of `plan`, as they were given."""
@@ -186,14 +202,17 @@ def _plan_of_one(
 ) -> Plan:
     """A plan for one model without a DAG; its node is called "model"."""
     check_model("model", model)
-    if not isinstance(original, Fisher):
-        raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
-    forgets = listed_fishers("forget", forget)
-    gradients = [None] * len(forgets) if gradient is None else _listed_gradients(gradient, len(forgets))
-    pairs = zip(forgets, gradients, strict=True)
-    requests = check_requests([ForgetRequest("model", one, gradient=its) for one, its in pairs])
-    node = ReachedNode("model", model, original, tuple(range(len(requests))))
-    return made([node], requests, {}, options)
+
+    def checked() -> Checked:
+        if not isinstance(original, Fisher):
+            raise ArgumentError(f"original is a {type(original).__name__}, expected a fiun_fast.Fisher")
+        forgets = listed_fishers("forget", forget)
+        gradients = [None] * len(forgets) if gradient is None else _listed_gradients(gradient, len(forgets))
+        pairs = zip(forgets, gradients, strict=True)
+        requests = check_requests([ForgetRequest("model", one, gradient=its) for one, its in pairs])
+        return [ReachedNode("model", model, original, tuple(range(len(requests))))], requests, {}
+
+    return _made(checked, ranks_of([model]), options)
 
 
 def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> Sequence[Gradient | None]:
@@ -210,25 +229,77 @@ def _listed_gradients(gradient: Gradient | Sequence[Gradient], fishers: int) -> 
 
 
 def made(nodes: list[ReachedNode], requests: list[ForgetRequest], bystanders: dict[str, Model], o: Options) -> Plan:
-    """Check the options, compile, bind; with alpha="auto" choose each node's alpha from its ratios."""
+    """Check the options, compile, bind, of models that are all here; with alpha="auto" choose each node's alpha."""
     known = frozenset(node.name for node in nodes) | frozenset(bystanders)
-    check_one_of("merge", o.merge, MERGE_RULES)
-    dtype = narrowest(request.fisher for request in requests)
-    fractions = _forget_fractions(o, nodes, known)
-    alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
-    values = Values.of(nodes, known, dtype, alpha, o.lam)
-    exponent, cap, scale = (check_number(what, getattr(o, what), dtype) for what in ("exponent", "cap", "scale"))
-    merging, more = Merging(o.merge, scale), {"on_mismatch": o.on_mismatch, "backend": o.backend}
-    made = Plan(nodes, requests, bystanders, merging, values, exponent=exponent, cap=cap, **more)  # type: ignore[arg-type]
-    warn_if_unlike(
-        (f"the original Fisher of {n.name!r}", n.fisher.provenance, f"the forget Fisher of request {k}", r.provenance)
-        for n in nodes
-        for k, r in ((k, requests[k].fisher) for k in n.requests)
-    )
-    if fractions is not None:
-        q = np.array([adaptive_percentile(fraction) for fraction in fractions])
-        made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))
-    return made
+    return Making(nodes, requests, bystanders, known, o, None).finished()
+
+
+def _made(checked: Callable[[], Checked], ranks: Ranks | None, o: Options) -> Plan:
+    """Check everything, compile, bind; with alpha="auto" choose each node's alpha from its ratios.
+
+    Where models are spread over ranks, either all of them come to a plan, or none does.
+    """
+    with together(ranks) as facts:
+        nodes, requests, bystanders = checked()
+        known = frozenset(node.name for node in nodes) | frozenset(bystanders)
+        spread = None if ranks is None else Spread(ranks, nodes, requests, bystanders)
+        making = Making(nodes, requests, bystanders, known, o, spread)
+        if spread is not None:
+            facts |= spread.said(making.merging, making.values, making.shape, making.auto, o.on_mismatch)
+    return making.finished()
+
+
+class Making:
+    """A plan in the making: first all that a rank can do by itself, then what takes all of them."""
+
+    def __init__(
+        self,
+        nodes: list[ReachedNode],
+        requests: list[ForgetRequest],
+        bystanders: dict[str, Model],
+        known: frozenset[str],
+        o: Options,
+        spread: Spread | None,
+    ) -> None:
+        """Check the options, compile and bind; `known` are the names of all nodes of the DAG."""
+        check_one_of("merge", o.merge, MERGE_RULES)
+        if spread is None:
+            for node in nodes:
+                if node.fisher.layout.sharded:
+                    check_part(node)
+        dtype = narrowest(request.fisher for request in requests)
+        fractions = _forget_fractions(o, nodes, known)
+        alpha = 0.0 if isinstance(o.alpha, str) else o.alpha
+        self.values = Values.of(nodes, known, dtype, alpha, o.lam)
+        exponent, cap, scale = (check_number(what, getattr(o, what), dtype) for what in ("exponent", "cap", "scale"))
+        self.merging, self.shape = Merging(o.merge, scale), (exponent, cap)
+        rules = {"on_mismatch": o.on_mismatch, "backend": o.backend, "spread": spread}
+        of = nodes, requests, bystanders, self.merging, self.values
+        self._plan = Plan(*of, exponent=exponent, cap=cap, **rules)  # type: ignore[arg-type]
+        self._nodes, self._requests, self._fractions = nodes, requests, fractions
+
+    @property
+    def auto(self) -> str:
+        """What alpha will be chosen by; empty where it is a number."""
+        return "" if self._fractions is None else f"that of forget_fraction={self._fractions.tolist()}"
+
+    def finished(self) -> Plan:
+        """The plan; with alpha="auto" each node's alpha is chosen from its ratios, over all ranks."""
+        nodes, requests, made = self._nodes, self._requests, self._plan
+        warn_if_unlike(
+            (
+                f"the original Fisher of {n.name!r}",
+                n.fisher.provenance,
+                f"the forget Fisher of request {k}",
+                r.provenance,
+            )
+            for n in nodes
+            for k, r in ((k, requests[k].fisher) for k in n.requests)
+        )
+        if self._fractions is not None:
+            q = np.array([adaptive_percentile(fraction) for fraction in self._fractions])
+            made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))
+        return made
 
 
 def _forget_fractions(o: Options, nodes: Sequence[ReachedNode], known: frozenset[str]) -> np.ndarray | None:

@@ -122,6 +122,12 @@ class Numbers:
         """`each`: [nodes] float64, of no meaning where the node has a split."""
         self.each, self.splits = each, splits
 
+    @classmethod
+    def given(cls, each: Sequence[Number]) -> Numbers:
+        """Of nodes that are not here: what was given, patterns without what they mean."""
+        splits = {i: Split(value, {}) for i, value in enumerate(each) if isinstance(value, Mapping)}
+        return cls(np.array([0.0 if i in splits else value for i, value in enumerate(each)], dtype=np.float64), splits)
+
     def at(self, node: int) -> Number:
         """Of one node, as it was given."""
         return dict(self.splits[node].numbers) if node in self.splits else float(self.each[node])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arguments import FISHER_DTYPES, short
+from .dtensors import is_dtensor, local_tensor
 from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .guards import denormals_kept
 from .kernels.cpu import expect_writes
@@ -40,9 +41,29 @@ class Vector:
         self.buffer = buffer.detach()
         self.layout = layout
 
-    def _with(self, buffer: torch.Tensor) -> Self:
-        """The same over another buffer."""
-        return type(self)(buffer, self.layout)
+    def _with(self, buffer: torch.Tensor, layout: Layout | None = None) -> Self:
+        """The same over another buffer, or another layout as well."""
+        return type(self)(buffer, self.layout if layout is None else layout)
+
+    def part(self, layout: Layout) -> Self:
+        """A copy of the parts that a layout's shards say, of the same parameters.
+
+        Raises:
+            LayoutError: a parameter is not here, or has another shape than the layout's whole one.
+
+        """
+        views = self.as_dict()
+        pieces = []
+        for s in layout:
+            own = self.layout[s.name]
+            if own.fits(s):
+                pieces.append(views[s.name].reshape(-1))
+            elif own.shard is None and s.shard is not None and own.shape == s.shard.shape:
+                block = tuple(slice(at, at + n) for at, n in zip(s.shard.start, s.shape, strict=True))
+                pieces.append(views[s.name][block].reshape(-1))
+            else:
+                raise LayoutError(f"{s.name!r} is {own}, and its part {s} is asked for")
+        return self._with(torch.cat(pieces), layout)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """View of one parameter's entries, in its shape."""
@@ -133,6 +154,8 @@ def flattened(values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]
     for name, value in values.items():
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(f"{name!r} is a {type(value).__name__}, expected a tensor")
+    layout = Layout.from_tensors(values) if any(map(is_dtensor, values.values())) else None
+    values = {name: local_tensor(value) for name, value in values.items()} if layout is not None else values
     first, like = next(iter(values.items()))
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     for name, value in values.items():
@@ -145,7 +168,7 @@ def flattened(values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]
     check_one_device(values, repr)
     for name, value in values.items():
         check_addressable(repr(name), value)
-    layout = Layout.from_tensors(values)
+    layout = Layout.from_tensors(values) if layout is None else layout
     buffer = expect_writes(torch.empty(layout.numel, dtype=dtype, device=next(iter(values.values())).device))
     torch.cat([v.detach().reshape(-1).to(dtype) for v in values.values()], out=buffer)
     return buffer, layout

@@ -22,9 +22,8 @@ def reciprocal(y: np.ndarray) -> np.ndarray:
 
 def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     """x * y + z, rounded once."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
     import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     x, y, z = (TensorHandle(np.asarray(each, np.float32), tl.float32) for each in np.broadcast_arrays(x, y, z))
     return InterpreterBuilder().create_fma(x, y, z).data

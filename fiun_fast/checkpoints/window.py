@@ -162,7 +162,10 @@ def compute(family: Family, window: Window, slot: Tensor, scratch: Scratch, *, d
 
 
 def _has_a_sign(values: Tensor) -> bool:
-    """Whether a sign bit is set: of a number below 0, of -0, of a NaN. NumPy finds the least integer twice as fast as torch the least float."""
+    """Whether a sign bit is set: of a number below 0, of -0, of a NaN.
+
+    NumPy finds the least integer twice as fast as torch the least number.
+    """
     numbers = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).numpy()
     return bool(numbers.size) and int(numbers.min()) < 0
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 import fiun_fast as ff
+from fiun_fast.dtensors import is_dtensor
+from fiun_fast.memory import check_addressable
 
 DEFAULTS: dict[str, Any] = {
     "lower_bound": 1,  # despite its name the upper bound of the factor
@@ -57,3 +59,10 @@ def check_finite(key: str, value: Any, most: float = math.inf) -> None:
     if isinstance(value, bool) or not (0 <= number <= most and math.isfinite(number)):
         wanted = "a finite number that is not negative" if most == math.inf else f"a number in 0..{most}"
         raise ff.ArgumentError(f"parameters[{key!r}] is {value}, expected {wanted}")
+
+
+def check_whole(model: torch.nn.Module) -> None:
+    """Raise a LayoutError for the first parameter of which this rank has a part: importances are whole tensors."""
+    for name, p in model.named_parameters():
+        if is_dtensor(p):
+            check_addressable(f"parameter {name!r}", p)

@@ -31,7 +31,7 @@ from .dampening import Kept, Numbers, dampen, dampen_in_half_precision
 from .differences import differences
 from .helpers import Helpers
 from .importances import Importances, check_averaged, flat_zeros, mfim, named_as, published, streamed, values_of
-from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, given, is_device
+from .parameters import ADAPTIVE, DEFAULTS, NUMBERS, check_finite, check_whole, given, is_device
 from .passes import NORMALIZE, Batches, Pass
 
 __all__ = ["ParameterPerturber", "differences", "mfim"]
@@ -291,6 +291,7 @@ class ParameterPerturber(Helpers):
 
     def _corrected(self, dataloader: Iterable[Any], pass_over: Pass) -> dict[str, Tensor]:
         """`ff.estimate_fisher`, which leaves the model as it was."""
+        check_whole(self.model)
         fisher = ff.estimate_fisher(
             self.model,
             pass_over.over(dataloader, self.model),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import FISHER_DTYPES, Estimator, check_count, check_one_of, listed
+from ..dtensors import is_dtensor
 from ..errors import ArgumentError, DTypeError, EstimationError, LayoutError
 from ..fisher import Fisher
 from ..layout import Layout
@@ -48,7 +49,7 @@ class FisherAccumulator:
         ArgumentError: unknown estimator; a selected parameter does not require grad, so no gradient would ever arrive.
         DeviceError: the parameters lie on several devices, or one on meta.
         DTypeError: `dtype` is not float32 or float64.
-        LayoutError: a parameter has no plain memory of its own (a DTensor, sparse, freed, …); the message says what to
+        LayoutError: a parameter has no plain memory of its own (sparse, freed, …); the message says what to
             pass. Or as in `Layout.from_module`.
         BackendError: as in `plan`.
 
@@ -187,10 +188,14 @@ class FisherAccumulator:
             EstimationError: on entry, a parameter holds a gradient, streams already (here or elsewhere), or is being
                 estimated; at a backward and on exit, an earlier one raised; on exit, the last mini-batch lacks backward
                 passes (it is left out), or a scaled gradient was not finite.
-            LayoutError, DeviceError: on entry, a parameter has changed its shape or lost its memory; during a backward,
-                a gradient is one that `update` refuses.
+            LayoutError, DeviceError: on entry, a parameter has changed its shape or lost its memory, or is spread over
+                ranks; during a backward, a gradient is one that `update` refuses.
 
         """
+        if any(map(is_dtensor, self._parameters.values())):
+            raise LayoutError(
+                "gradients of a model that is spread over ranks are reduced first: use update() or during()"
+            )
         with (
             self._open("streaming()"),
             claims.streaming(self._parameters),

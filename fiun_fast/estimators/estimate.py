@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..arguments import Estimator, Per
+from ..dtensors import is_dtensor, reshard_, sharding_modules
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
+from ..layout import Layout
 from ..memory import check_loaded
+from ..ranks import Fact, Ranks, ranks_of, together
 from ..scope import Params, check_module, select_parameters
 from ..wrappers import check_gathered, silenced, unwrap
 from . import claims
@@ -40,6 +44,7 @@ def estimate_fisher(
     seed: int = 0,
     per: Per = "sequence",
     target_index: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Fisher:
     """Estimate the diagonal Fisher information of a model over a loader.
 
@@ -60,7 +65,11 @@ def estimate_fisher(
 
     Args:
         model: any module. Wrappers are looked through (DistributedDataParallel, DataParallel, torch.compile, Opacus and
-            others): the data of this process alone count, nothing is reduced over ranks, and the model runs eagerly.
+            others): the data of this process alone count unless `group` says otherwise, and the model runs eagerly.
+            Of a model that is spread over ranks (FSDP2, tensor parallel) the Fisher is spread alike, and gradients are
+            as its backward leaves them: under FSDP2 of the mean over ranks, so that `batch` squares that of the global
+            batch. `sample` and `expected` are over all ranks' samples, for a last linear layer that FSDP2 has cut up,
+            and refused for all else. All ranks need the same number of batches.
         loader: yields batches: (inputs [B, ...], targets [B]), (inputs, …, targets), or a dict (any Mapping) with
             "labels", "label" or "label_ids", with whose keys as keywords the model is called; for `label_free` and
             `expected`, which need no labels, also inputs alone and dicts without labels. The model may return a tensor,
@@ -84,6 +93,11 @@ def estimate_fisher(
             and `expected` is: a "sequence", whose loss is the mean over its tokens, or a "token". Labels of -100 do
             not count; of a dict with labels the model's own loss says whether they are those of the next token.
         target_index: position of the targets in a tuple; default: last.
+        group: torch.distributed process group over which the data are split: each rank passes what it has, also none,
+            and gets the Fisher over all of it, the same on every rank: `sample` and `expected` average over all
+            samples, `batch` and `label_free` over all batches as the ranks had them. Labels that `expected` draws are
+            other ones than in one process. Of a model that is spread over ranks: groups across its own ranks, such as
+            data parallel beside tensor parallel.
 
     Returns:
         The Fisher, float32, on the parameters' device.
@@ -100,7 +114,7 @@ def estimate_fisher(
 
     """
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
-    return sweep({"model": Wanted(model, params, [options])}, loader, progress)["model"][0]
+    return sweep({"model": Wanted(model, params, [options])}, loader, progress, group)["model"][0]
 
 
 def estimate_fishers(
@@ -117,6 +131,7 @@ def estimate_fishers(
     seed: int = 0,
     per: Per = "sequence",
     target_index: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, Fisher]:
     """Fishers of several models, such as all nodes of an inheritance DAG, in one sweep over the loader.
 
@@ -126,7 +141,8 @@ def estimate_fishers(
 
     Args:
         models: name -> module.
-        loader, params, estimator, loss_fn, forward_fn, progress, backend, samples, seed, per, target_index: as there.
+        loader, params, estimator, loss_fn, forward_fn, progress, backend, samples, seed, per, target_index, group: as
+            there.
 
     Returns:
         Name -> Fisher, in the order of `models`.
@@ -138,7 +154,7 @@ def estimate_fishers(
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
-    found = sweep({name: Wanted(model, params, [options]) for name, model in models.items()}, loader, progress)
+    found = sweep({name: Wanted(model, params, [options]) for name, model in models.items()}, loader, progress, group)
     return {name: fishers[0] for name, fishers in found.items()}
 
 
@@ -151,10 +167,16 @@ class Wanted:
     options: Sequence[Options]  # at least one; all read batches alike
 
 
-def sweep(wanted: Mapping[str, Wanted], loader: Iterable[Any], progress: bool = False) -> dict[str, list[Fisher]]:
+def sweep(
+    wanted: Mapping[str, Wanted],
+    loader: Iterable[Any],
+    progress: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, list[Fisher]]:
     """Go over the loader once, for all that is wanted: name -> a Fisher for each of its options.
 
-    Each is what it would be alone. Estimates at one head share the forward. Errors as for `estimate_fisher`.
+    Each is what it would be alone. Estimates at one head share the forward. `group` and errors as for
+    `estimate_fisher`.
     """
     for name, one in wanted.items():
         what = "model" if len(wanted) == 1 else f"model {name!r}"
@@ -165,7 +187,11 @@ def sweep(wanted: Mapping[str, Wanted], loader: Iterable[Any], progress: bool = 
     bare = {name: found.module for name, found in inner.items()}
     if len({id(model) for model in bare.values()}) < len(bare):
         raise ArgumentError("one model is given under several names; estimate its Fisher once")
-    with ExitStack() as stack:
+    spread = ranks_of(bare.values())
+    ranks = None if group is None else Ranks.of_group(group)
+    if ranks is not None and spread is not None and set(ranks.members) <= set(spread.members):
+        ranks = None  # the model's own ranks, over which its backward reduces as it needs
+    with together(ranks) as facts, together(spread) as its, ExitStack() as stack:
         stack.enter_context(claims.estimating(bare))  # first: another estimate has frozen what it does not select
         stack.enter_context(claims.uncompiled())
         for model in models.values():
@@ -173,22 +199,28 @@ def sweep(wanted: Mapping[str, Wanted], loader: Iterable[Any], progress: bool = 
         jobs: dict[str, list[Job]] = {}
         for name, model in bare.items():
             selected = select_parameters(model, wanted[name].params)
-            jobs[name] = [Job(model, selected, options) for options in wanted[name].options]
+            jobs[name] = [Job(model, selected, _apart(options, ranks)) for options in wanted[name].options]
+            facts[f"the layout of model {name!r}"] = Fact(_laid_out(jobs[name][0]), LayoutError)
         every = [job for those in jobs.values() for job in those]
         for job in every:
             check_parameters(job.selected)
             if job.options.forward_fn is None:
                 check_loaded(job.model)
+        asked = [options for one in wanted.values() for options in one.options]
+        facts["the estimator"] = Fact([(one.estimator, one.samples, one.per, one.seed) for one in asked])
+        its |= facts
         check_no_transform()
         scopes = [(those[0].model, those[0].selected.values()) for those in jobs.values()]
         on = stack.enter_context(preserved(scopes))
+        stack.callback(reshard_, sharding_modules(bare.values()))  # before what was found is put back
         shared = {name: SharedForward() for name in jobs}
         estimates = {name: [_Chosen(job, shared[name]) for job in those] for name, those in jobs.items()}
         batches = loader
         if not isinstance(batches, NumberedBatches):
             strictest = next((job for job in every if job.options.reading.needs_labels), every[0])
             batches = NumberedBatches(loader, strictest.options.reading, every[0].model)
-        for number, batch in _progress(batches, loader) if progress else batches:
+        numbered = _progress(batches, loader) if progress else batches
+        for number, batch in numbered if spread is None else _in_step(numbered, spread):
             for i, (name, several) in enumerate(estimates.items()):
                 with on(i), of_batch(number), shared[name]:
                     for estimate in several:
@@ -198,11 +230,12 @@ def sweep(wanted: Mapping[str, Wanted], loader: Iterable[Any], progress: bool = 
                         if not estimate.totals.is_finite():
                             which = f"model {name!r}: " if len(models) > 1 else ""
                             raise EstimationError(which + why_not_finite(batch, bare[name]))
-        batches.check_not_empty()
-        return {
-            name: [_said(estimate.result(), inner[name].wrappers) for estimate in several]
-            for name, several in estimates.items()
-        }
+        if ranks is None:
+            batches.check_not_empty()
+    return {
+        name: [_said(_over(estimate, spread, ranks), inner[name].wrappers) for estimate in several]
+        for name, several in estimates.items()
+    }
 
 
 def _thaw(job: Job) -> None:
@@ -210,6 +243,59 @@ def _thaw(job: Job) -> None:
     for p in job.selected.values():
         p.requires_grad_()
         p.grad = None
+
+
+def _apart(options: Options, ranks: Ranks | None) -> Options:
+    """The same with draws of this rank's own."""
+    return options if ranks is None else replace(options, seed=options.seed + ranks.index)
+
+
+def _over(estimate: _Chosen, spread: Ranks | None, ranks: Ranks | None) -> Fisher:
+    """The Fisher over what all these ranks have added: this rank's part of it, where the model is spread."""
+    over = [spread if estimate.is_whole else None, ranks]
+    fisher = _added_up(estimate, [one for one in over if one is not None])
+    return fisher.part(Layout.from_tensors(estimate.selected)) if estimate.is_whole else fisher
+
+
+def _added_up(estimate: Estimate, over: Sequence[Ranks]) -> Fisher:
+    """The Fisher over what all these ranks have added; its provenance is that of the first of them that had data."""
+    had_data = estimate.totals.steps > 0
+    for ranks in over:
+        estimate.totals.add_up(ranks)
+    fisher = estimate.result()
+    said = fisher.provenance if had_data else None
+    for ranks in over:
+        said = next((record for record in ranks.gather(said) if record is not None), None)
+    return Fisher(fisher.buffer, fisher.layout, fisher.provenance if said is None else said)
+
+
+def _in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
+    """Batches for a model whose forward is a joint one: all ranks have the next one, or all raise an error."""
+    upcoming, done = iter(batches), object()
+    while True:
+        error, batch = None, done
+        try:
+            batch = next(upcoming, done)
+        except Exception as met:
+            error = met
+        has = "there" if batch is not done else "none"
+        ranks.agree(error, {"the next batch": Fact(has, EstimationError)})
+        if batch is done:
+            return
+        yield batch
+
+
+def _no_spread(job: Job, why: str) -> EstimationError:
+    """The error for an estimator that a model spread over ranks cannot have."""
+    return EstimationError(
+        f"estimator {job.estimator!r} takes each sample's gradient, and those of a model that is spread over ranks are "
+        f'of all ranks\' samples together: take params="last" ({why}) or estimator="batch", or estimate before the '
+        "model is spread; a whole Fisher fits it too"
+    )
+
+
+def _laid_out(job: Job) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(p.shape)) for name, p in job.selected.items()]
 
 
 def _said(fisher: Fisher, wrappers: tuple[str, ...]) -> Fisher:
@@ -224,10 +310,17 @@ class _Chosen(Estimate):
     """The cheapest way that fits; found on the first batch, by trying."""
 
     def __init__(self, job: Job, shared: SharedForward) -> None:
+        self._estimate: Estimate
         self._job, self._steps = job, 0
+        self._spread = any(map(is_dtensor, job.selected.values()))
+        if self._spread and not job.by_sample:  # of gradients that are reduced over ranks
+            self._estimate = _general(job, "averaged over ranks by fully_shard" * bool(sharding_modules([job.model])))
+            return
         try:
-            self._estimate: Estimate = HeadEstimate(job, shared)
-        except NotAHead:  # more than a head was asked for: nothing to explain
+            self._estimate = HeadEstimate(job, shared)
+        except NotAHead as refusal:  # more than a head was asked for: nothing to explain
+            if self._spread:
+                raise _no_spread(job, f"here: {refusal}") from None
             self._estimate = _general(job, "")
 
     def step(self, batch: Any) -> None:
@@ -236,9 +329,21 @@ class _Chosen(Estimate):
         except NotAHead as refusal:
             if self._steps:
                 raise EstimationError(f"{refusal}, unlike in earlier batches") from None
+            if self._spread:
+                raise _no_spread(self._job, f"here: {refusal}") from None
             self._estimate = _general(self._job, f"not at the head: {refusal}")
             self._estimate.step(batch)
         self._steps += 1
+
+    @property
+    def selected(self) -> Mapping[str, torch.nn.Parameter]:
+        """The parameters that were asked for, as they are here."""
+        return self._job.selected
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it adds up all of what this rank has a part of, over this rank's samples."""
+        return self._spread and self._job.by_sample
 
     @property
     def totals(self) -> Totals:

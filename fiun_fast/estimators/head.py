@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import is_dtensor, local_tensor, sharding_modules
 from ..errors import EstimationError
 from ..fisher import Fisher
 from ..naming import Names
@@ -56,6 +57,9 @@ class SharedForward:
 class HeadEstimate(Estimate):
     """`batch`, `sample` or `expected` of the weight and bias of one `nn.Linear`.
 
+    Of a layer that FSDP2 has cut up, the whole of them: its forward meets gathered parameters, and each rank's sum is
+    one over its own samples.
+
     Args:
         job: what is to be estimated.
         shared: by all estimates of the same parameters in one sweep.
@@ -71,8 +75,12 @@ class HeadEstimate(Estimate):
             raise NotAHead("label_free measures the outputs of the whole model")
         self._job, self._shared = job, shared
         self._layer = _owner(job)
-        self._names = {id(p): name for name, p in job.selected.items()}
-        self._totals = Totals(job.selected, job.estimator, backend=job.options.backend)
+        names = {id(p): name for name, p in job.selected.items()}
+        roles = self._layer._parameters.items()  # taken down now: FSDP2 puts gathered ones there meanwhile
+        self._names = {role: names[id(p)] for role, p in roles if id(p) in names}
+        self._gathered = any(map(is_dtensor, job.selected.values()))
+        parameters = _wholes(job) if self._gathered else job.selected
+        self._totals = Totals(parameters, job.estimator, backend=job.options.backend)
 
     def step(self, batch: Any) -> None:
         """One forward without gradients, then δ at the logits."""
@@ -98,7 +106,8 @@ class HeadEstimate(Estimate):
     def _forward(self, batch: Any) -> Met:
         """Targets, and what the layer was given and returned."""
         met: list[tuple[Any, ...]] = []
-        if self._layer._forward_hooks or self._layer._forward_pre_hooks:
+        hooks = self._layer._forward_hooks or self._layer._forward_pre_hooks
+        if hooks and not self._gathered:  # then they are FSDP2's
             raise NotAHead("the layer has hooks, which may change its input or output")
         if any(p._backward_hooks for p in self._layer.parameters(recurse=False)):
             raise NotAHead("its parameters have hooks, which may change their gradients")
@@ -133,16 +142,16 @@ class HeadEstimate(Estimate):
         if d.dtype != a.dtype:  # autocast in the forward alone
             d, a = totals.number(d), totals.number(a)
         gradients = {}
-        for p, gradient in ((self._layer.weight, lambda: d.t() @ a), (self._layer.bias, lambda: d.sum(0))):
-            if name := self._names.get(id(p)):
+        for role, gradient in (("weight", lambda: d.t() @ a), ("bias", lambda: d.sum(0))):
+            if name := self._names.get(role):
                 gradients[name] = gradient()
         totals.add(gradients)
 
     def _outer(self, d: Tensor, a: Tensor) -> None:
         """Add (d^2)^T (a^2), and the sum of d^2 for the bias."""
-        if weight := self._names.get(id(self._layer.weight)):
+        if weight := self._names.get("weight"):
             self._totals.outer(self._totals.views[weight], d[:, None, :, None], a[:, None, :, None])
-        if bias := self._names.get(id(self._layer.bias)):
+        if bias := self._names.get("bias"):
             self._totals.square(self._totals.views[bias], d)
 
     def _delta(self, logits: Tensor, loss_of: Any) -> Tensor:
@@ -161,6 +170,21 @@ class HeadEstimate(Estimate):
     def result(self) -> Fisher:
         """The mean over batches (`batch`) or samples."""
         return self._totals.fisher(dict.fromkeys(self._job.selected, HOW))
+
+
+def _wholes(job: Job) -> dict[str, Tensor]:
+    """Tensors of the shapes of the whole parameters, which this rank has parts of.
+
+    Raises:
+        NotAHead: it is not FSDP2 alone that has cut them up: then a forward meets parts.
+
+    """
+    cut = [p for p in job.selected.values() if is_dtensor(p)]
+    if not sharding_modules([job.model]) or any(p.device_mesh.ndim > 1 for p in cut):  # type: ignore[attr-defined]
+        raise NotAHead("the layer is cut up in its forward, too")
+    return {
+        name: torch.empty(p.shape, dtype=p.dtype, device=local_tensor(p).device) for name, p in job.selected.items()
+    }
 
 
 def _owner(job: Job) -> nn.Linear:

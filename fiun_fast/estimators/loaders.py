@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
+from ..dtensors import local_tensor
 from ..errors import ArgumentError, EstimationError
 from ..memory import check_loaded
 from .predictions import IGNORED
@@ -90,7 +91,7 @@ def why_not_finite(batch: Any, model: nn.Module) -> str:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             return f"its part {pytree.keystr(path) or 'x'} holds values that are not finite, and so would the Fisher"
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if t.is_floating_point() and not bool(t.isfinite().all()):
+        if t.is_floating_point() and not bool(local_tensor(t).isfinite().all()):
             return f"{name!r} of the model holds values that are not finite, and so would the Fisher"
     return (
         "its loss or a gradient is not finite, and so would the Fisher be: an overflow in half precision, a logarithm "

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..arguments import short
+from ..dtensors import is_dtensor, local_tensor
 from ..errors import DeviceError, DTypeError, EstimationError, EstimationWarning, FiunError, LayoutError, warn
 from ..fisher import Fisher
 from ..kernels import select
@@ -21,6 +23,7 @@ from ..kernels.cpu import expect_writes
 from ..layout import Layout
 from ..memory import check_addressable, check_one_device, check_writable, flaw_of, is_lazy, span
 from ..provenance import Provenance
+from ..ranks import Ranks
 
 POWERS = {"batch": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
 BY_SAMPLE = ("sample", "expected")  # means over samples; the others are means over steps
@@ -43,8 +46,10 @@ class Totals:
         backend: name of a backend; None for the default of the parameters' device.
         empty: the error message if `fisher` is called before anything was added.
 
+    Of parameters that are spread over ranks it is a sum over what this rank has of them.
+
     Raises:
-        FiunError: a parameter has no plain memory of its own (DTensor, meta, sparse, freed, …).
+        FiunError: a parameter has no plain memory of its own (meta, sparse, freed, …).
         DeviceError: the parameters lie on several devices.
         BackendError: the backend cannot be used there.
 
@@ -61,7 +66,8 @@ class Totals:
     ) -> None:
         check_parameters(parameters)
         self.layout = Layout.from_tensors(parameters)
-        self._device, self._dtype = next(iter(parameters.values())).device, dtype
+        self._spread: dict[str, Any] = {n: p.placements for n, p in parameters.items() if is_dtensor(p)}  # type: ignore[attr-defined]
+        self._device, self._dtype = local_tensor(next(iter(parameters.values()))).device, dtype
         self._estimator, self._empty, self._power = estimator, empty, POWERS[estimator]
         self.kernels = select(backend, self._device.type)
         self._begin()
@@ -127,6 +133,8 @@ class Totals:
             self._begin()
         strided, sparse, into = [], [], []
         for name, gradient in gradients.items():
+            if name in self._spread:
+                gradient = self._here(name, gradient)
             if gradient.layout != torch.strided and not gradient.is_nested:
                 sparse.append(gradient)
                 gradient = gradient.to_dense()
@@ -157,6 +165,19 @@ class Totals:
         except BaseException:
             self.spoil("an update was interrupted half way")
             raise
+
+    def _here(self, name: str, gradient: Tensor) -> Tensor:
+        """What this rank has of the gradient of a parameter that is spread, cut up as the parameter is."""
+        if is_dtensor(gradient) and gradient.placements != self._spread[name]:  # type: ignore[attr-defined]
+            # sums that wait to be reduced
+            gradient = gradient.redistribute(placements=self._spread[name])  # type: ignore[attr-defined]
+        return local_tensor(gradient)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Make it the sum over all ranks, the same on each: each adds its own steps and samples. A collective."""
+        counts = ranks.sum_of(np.array([self.steps, self.samples], dtype=np.int64))
+        ranks.sum_(self.buffer)
+        self.steps, self.samples = counts.tolist()
 
     def _misfit(self, name: str, gradient: Tensor) -> FiunError:
         if gradient.device != self._device:
@@ -242,12 +263,13 @@ def _apart(tensors: Sequence[Tensor]) -> bool:
 
 def check_parameters(parameters: Mapping[str, Tensor], layout: Layout | None = None) -> None:
     """Raise a FiunError unless all have plain memory on one device, may have gradients, and fit a given layout."""
-    for name, p in parameters.items():
+    local = {name: local_tensor(p) for name, p in parameters.items()}
+    for name, p in local.items():
         if (flaw := flaw_of(p)) is not None:
             raise flaw.raised(f"parameter {name!r}")
-    check_one_device(parameters, lambda name: f"parameter {name!r}")
+    check_one_device(local, lambda name: f"parameter {name!r}")
     check_no_inference(parameters.items())
-    for name, p in parameters.items():
+    for name, p in local.items():
         if layout is not None and p.shape != layout[name].shape:
             raise LayoutError(
                 f"parameter {name!r} has shape {list(p.shape)}, expected {list(layout[name].shape)}, its shape when "

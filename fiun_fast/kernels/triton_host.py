@@ -123,7 +123,10 @@ def why_no_driver() -> str | None:
 
 # -------------------------------------------------------------------------------------------------------- options
 def options(backend: str, arch: int, constants: dict[str, Any]) -> dict[str, Any]:
-    """What depends on the target, "cuda" with its compute capability as 90, or "hip" with any number. Products and sums are never contracted: the bits are part of the contract."""
+    """What depends on the target: "cuda" with its compute capability, such as 90, or "hip" with any number.
+
+    Products and sums are never contracted: the bits are part of the contract.
+    """
     flags: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     if backend == "cuda":
         flags["maxnreg"] = MAX_REGISTERS if _fits(constants) else MAX_REGISTERS_WIDE

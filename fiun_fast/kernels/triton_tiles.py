@@ -92,6 +92,7 @@ def opposed(slope, theta):
 
 @triton.jit
 def count(flags):
+    """How many of a tile [R, V] are set; of numbers, their sum."""
     return tl.sum(tl.sum(flags.to(tl.int32), axis=1), axis=0)
 
 

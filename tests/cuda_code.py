@@ -125,6 +125,7 @@ def _figures(usage: str, ptx: str, code: str) -> dict[str, int]:
     def matching(pattern: str) -> int:
         return sum(n for operation, n in count.items() if re.match(pattern, operation))
 
+    zeros = {"0f00000000", *re.findall(r"\bmov\.[bf]32\s+(%\w+), 0f00000000;", ptx)}  # what is added to products
     return {
         "registers": int(re.findall(r"Used (\d+) registers", usage)[0]),
         "stack": max(map(int, re.findall(r"(\d+) bytes stack frame", usage))),
@@ -139,6 +140,7 @@ def _figures(usage: str, ptx: str, code: str) -> dict[str, int]:
         "approximate": len(re.findall(r"\.(?:approx|full)\b|\.ftz\b", ptx.replace(RECIPROCAL, ""))),
         "reciprocals": ptx.count(RECIPROCAL),  # what quick.h makes exact quotients of
         "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)(?!x)", ptx)) + 2 * ptx.count("fma.rn.f32x2"),
+        "products": sum(addend in zeros for addend in re.findall(r"\bfma\.rn\.f32\s[^;]*, (\w+|%\w+);", ptx)),
         "pairs_fused": matching("FFMA2"),  # in machine code; those of the PTX are what is meant
         "pairs_meant": ptx.count("fma.rn.f32x2"),
         "fusible": len(re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)", ptx)),  # with .rn ptxas keeps the two steps apart

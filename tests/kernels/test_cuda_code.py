@@ -158,10 +158,13 @@ def test_nothing_is_contracted(found):
     for (kernel, arch), figures in found.items():
         assert figures["fusible"] == 0, (kernel, arch)
         if wide_accesses(kernel) is not None and "exponent" not in kernel:  # others may ask for one by name
-            # a reciprocal takes two, the quotient made of it two; sm_100 divides in pairs, of which the path for
-            # addresses at odd offsets fills one half: four numbers, two steps
-            idle = 8 if arch == "100" and figures["reciprocals"] else 0
-            assert figures["fma"] == 4 * figures["reciprocals"] + idle, (kernel, arch)
+            # a reciprocal takes two, the quotient made of it two, alpha I is one that adds 0; sm_100 computes in pairs,
+            # of which the path for addresses at odd offsets fills one half: four numbers, two steps
+            pairs = arch == "100"
+            products = figures["reciprocals"] if pairs else figures["products"]
+            idle = 8 if pairs and figures["reciprocals"] else 0
+            assert figures["fma"] == 4 * figures["reciprocals"] + products + idle, (kernel, arch)
+            assert (products > 0) == (figures["reciprocals"] > 0), (kernel, arch)
             assert figures["pairs_fused"] == figures["pairs_meant"], (kernel, arch)
 
 

@@ -148,8 +148,8 @@ def test_the_division_check_can_fail(compiled):
 
 def test_nothing_is_contracted(compiled):
     for key, figures in on_nvidia(compiled, *WIDTHS, "dampen fp64"):  # an exponent's float64 logarithm is made of them
-        # a reciprocal takes two, the quotient made of it two
-        assert figures["fma"] == 4 * figures["reciprocals"], key
+        # a reciprocal takes two, the quotient made of it two, and alpha I is one that adds 0, so that -0 becomes 0
+        assert figures["fma"] == 5 * figures["reciprocals"], key
         quick = key.startswith("dampen") and "fp64" not in key
         assert (figures["reciprocals"] > 0) == quick, key
         assert figures["pairs_fused"] == figures["pairs_meant"], key  # on sm_100, where some ptxas contract pairs
@@ -158,7 +158,7 @@ def test_nothing_is_contracted(compiled):
 @pytest.mark.parametrize("kernel", ["dampen", "merge", "accumulate"])
 def test_the_contraction_check_can_fail(compiled, kernel):
     figures = compiled["mutants"][f"{kernel}: fused multiply-add"]
-    assert figures["fma"] > 4 * figures["reciprocals"]
+    assert figures["fma"] > 5 * figures["reciprocals"]
 
 
 def test_the_maximum_passes_nan_on(compiled):

@@ -30,7 +30,7 @@ from fiun_fast.demo.data import CLASSES, Samples, jitter, load_digits
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "unlearn.json", ROOT / "docs" / "unlearn.md"
-EPOCHS = {"u0": 12, "u1": 6, "u2": 6}
+EPOCHS = {"u0": 20, "u1": 8, "u2": 8}
 SIZE, THREADS, SEED = 64, 2, 0
 
 

@@ -29,7 +29,7 @@ from .unlearning import Options, made
 from .values import Choice
 
 BEST: tuple[Estimator, ...] = ("batch", "expected")  # docs/choosing.md compares them
-SAMPLES = 1024
+SAMPLES = 512
 ONE = "model"  # the node of a model without a DAG
 Ways = Callable[[list[Any]], list[EstimateOptions]]  # of these estimators; of those asked for where there are none
 

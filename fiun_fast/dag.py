@@ -57,8 +57,6 @@ class Node:
         time: when the model came to be, or None.
         data: loader over the data the model was trained on, or None: of it the first plan that needs the original
             Fisher estimates it. A Fisher that is given is used as it is.
-        estimates: what was estimated of the data; kept here. A model of which nothing but the parameters in scope was
-            trained further needs `estimates.clear()`; other training is noticed.
 
     """
 
@@ -67,7 +65,18 @@ class Node:
     fisher: Fisher | None = None
     time: float | None = None
     data: Iterable[Any] | None = None
-    estimates: Estimates = field(default_factory=Estimates, init=False, repr=False)
+    _estimates: Estimates | None = field(default=None, init=False, repr=False)  # nodes may be 100,000
+
+    @property
+    def estimates(self) -> Estimates:
+        """What was estimated of the data; kept here.
+
+        A model of which nothing but the parameters in scope was trained further needs `estimates.clear()`; other
+        training is noticed.
+        """
+        if self._estimates is None:
+            self._estimates = Estimates()
+        return self._estimates
 
 
 class InheritanceDAG:

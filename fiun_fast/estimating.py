@@ -68,16 +68,11 @@ def completed(
         FiunError: as `complete_for`.
 
     """
+    keywords = {"backend": backend} | check_estimate(estimate)
     if not any(request.fisher is None for request in requests) and not dag.lacks_fishers:
         return Complete(list(requests), {})
-    keywords = check_estimate(estimate)
-    (found,) = complete_for(
-        dag,
-        requests,
-        keywords.pop("params", LAST),
-        [Options(**{"backend": backend} | keywords)],
-        progress=bool(keywords.pop("progress", False)),
-    )
+    params, progress = keywords.pop("params", LAST), bool(keywords.pop("progress", False))
+    (found,) = complete_for(dag, requests, params, [Options(**keywords)], progress=progress)
     return found
 
 
@@ -127,7 +122,7 @@ def complete_for(
         dag, requests: as checked by `plan`.
         params: which parameters.
         ways: the estimators, with their options.
-        most: samples of each loader that are used, about (`Some`); None: all.
+        most: samples of each loader that are used, about (`some`); None: all.
         progress: show a progress bar.
 
     Raises:

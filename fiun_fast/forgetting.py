@@ -30,7 +30,8 @@ from .unlearning import Options, made
 from .values import Choice
 
 BEST: tuple[Estimator, ...] = ("batch", "expected")  # docs/choosing.md compares them
-SAMPLES = 1024
+SAMPLES = 512
+LAMBDAS, POINTS = (0.01,), 24  # docs/choosing.md: 0.01 alone does as well as three values
 ONE = "model"  # the node of a model without a DAG
 Ways = Callable[[list[Any]], list[EstimateOptions]]  # of these estimators; of those asked for where there are none
 
@@ -85,7 +86,7 @@ def unlearn_(
         samples: of each loader that says its length about so many are used for a Fisher, in at least 16 batches spread
             over all of it; None: all.
         by, lams, points: as in `tune`; `by` is "layer" where more than one layer is in scope, unless something else is
-            said.
+            said. By node the defaults are 0.01 and 24.
         merge, scale, on_mismatch, backend: as in `plan`.
         progress: show progress bars.
 
@@ -125,6 +126,8 @@ def unlearn_(
         if isinstance(score, Score):
             score.begin(models)
         by = by or ("layer" if any(_has_layers(node) for node in reached[next(iter(reached))]) else "node")
+        if by == "node":
+            lams, points = LAMBDAS if lams is None else lams, POINTS if points is None else points
         how: dict[str, Any] = {"by": by, "lams": lams, "points": points, "progress": progress}
         tried = {kind: _tried(kind, plan, score, how) for kind, plan in plans.items()}
         chosen = {name: _best([one for those in tried.values() for one in those.of(name)], bound) for name in models}

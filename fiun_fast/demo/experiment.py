@@ -13,6 +13,7 @@ import torch
 
 import fiun_fast as ff
 from fiun_fast.arguments import Estimator
+from fiun_fast.tuning import LAMBDAS
 
 from ..bench.baselines import unlearn_named
 from ..bench.measure import Machine
@@ -103,7 +104,7 @@ class Network:
         before = {node: self.accuracy(node, classes) for node in self.models}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ff.TuningWarning)  # the tables say what was reached
-            how: Any = {"by": "node", "points": points or SEARCH[self.scope][0], "backend": backend}
+            how: Any = {"by": "node", "lams": LAMBDAS, "points": points or SEARCH[self.scope][0], "backend": backend}
             outcome = ff.unlearn_(self.dag, requests.values(), self.score(classes), **how)
         seconds["choosing alpha and lambda"], rows = outcome.seconds["choosing"], []
         for node, step in zip(self.models, recipe.steps, strict=True):

@@ -163,6 +163,7 @@ def test_options_go_to_the_estimate(shared):
     scaled = ff.plan(dag, [request], alpha=0.0, estimate={"loss_fn": loss_fn, "params": "last"})
     assert seen
     assert plain.profile()["u1"].counts.tolist() == scaled.profile()["u1"].counts.tolist()  # ratios are the same
+    ff.plan(dag, [request], estimate={"progress": True, "seed": 3, "estimator": "expected", "backend": "reference"})
     with pytest.raises(ff.ArgumentError, match=r"estimate has 'estimators', expected keywords of estimate_fisher: par"):
         ff.plan(dag, [request], estimate={"estimators": ("batch",)})
     with pytest.raises(ff.ArgumentError, match="estimate is a str"):

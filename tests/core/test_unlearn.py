@@ -101,7 +101,7 @@ def by_hand(models, label: int, estimators=("batch", "expected"), points: int = 
         dag = chain(models, **ff.estimate_fishers(models, LOADER, **options))
         request = ff.ForgetRequest("u0", ff.estimate_fisher(models["u0"], only(TRAIN, label), **options))
         plans[estimator] = ff.plan(dag, [request])
-        found[estimator] = ff.tune(dag, [request], score, points=points)
+        found[estimator] = ff.tune(dag, [request], score, points=points, lams=[0.01])
     best = {name: max(estimators, key=lambda e: found[e][name].score) for name in models}
     for estimator, plan in plans.items():
         nothing = ff.Choice(float("inf"), 1.0, 0.0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 import warnings
@@ -30,7 +31,7 @@ from fiun_fast.bench.files import describe, environment, fill, markdown, write_j
 RESULTS = Path(__file__).parent / "results" / "distributed.json"
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 LAYERS, WIDTH = 4, 2048  # of a rank's shard: 16.8 million parameters
-RUNS = 11
+RUNS = 40
 SENDING = ("all_reduce", "all_gather", "send")
 
 
@@ -162,7 +163,8 @@ def tables(record: dict[str, Any]) -> str:
 
 Weak scaling, `python bench/distributed.py`: {first["here"] / 1e6:.1f} million float32 parameters on each rank, one
 FSDP2 model, {first["share"]:.0%} selected, gloo, one thread a rank; {describe(machine)}.
-Two ranks share one machine's memory.
+The ranks share one machine's processors and memory, which others used too (load {record["load"]:.1f} when it began):
+since nothing is sent, the ratio is one of memory.
 
 {markdown(heads, rows)}
 On paper, not measured: 70 billion bfloat16 parameters on 64 GPUs, float32 Fishers, one request. A rank has n = P / R =
@@ -179,8 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=WIDTH, help="of a layer; with another nothing is written")
     width = parser.parse_args().width
+    load = os.getloadavg()[0]
     rows = [on_ranks(world, width) for world in (1, 2)]
-    record = {"environment": environment("cpu") | {"threads": 1}, "runs": RUNS, "rows": rows}
+    record = {"environment": environment("cpu") | {"threads": 1}, "load": load, "runs": RUNS, "rows": rows}
     print(tables(record))
     if width == WIDTH:
         write_json(RESULTS, record)

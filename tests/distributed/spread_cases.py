@@ -125,7 +125,7 @@ def bits(spread: Callable[[Net], Net], folder: Path) -> None:
         assert counts(found) == counts(expected)
         assert found.selected > 0
         assert_same_bits(own, model)
-    if world() < 4 or spread in ON_SQUARES.values():
+    if world() == 2 or spread is fsdp or spread in ON_SQUARES.values():
         parts(spread)
 
 

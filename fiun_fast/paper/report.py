@@ -27,6 +27,8 @@ def tables(result: dict[str, Any]) -> str:
         for network in _values(methods, "network"):
             parts += [f"**{network}, {request}**\n", _network([*_where(methods, network=network, request=request)])]
     parts += [
+        "**Training data in the place of test data**: points that it adds, all networks\n",
+        _on_training_data(methods),
         "**α**, last layer, λ = 1, the same α at every node; all networks, %\n",
         _sweep(_of(rows, "alpha"), "α"),
         _picked(_of(rows, "alpha")),
@@ -86,6 +88,21 @@ def _overview(rows: Sequence[Row]) -> str:
         cells = [
             _spread(_by_seed(_where(rows, method=method, request=request), _measure(index)))
             for request in requests
+            for index in (0, 1)
+        ]
+        lines.append([method, *cells])
+    return markdown(heads, lines)
+
+
+def _on_training_data(rows: Sequence[Row]) -> str:
+    requests = _values(rows, "request")
+    heads = ["method", *(f"{measure}, {request}" for request in requests for measure in ("forgotten", "retained"))]
+    lines = []
+    for method in _values(rows, "method"):
+        cells = [
+            _spread(_by_seed(of, lambda row, i=index: _measure(i + 2)(row) - _measure(i)(row)))  # type: ignore[misc]
+            for request in requests
+            for of in [[*_where(rows, method=method, request=request)]]
             for index in (0, 1)
         ]
         lines.append([method, *cells])

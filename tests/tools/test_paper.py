@@ -31,8 +31,10 @@ def digits():
 
 @pytest.fixture(scope="module")
 def chain(digits):
-    """Four models, three classes from two origins, hardly trained."""
-    return methods.Network(networks.incremental(digits, 0, "several classes"), digits, quick=True)
+    """Four models, three classes from two origins, trained a little."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "QUICK_EFFORT", 0.2)
+        return methods.Network(networks.incremental(digits, 0, "several classes"), digits, quick=True)
 
 
 @pytest.mark.parametrize(

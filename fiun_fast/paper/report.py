@@ -17,7 +17,9 @@ def tables(result: dict[str, Any]) -> str:
     """All of them."""
     rows = result["rows"]
     methods = _of(rows, "method")
+    seeds = ", ".join(map(str, _values(methods, "seed")))
     parts = [
+        f"Seeds {seeds}; torch {result['environment']['torch']}, {result['seconds']:.0f} CPU seconds altogether.\n",
         "**All networks**, test data, %: mean ± standard deviation over seeds\n",
         _overview(methods),
         "**CPU seconds a network**, one class, one thread\n",

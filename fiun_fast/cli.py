@@ -43,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="seconds, not minutes: only shows that everything runs")
     demo.set_defaults(run=_demo)
 
+    paper = commands.add_parser("paper", help="the paper's four networks: this package beside other methods; minutes")
+    paper.add_argument("--out", type=Path, default=Path("paper.json"), help="results; resumed if they are there")
+    paper.add_argument("--page", type=Path, help="a Markdown page whose tables are to be replaced")
+    paper.add_argument("--network", action="append", help="only this one; may be repeated")
+    paper.add_argument("--quick", action="store_true", help="hardly trained, one seed: only shows that everything runs")
+    paper.set_defaults(run=_paper)
+
     bench = commands.add_parser("bench", help="how fast, next to existing code, to plain torch and to the hardware")
     bench.add_argument(
         "--case", action="append", help="only this case, or all with this prefix (a, b, g-hooks, …); may be repeated"
@@ -92,6 +99,17 @@ def _demo(options: argparse.Namespace) -> int:
         all_classes=options.all_classes,
         quick=options.quick,
     )
+    return 0
+
+
+def _paper(options: argparse.Namespace) -> int:
+    try:
+        from .paper.run import SEEDS, run_paper
+    except ModuleNotFoundError as error:
+        print(f"fiun-fast: the paper's data needs {error.name}: pip install 'fiun_fast[demo]'", file=sys.stderr)
+        return 1
+    seeds = SEEDS[:1] if options.quick else SEEDS
+    run_paper(out=options.out, page=options.page, networks=options.network, seeds=seeds, quick=options.quick)
     return 0
 
 

@@ -19,7 +19,8 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,8 +29,8 @@ import torch
 
 import fiun_fast as ff
 from fiun_fast.bench.files import environment, fill, markdown, write_json
-from fiun_fast.demo.data import CLASSES, DigitNet, Digits, accuracies, load_digits
-from fiun_fast.demo.experiment import Network
+from fiun_fast.demo.data import CLASSES, DigitNet, Digits, Samples, accuracies, batches, jittered, join, load_digits
+from fiun_fast.demo.experiment import COPIES, SEARCH, Network
 from fiun_fast.demo.networks import SCENARIOS, Recipe, grow
 from fiun_fast.tuning import tune_plan
 
@@ -39,13 +40,13 @@ SEEN, NEW = (0, 1, 2), (3, 4, 5)  # seeds: looked at while the rules were made, 
 ESTIMATORS: dict[str, tuple[Any, int]] = {
     "batch of 64": ("batch", 64),
     "batch of 16": ("batch", 16),
-    "sample": ("sample", 16),
-    "expected": ("expected", 16),
-    "label-free": ("label_free", 16),
+    "sample": ("sample", 64),  # of this and the next the size of the batches changes nothing
+    "expected": ("expected", 64),
+    "label-free": ("label_free", 64),
 }
 LAST: dict[str, Any] = {"points": 24, "lams": [0.01]}  # of `tune`
 WHOLE: dict[str, dict[str, Any]] = {
-    "one α": {"points": 12, "lams": [0.1, 0.01]},
+    "one α": {"points": 12, "lams": [0.1]},
     "by layer": {"by": "layer"},
 }
 SETS: dict[str, tuple[str, ...]] = {
@@ -55,6 +56,9 @@ SETS: dict[str, tuple[str, ...]] = {
     "best of batch of 16, expected, label-free": ("batch of 16", "expected", "label-free"),
     "best of all five": tuple(ESTIMATORS),
 }
+KINDS = {"single": "one request", "merged": "two requests merged"}
+DEFAULT = "best of batch of 16, expected"
+SCOPES = LAST_LAYER, SURE, ALL = "last layer", "last layer, trained without label smoothing", "whole model"
 Found = dict[str, list[float]]  # left, lost, score of every pair, in order
 
 
@@ -68,7 +72,7 @@ def recipe_of(scenario: str, digits: Digits, seed: int) -> Recipe:
 
 def trained(recipe: Recipe, cache: Path) -> dict[str, DigitNet]:
     """Its models, from the cache if they are there."""
-    file = cache / f"{recipe.scenario}-{recipe.seed}.pt"
+    file = cache / f"{recipe.scenario}-{recipe.seed}{'' if recipe.smoothing else '-sure'}.pt"
     if file.exists():
         states = torch.load(file)
         models = {name: DigitNet() for name in states}
@@ -86,12 +90,81 @@ def requests_of(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What is to be forgotten: ("single", one class), ("merged", two classes from different origins)."""
     for label in recipe.origin:
         yield "single", (label,)
-    for pair in combinations(recipe.origin, 2):
-        if recipe.origin[pair[0]] != recipe.origin[pair[1]] and (len(recipe.origin) <= 3 or sum(pair) % 5 == 2):
-            yield "merged", pair
+    pairs = [p for p in combinations(recipe.origin, 2) if recipe.origin[p[0]] != recipe.origin[p[1]]]
+    for pair in pairs[:1] if len(recipe.origin) == 3 else [p for p in pairs if sum(p) % 5 == 2]:
+        yield "merged", pair
 
 
-def judged(network: Network, classes: Sequence[int], **how: Any) -> Iterator[tuple[float, float, float]]:
+class Heads:
+    """A network whose models are last layers and whose data are what goes into them: the same numbers, but much faster.
+
+    `use` says which estimator the Fishers are by.
+    """
+
+    def __init__(self, recipe: Recipe, digits: Digits, models: Mapping[str, DigitNet]) -> None:
+        self.recipe, self._models = recipe, models
+        self._heads = {name: model.head for name, model in models.items()}
+        self._kept = {name: copy.deepcopy(head.state_dict()) for name, head in self._heads.items()}
+        self._data: dict[tuple[str, int | None], tuple[Samples, torch.Generator]] = {}
+        sets: dict[str, dict[str, Samples]] = {"validation": {}, "test": {}}
+        for name in models:
+            known = recipe.data(name).classes
+            for split, copies in (("validation", SEARCH["last-layer"][1]), ("test", 0)):
+                samples, generator = getattr(digits, split).only(known), torch.Generator().manual_seed(recipe.seed)
+                samples = join([samples, jittered(samples, copies, generator)]) if copies else samples
+                sets[split][name] = self._features(name, samples)
+        self._test = sets["test"]
+        self._score = ff.ClassScore({name: [samples] for name, samples in sets["validation"].items()}, forget={})
+
+    @torch.no_grad()
+    def _features(self, node: str, samples: Samples) -> Samples:
+        images = self.recipe[node].view(samples.images)
+        return Samples(torch.cat([self._models[node].body(some) for some in images.split(256)]), samples.labels)
+
+    def _fisher(self, node: str, label: int | None) -> ff.Fisher:
+        """Over all data of a node, or of one class, as `Network.fisher` makes it."""
+        if (node, label) not in self._data:
+            data, generator = self.recipe.data(node), torch.Generator().manual_seed(self.recipe.seed)
+            samples = data if label is None else data.only([label])
+            samples = jittered(samples, COPIES["original" if label is None else "forget"], generator)
+            self._data[node, label] = self._features(node, samples), generator
+        samples, generator = self._data[node, label]
+        again = torch.Generator()
+        again.set_state(generator.get_state())
+        name, size = self._estimator
+        return ff.estimate_fisher(self._heads[node], list(batches(samples, size, again)), estimator=name)
+
+    def use(self, estimator: tuple[Any, int]) -> None:
+        """Fishers by that estimator, from now on."""
+        self._estimator = estimator
+        self._requests: dict[int, ff.ForgetRequest] = {}
+        self.dag = ff.InheritanceDAG()
+        for step in self.recipe.steps:
+            head = self._heads[step.name]
+            self.dag.add_model(step.name, head, fisher=self._fisher(step.name, None), parents=step.parents)
+
+    def request(self, label: int) -> ff.ForgetRequest:
+        """To forget one class, by the samples of it where they entered."""
+        if label not in self._requests:
+            origin = self.recipe.origin[label]
+            self._requests[label] = ff.ForgetRequest(origin, self._fisher(origin, label))
+        return self._requests[label]
+
+    def score(self, classes: Sequence[int]) -> ff.ClassScore:
+        """What is wanted of every node that the classes reach."""
+        return self._score.forgetting(self.recipe.reached(classes))
+
+    def accuracy(self, node: str, forgotten: Sequence[int]) -> tuple[float, float]:
+        """Test accuracy on the forgotten classes, and on the others."""
+        return accuracies(self._heads[node], self._test[node], forgotten)
+
+    def restore(self) -> None:
+        """Put the last layers back."""
+        for name, head in self._heads.items():
+            head.load_state_dict(self._kept[name])
+
+
+def judged(network: Heads | Network, classes: Sequence[int], **how: Any) -> Iterator[tuple[float, float, float]]:
     """Left, lost and score of every pair; with two classes, of the nodes that both reach."""
     plan = ff.plan(network.dag, [network.request(label) for label in classes], alpha=0.0)
     chosen = tune_plan(plan, network.score(classes), **how)
@@ -105,44 +178,42 @@ def judged(network: Network, classes: Sequence[int], **how: Any) -> Iterator[tup
         yield after[node][0], before[node][1] - after[node][1], chosen[node].score
 
 
-def measured(scenario: str, seed: int, cache: Path) -> tuple[dict[str, Found], dict[str, float]]:
+def measured(scenario: str, scope: str, seed: int, cache: Path) -> tuple[dict[str, Found], dict[str, float]]:
     """One network of one seed: "kind, rule" -> what came of its pairs; and seconds by rule."""
     digits = load_digits(seed)
     recipe = recipe_of(scenario, digits, seed)
+    recipe = replace(recipe, smoothing=0.0) if scope == SURE else recipe
     models = trained(recipe, cache)
-    rules: list[tuple[str, str, str, dict[str, Any]]] = [("last-layer", name, name, LAST) for name in ESTIMATORS]
-    rules += [("all", "batch of 16", name, how) for name, how in WHOLE.items()]
-    networks: dict[tuple[str, str], Network] = {}
     found: dict[str, Found] = {}
     seconds: dict[str, float] = {}
-    for scope, estimator, rule, how in rules:
+    network = Heads(recipe, digits, models) if scope == LAST_LAYER else Network(recipe, digits, models, "all")
+    for rule, how in (dict.fromkeys(ESTIMATORS, LAST) if scope == LAST_LAYER else WHOLE).items():
         began = time.perf_counter()
-        if (scope, estimator) not in networks:
-            networks[scope, estimator] = Network(recipe, digits, models, scope, *ESTIMATORS[estimator])
+        if isinstance(network, Heads):
+            network.use(ESTIMATORS[rule])
         for kind, classes in requests_of(recipe):
             columns = found.setdefault(f"{kind}, {rule}", {"left": [], "lost": [], "score": []})
-            for values in judged(networks[scope, estimator], classes, **how):
+            for values in judged(network, classes, **how):
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(round(value, 5))
         seconds[rule] = round(time.perf_counter() - began, 2)
     return found, seconds
 
 
-def study(seeds: Sequence[int], cache: Path, results: Path) -> dict[str, Any]:
+def study(seeds: Sequence[int], cache: Path, results: Path, scopes: Sequence[str] = SCOPES) -> dict[str, Any]:
     """Measure what the results do not have yet, and write them after every network."""
     torch.set_num_threads(1)  # these models are too small to share
     result: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"rows": []}
-    done = {(row["seed"], row["scenario"]) for row in result["rows"]}
-    for seed in seeds:
-        for scenario in SCENARIOS:
-            if (seed, scenario) in done:
-                continue
-            began = time.process_time()
-            found, seconds = measured(scenario, seed, cache)
-            row = {"seed": seed, "scenario": scenario, "cpu_seconds": time.process_time() - began}
-            result["rows"].append({**row, "seconds": seconds, "pairs": found})
-            write_json(results, {"environment": environment(), **result}, digits=5)
-            print(f"seed {seed}, {scenario}: {row['cpu_seconds']:.0f} s of CPU", flush=True)
+    done = {(row["scope"], row["seed"], row["scenario"]) for row in result["rows"]}
+    for scope, seed, scenario in product(scopes, seeds, SCENARIOS):
+        if (scope, seed, scenario) in done:
+            continue
+        began = time.process_time()
+        found, seconds = measured(scenario, scope, seed, cache)
+        row = {"scope": scope, "seed": seed, "scenario": scenario, "cpu_seconds": time.process_time() - began}
+        result["rows"].append({**row, "seconds": seconds, "pairs": found})
+        write_json(results, {"environment": environment(), **result}, digits=5)
+        print(f"{scope}, seed {seed}, {scenario}: {row['cpu_seconds']:.0f} s of CPU", flush=True)
     return result
 
 
@@ -313,38 +384,58 @@ def summary(rows: Sequence[dict], kind: str, rules: Sequence[str]) -> dict[str, 
 
 
 def tables(result: dict, seen: Sequence[int] = SEEN, new: Sequence[int] = NEW) -> str:
-    """Tables in Markdown: last layer by candidates, whole model by rule, and each of the four networks."""
+    """Tables in Markdown: for each scope and kind of request every rule; every network; what the features know."""
     out = []
-    for head, sets in (("last layer", SETS), ("whole model", {rule: (rule,) for rule in WHOLE})):
-        for kind in ("single", "merged"):
+    for scope, sets in ((LAST_LAYER, SETS), (SURE, SETS), (ALL, {rule: (rule,) for rule in WHOLE})):
+        for kind in KINDS:
+            rows = [row for row in complete(result["rows"]) if row["scope"] == scope]
+            halves = [[row for row in rows if row["seed"] in of] for of in (seen, new)]
+            if not any(halves):
+                continue
+            which = [", ".join(map(str, sorted({row["seed"] for row in half}))) or "none" for half in halves]
             lines = []
             for name, rules in sets.items():
-                cells: list[str] = []
-                for seeds in (seen, new):
-                    s = summary([row for row in result["rows"] if row["seed"] in seeds], kind, rules)
-                    keys = ("within 1", "within 2", "left", "lost")
-                    cells += [
-                        "" if k not in s else f"{100 * s[k]:.2f}" if k == "lost" else f"{100 * s[k]:.1f} %"
-                        for k in keys
-                    ]
-                lines.append([name, *cells])
-            count = [
-                summary([row for row in result["rows"] if row["seed"] in seeds], kind, next(iter(sets.values())))[
-                    "pairs"
-                ]
-                for seeds in (seen, new)
-            ]
-            of = f"{head}, {kind}, {count[0]} and {count[1]} pairs"
-            titles = ["≤ 1, ≤ 1", "≤ 2, ≤ 2", "left", "lost"]
-            out.append(markdown([of, *titles, *(f"{t}, new seeds" for t in titles)], lines))
+                before, after = (summary(half, kind, rules) for half in halves)
+                whole = summary([*halves[0], *halves[1]], kind, rules)
+                cells = [percent(half, f"within {bound}") for bound in (1, 2) for half in (before, after)]
+                lines.append([name, *cells, percent(whole, "left"), f"{100 * whole['lost']:.2f}"])
+            counts = [f"{summary(half, kind, next(iter(sets.values())))['pairs']} pairs" for half in halves]
+            title = f"**{scope.capitalize()}, {KINDS[kind]}**: seeds {which[0]} ({counts[0]})"
+            title += f"; new seeds {which[1]} ({counts[1]})."
+            heads = ["rule", "≤ 1, ≤ 1", "new seeds", "≤ 2, ≤ 2", "new seeds", "left", "lost"]
+            out.append(f"{title}\n\n{markdown(heads, lines)}")
+    lines = []
+    for scenario in SCENARIOS:
+        cells = []
+        for scope, rules in ((LAST_LAYER, SETS[DEFAULT]), (ALL, ("by layer",))):
+            rows = [row for row in complete(result["rows"]) if (row["scope"], row["scenario"]) == (scope, scenario)]
+            for kind in KINDS:
+                found = summary(rows, kind, rules)
+                cells.append(f"{percent(found, 'within 1')} of {found['pairs']}" if found["pairs"] else "")
+        lines.append([scenario, *cells])
+    heads = ["network", *(f"{scope}, {kind}" for scope in (DEFAULT, "whole model by layer") for kind in KINDS)]
+    out.append(f"**Network by network**, ≤ 1, ≤ 1, all seeds.\n\n{markdown(heads, lines)}")
     lines = []
     for rule in FEATURES:
-        its = [one for one in result.get("features", ()) if one["rule"] == rule]
-        if its:
-            cells = [f"{100 * mean(one[key] for one in its):.1f} %" for key in ("left", "ridge", "nearest")]
-            lines.append([rule, cells[0], f"{100 * mean(one['lost'] for one in its):.2f}", *cells[1:]])
-    out.append(markdown(["what features still know", "left", "lost", "ridge probe", "nearest of 5 shots"], lines))
+        if its := [one for one in result.get("features", ()) if one["rule"] == rule]:
+            means = [f"{100 * mean(one[key] for one in its):.1f} %" for key in ("left", "ridge", "nearest")]
+            lines.append([rule, means[0], f"{100 * mean(one['lost'] for one in its):.2f}", *means[1:]])
+    if lines:
+        heads = ["rule", "left", "lost", "ridge probe", "nearest of 5 shots"]
+        title = f"**What the features still know**, mean of classes {', '.join(map(str, PROBED))}."
+        out.append(f"{title}\n\n{markdown(heads, lines)}")
     return "\n".join(out)
+
+
+def complete(rows: Sequence[dict]) -> list[dict]:
+    """Those of seeds whose four networks are all there."""
+    there = {(row["scope"], row["seed"], row["scenario"]) for row in rows}
+    return [row for row in rows if all((row["scope"], row["seed"], one) in there for one in SCENARIOS)]
+
+
+def percent(found: Mapping[str, float], key: str) -> str:
+    """Nothing where nothing was found."""
+    return f"{100 * found[key]:.1f} %" if key in found else ""
 
 
 def main() -> None:
@@ -353,6 +444,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--features", action="store_true")
     parser.add_argument("--seed", action="append", type=int)
+    parser.add_argument("--scope", action="append", choices=SCOPES)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fiun_fast_quality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -362,7 +454,7 @@ def main() -> None:
             arguments.results, {**result, "features": features(arguments.cache), "rows": result["rows"]}, digits=5
         )
     elif not arguments.tables:
-        study(arguments.seed or [*SEEN, *NEW], arguments.cache, arguments.results)
+        study(arguments.seed or [*SEEN, *NEW], arguments.cache, arguments.results, arguments.scope or SCOPES)
     text = tables(json.loads(arguments.results.read_text()))
     print(text)
     if arguments.results == RESULTS:

@@ -22,6 +22,7 @@ LAM = 0.1  # of these layers
 LAST_LAMBDAS, LAST_POINTS = (0.01,), 12
 SLACK = 0.005  # by how much the score, or what is kept, may fall below that of the last layer alone
 SURER = 0.01  # by how much the mean probability of what is to be forgotten may rise
+LESS_SURE = 0.01  # and that of the true labels of the rest fall
 ALONE = "at the last layer no point beats leaving it alone"
 
 
@@ -147,7 +148,8 @@ def _bears(answer: Answer, reference: Answer, before: Answer, slack: float) -> b
         return answer.score >= reference.score - slack
     kept = least.kept if before.seen is None else min(before.seen.kept, least.kept)
     surer = getattr(seen, "sure_left", 0.0) - getattr(least, "sure_left", 0.0)
-    return bool(seen.left <= least.left and seen.kept >= kept - slack and surer <= SURER)
+    less_sure = getattr(least, "sure_kept", 0.0) - getattr(seen, "sure_kept", 0.0)
+    return bool(seen.left <= least.left and seen.kept >= kept - slack and surer <= SURER and less_sure <= LESS_SURE)
 
 
 def _seen(compiled: Plan, evaluate: Evaluate, name: str) -> Any:

@@ -56,8 +56,9 @@ def tune(
     bear; it is left alone where they bear none. All nodes take their steps in the same launches.
     A step is borne where the score is at most `slack` below that of the last layer alone. Where `evaluate` measures, it
     is borne where no more is `left`, what is `kept` is at most `slack` below the lower of what was kept at first and by
-    the last layer alone, and the probability of what is to be forgotten, `sure_left`, has risen by at most 0.01. It
-    measures if it has a dict `last`: node -> what the last call saw, an object with these attributes, as `ClassScore`.
+    the last layer alone, and of the mean probabilities of the true labels that of what is to be forgotten, `sure_left`,
+    has risen and that of the rest, `sure_kept`, fallen by at most 0.01. It measures if it has a dict `last`: node ->
+    what the last call saw, an object with these attributes, as `ClassScore`; the last two may be missing.
 
     Args:
         dag, requests: as in `plan`.

@@ -54,7 +54,7 @@ class Bear:
             max(0.0, self.changed(name, model, layer) - self.most[layer[0]]) / 10 for layer in LAYERS[1:]
         )  # a tenth of what is too much
         if self.last is not None:
-            self.last[name] = SimpleNamespace(left=head, kept=1 - body, sure_left=0.5)
+            self.last[name] = SimpleNamespace(left=head, kept=1 - body, sure_left=0.5, sure_kept=0.9)
             body = 0.0  # what is measured decides, not the score
         return -head - body
 
@@ -209,3 +209,21 @@ def test_layers_are_modules_that_own_parameters_the_last_first():
     assert layers_of(tied, ff.Layout.from_module(tied).names) == [["embedding.weight"]]
     tensors = dict(net().state_dict())
     assert layers_of(tensors, list(tensors)) == [["2.weight", "2.bias"], ["0.weight", "0.bias"]]
+
+
+@pytest.mark.parametrize(("what", "by"), [("sure_left", 0.02), ("sure_kept", -0.02)])
+def test_a_step_that_makes_the_model_surer_of_the_wrong_things_is_not_borne(what, by):
+    """However small the step: nothing but the last layer is dampened then."""
+    dag, requests = family(3)
+
+    class Wary(Bear):
+        def __call__(self, name: str, model: Dict) -> float:
+            score = super().__call__(name, model)
+            body = any((model[key] != self.start[name][key]).any() for layer in LAYERS[1:] for key in layer)
+            setattr(self.last[name], what, getattr(self.last[name], what) + by * body)
+            return score
+
+    chosen = ff.tune(dag, requests, Wary(dag, True, {"second": 1.0, "first.weight": 1.0}), by="layer")
+    after, before = ran(dag, requests, chosen), bits(dag)
+    for name in ("a", "b"):
+        assert [torch.equal(after[name][key], before[name][key]) for key in SHAPES] == [True, True, True, False, False]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from dataclasses import astuple
 from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 
-from fiun_fast.demo.data import load_digits
+import fiun_fast as ff
+from fiun_fast.demo.data import fresh, load_digits
+from fiun_fast.demo.experiment import Network
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +32,15 @@ def test_the_page_has_the_tables_of_the_committed_results(quality):
     page = quality.PAGE.read_text(encoding="utf-8")
     shown = page.partition("<!-- quality -->\n")[2].partition("<!-- /quality -->")[0]
     assert shown == f"\n{quality.tables(result)}\n"
-    assert {(row["seed"], row["scenario"]) for row in result["rows"]} == {
-        (seed, scenario) for seed in (*quality.SEEN, *quality.NEW) for scenario in quality.SCENARIOS
-    }, "a network of a seed is missing"
+    measured = [(row["scope"], row["seed"], row["scenario"]) for row in result["rows"]]
+    assert len(measured) == len(set(measured)), "counted twice"
+
+
+def test_a_seed_counts_when_all_its_networks_are_there(quality):
+    rows = [{"scope": "a", "seed": s, "scenario": one} for s in (1, 2) for one in quality.SCENARIOS]
+    assert quality.complete(rows) == rows
+    assert {row["seed"] for row in quality.complete(rows[:-1])} == {1}
+    assert quality.complete(rows[1:3]) == []
 
 
 def rows(dice: random.Random, rules: list[str], count: int) -> list[dict]:
@@ -86,7 +96,7 @@ def test_requests_are_all_classes_and_pairs_from_different_origins(quality):
 def test_a_run_that_was_stopped_goes_on(quality, monkeypatch, tmp_path):
     asked = []
 
-    def measured(scenario, seed, cache):
+    def measured(scenario, scope, seed, cache):
         asked.append((seed, scenario))
         if len(asked) == 2:
             raise KeyboardInterrupt
@@ -94,7 +104,26 @@ def test_a_run_that_was_stopped_goes_on(quality, monkeypatch, tmp_path):
 
     monkeypatch.setattr(quality, "measured", measured)
     with pytest.raises(KeyboardInterrupt):
-        quality.study([0], tmp_path, tmp_path / "found.json")
-    result = quality.study([0], tmp_path, tmp_path / "found.json")
+        quality.study([0], tmp_path, tmp_path / "found.json", [quality.LAST_LAYER])
+    result = quality.study([0], tmp_path, tmp_path / "found.json", [quality.LAST_LAYER])
     assert asked == [(0, "federated"), (0, "data-parallel"), (0, "data-parallel"), (0, "incremental"), (0, "transfer")]
     assert [row["scenario"] for row in result["rows"]] == list(quality.SCENARIOS)
+
+
+def test_last_layers_alone_give_the_fishers_and_scores_of_whole_models(quality):
+    digits = load_digits(0)
+    recipe = quality.recipe_of("incremental", digits, 0)
+    models = {step.name: fresh(k) for k, step in enumerate(recipe.steps)}
+    for model in models.values():
+        model.eval()
+    heads, whole = quality.Heads(recipe, digits, models), Network(recipe, digits, models, "last-layer", "batch", 64)
+    heads.use(("batch", 64))
+    assert torch.allclose(heads.request(3).fisher.buffer, whole.request(3).fisher.buffer, rtol=1e-4)
+    for node, of in heads.recipe.reached([3]).items():
+        assert of == (3,)
+        assert torch.allclose(heads.dag[node].fisher.buffer, whole.dag[node].fisher.buffer, rtol=1e-4)
+        assert heads.accuracy(node, [3]) == whole.accuracy(node, [3])
+        one, other = heads.score([3]).look(node, models[node].head), whole.score([3]).look(node, models[node])
+        assert astuple(one) == pytest.approx(astuple(other), abs=1e-5)
+    assert isinstance(heads.dag["v1"].model, torch.nn.Linear)
+    assert ff.last_layer(heads.dag["v1"].model) == ["weight", "bias"]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,38 +84,16 @@ class Network:
         return [at for at in self.task.requests if at in above]
 
 
-class Goal:
-    """`evaluate` for `ff.tune`: the rule of docs/choosing.md, on validation data, jittered copies beside it.
-
-    What is left of the forgotten plus what the rest lost; a tenth of the probability of the forgotten and a fiftieth of
-    that of the rest break ties, towards a margin. Where only the last layer changes, features are computed once.
-    """
-
-    def __init__(self, network: Network, scope: Scope, nodes: Collection[str]) -> None:
-        self._head, self._data = scope == "last layer", dict[str, tuple[Tensor, Tensor, Tensor]]()
-        dice = torch.Generator().manual_seed(network.task.recipe.seed)
-        for node in nodes:
-            samples = network.digits.validation.only(network.known(node).classes)
-            if copies := network.search(scope)[1]:
-                samples = join([samples, jittered(samples, copies, dice)])
-            with torch.no_grad():
-                inputs = network.models[node].body(samples.images) if self._head else samples.images
-            gone = torch.isin(samples.labels, torch.tensor(network.reached[node]))
-            self._data[node] = inputs, samples.labels, gone
-        self._before = {node: self._look(node, network.models[node])[1] for node in nodes}
-
-    def __call__(self, name: str, model: Any) -> float:
-        """The score of the model as it is now; higher is better."""
-        left, rest, sure_left, sure_rest = self._look(name, model)
-        return -(left + max(0.0, self._before[name] - rest) + 0.1 * sure_left - 0.02 * sure_rest)
-
-    @torch.no_grad()
-    def _look(self, node: str, model: Any) -> list[float]:
-        inputs, labels, gone = self._data[node]
-        logits = (model.head if self._head else model)(inputs)
-        right = (logits.argmax(1) == labels).float()
-        sure = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-        return [of[rows].mean().item() for of in (right, sure) for rows in (gone, ~gone)]
+def score(network: Network, scope: Scope, nodes: Collection[str]) -> ff.ClassScore:
+    """What choices maximise (docs/choosing.md), on validation data with jittered copies beside it."""
+    dice = torch.Generator().manual_seed(network.task.recipe.seed)
+    loaders, classes = {}, {}
+    for node in nodes:
+        samples = network.digits.validation.only(network.known(node).classes)
+        if copies := network.search(scope)[1]:
+            samples = join([samples, jittered(samples, copies, dice)])
+        loaders[node], classes[node] = [(samples.images, samples.labels)], network.reached[node]
+    return ff.ClassScore(loaders, forget=classes)
 
 
 @contextmanager
@@ -163,7 +141,7 @@ def ours(network: Network, scope: Scope) -> Outcome:
     with timed(seconds, "applying"):
         plan = planned(network, models, original, forget)
     with timed(seconds, "choosing"):
-        found = tune_plan(plan, Goal(network, scope, models), points=network.search(scope)[0])
+        found = tune_plan(plan, score(network, scope, models), points=network.search(scope)[0])
     with timed(seconds, "applying"):
         plan.set_values_(found)
         plan.run_()
@@ -228,8 +206,8 @@ def ssd(network: Network, scope: Scope, values: tuple[float, float] | None = Non
             dag.add_model(node, model, fisher=ff.Fisher.from_dict(original))
             plan = ff.plan(dag, [ff.ForgetRequest(node, ff.Fisher.from_dict(forget))])
             with timed(seconds, "choosing"):
-                found = tune_plan(plan, Goal(network, scope, [node]), points=network.search(scope)[0])[node]
-            alpha, lam = found.alpha, found.lam
+                found = tune_plan(plan, score(network, scope, [node]), points=network.search(scope)[0])[node]
+            alpha, lam = found.alpha, found.lam  # type: ignore[assignment]  # one number, as it was tuned by node
         with timed(seconds, "applying"):
             unlearn_named({node: model}, {node: original}, {node: [forget]}, {node: alpha}, {node: lam})
     return models, seconds

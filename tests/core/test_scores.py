@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -276,6 +277,10 @@ def test_labels_that_do_not_count_are_left_out(data, loader):
         (lambda data: (data, {"u1": [2]}), ff.ArgumentError, "forget has no classes for node 'u0'; it has them for u1"),
         (lambda data: ({"u1": data}, 2), ff.ArgumentError, "no validation data for node 'u0'; there are some for u1"),
         (lambda data: (data, lambda x, y: y), ff.ArgumentError, r"gave int64 \[16\], expected bool \[16\]"),
+        (lambda data: (data, lambda x, y: "some"), ff.ArgumentError, r"gave a str, expected bool \[16\]"),
+        (lambda data: (data, lambda x, y: None), ff.ArgumentError, r"gave a NoneType, expected bool \[16\]"),
+        (lambda data: (data, torch.tensor(1.5)), ff.ArgumentError, "forget is a Tensor, expected classes"),
+        (lambda data: (data, 2**70), ff.ArgumentError, "forget holds 1180591620717411303424, expected classes"),
         (lambda data: (data, [9]), ff.EstimationError, "validation data of node 'u0': none of its 53 samples"),
         (lambda data: (data, range(4)), ff.EstimationError, "node 'u0': all of its 53 samples are to be forgotten"),
         (lambda data: ([], 2), ff.EstimationError, "validation data of node 'u0': it is empty"),
@@ -285,6 +290,18 @@ def test_errors(args, error, match, loader):
     given, forget = args(loader)
     with pytest.raises(error, match=match):
         ff.ClassScore(given, forget=forget)("u0", trained())
+
+
+@pytest.mark.parametrize("forget", [torch.tensor(2), np.array(2), np.int64(2), np.array([2]), torch.tensor([2])])
+def test_a_class_comes_in_any_form(forget, loader):
+    model = trained()
+    assert ff.ClassScore(loader, forget=forget)("u0", model) == ff.ClassScore(loader, forget=2)("u0", model)
+
+
+@pytest.mark.parametrize("margins", [(0.1,), (0.1, 0.2, 0.3), 0.3, "ab", {0.1, 0.2}])
+def test_margins_are_two(margins, loader):
+    with pytest.raises(ff.ArgumentError, match="margins is .* expected two weights"):
+        ff.ClassScore(loader, forget=2, margins=margins)
 
 
 def test_a_dict_of_tensors_cannot_be_run(loader):

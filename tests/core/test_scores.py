@@ -49,6 +49,18 @@ class Scaled(Net):
         return super().forward(x) * torch.tensor([1.0, 2.0, 0.5, 3.0])
 
 
+class Clamped(Net):
+    """Small logits are as the head gave them."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-4, 4)
+
+
+class ClampedInPlace(Net):
+    def forward(self, x):
+        return super().forward(x).clamp_(-4, 4)
+
+
 class Twice(Net):
     def forward(self, x):
         features = self.body(x)
@@ -110,7 +122,7 @@ def seen(score: ff.ClassScore, model: nn.Module, name: str = "u0") -> tuple[floa
     return found.left, found.kept, found.sure_left, found.sure_kept
 
 
-@pytest.mark.parametrize("kind", [Net, Scaled, Twice, Feeding, Deep])
+@pytest.mark.parametrize("kind", [Net, Scaled, Clamped, ClampedInPlace, Twice, Feeding, Deep])
 def test_it_sees_what_the_obvious_loop_sees_whatever_changes(kind, data, loader):
     model, gone = trained(kind), data[1] == 2
     score = ff.ClassScore(loader, forget=2)
@@ -120,7 +132,7 @@ def test_it_sees_what_the_obvious_loop_sees_whatever_changes(kind, data, loader)
         assert seen(score, model) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
 
     check()
-    for factor in (0.5, -1.0, 0.3):
+    for factor in (0.5, -1.0, 100.0, 0.003):
         with torch.no_grad():
             last.weight.mul_(factor)
         check()

@@ -48,7 +48,7 @@ def run_paper(
         FileWriteError: the folder of `out` cannot be made.
 
     """
-    networks = networks or tuple(NETWORKS)
+    networks, seeds = list(dict.fromkeys(networks or NETWORKS)), list(dict.fromkeys(seeds))  # each once
     for network in networks:
         check_one_of("network", network, tuple(NETWORKS))
     if not seeds:

@@ -160,7 +160,7 @@ def test_runs_resumes_and_fills_its_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods, "METHODS", {name: methods.METHODS[name] for name in few})
     out, page = tmp_path / "paper.json", tmp_path / "paper.md"
     page.write_text("<!-- measured -->\nold\n<!-- /measured -->\n")
-    arguments = ["paper", "--quick", "--network", "incremental", "--out", str(out)]
+    arguments = ["paper", "--quick", *("--network", "incremental") * 2, "--out", str(out)]
     assert cli.main(arguments) == 0
     result = json.loads(out.read_text())
     assert {row["part"] for row in result["rows"]} == {"method", "alpha", "divisor", "launch", "timers"}

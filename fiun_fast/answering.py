@@ -40,8 +40,8 @@ class Answering:
 
     At first the tail is the last layer. Where something else was written to since, the tail grows to the smallest
     submodule around all that was; where the model was rebuilt, everything begins anew. The whole model runs where the
-    tail is called more than once or with more than one tensor, where its output is not the model's, and where what goes
-    into it turns out to depend on its own parameters.
+    tail is called more than once or with more than one tensor, where its output is not itself the model's, and where
+    what goes into it turns out to depend on its own parameters.
 
     Args:
         model: any module that makes one prediction a sample, logits [B, C].
@@ -122,6 +122,7 @@ class Answering:
     def _run(self, loader: Iterable[Any], tail: nn.Module | None = None) -> tuple[list[Answered], list[Tensor] | None]:
         """The answers batch by batch by the whole model, and with a tail what goes into it, if that is one tensor."""
         met: list[Tensor | None] = []
+        made: list[tuple[Any, int]] = []  # what the tail gave, and its version then
         given: list[Tensor] = []
         fits = True
 
@@ -131,12 +132,13 @@ class Answering:
             counted = labels >= 0
             if fits and tail is not None:
                 one = met[0] if len(met) == 1 else None
-                fits = one is not None and one.dim() > 0 and len(one) == len(labels)
+                fits = one is not None and one.dim() > 0 and len(one) == len(labels) and _is(logits, made)
                 if fits and one is not None:
                     given.append(one[counted])
                 if len(given) == 1:
                     self._first = batch
             met.clear()
+            made.clear()
             return Answered(logits[counted], labels[counted], self._mark(batch, labels)[counted])
 
         def prepare(_: nn.Module, stack: ExitStack) -> None:
@@ -144,6 +146,8 @@ class Answering:
                 hook = tail.register_forward_pre_hook(
                     lambda _, args, named: met.append(_one(args, named)), with_kwargs=True
                 )
+                stack.callback(hook.remove)
+                hook = tail.register_forward_hook(lambda _, args, output: made.append((output, _version(output))))
                 stack.callback(hook.remove)
 
         answers = each_batch(
@@ -183,6 +187,17 @@ def _one(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
     return args[0].detach().clone() if len(args) == 1 and not named and isinstance(args[0], Tensor) else None
 
 
+def _is(logits: Tensor, made: list[tuple[Any, int]]) -> bool:
+    """Whether a model's logits are what its tail gave, and nothing was made of that, but for another dtype.
+
+    That they are alike is not enough: a clamp shows only where a logit is large.
+    """
+    output, version = made[-1]
+    if not isinstance(output, Tensor) or _version(output) != version:
+        return False
+    return output.dtype != logits.dtype or output.data_ptr() == logits.data_ptr()
+
+
 def _apply(tail: nn.Module, given: list[Tensor]) -> Tensor | None:
     """[N, C] of what goes into the tail; None where it gives something else."""
     if type(tail) is nn.Linear and not tail._forward_hooks and not tail._forward_pre_hooks:
@@ -204,7 +219,11 @@ def _alike(found: Tensor | None, wanted: Tensor) -> bool:
 
 
 def _versions(tail: nn.Module) -> list[int]:
-    return [-1 if t.is_inference() else t._version for t in (*tail.parameters(), *tail.buffers())]
+    return [_version(tensor) for tensor in (*tail.parameters(), *tail.buffers())]
+
+
+def _version(tensor: Any) -> int:
+    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
 
 
 def _joined(answers: list[Answered]) -> Answered:

@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, Literal, TypeVar, get_args
 
@@ -64,6 +64,16 @@ def check_number(what: str, value: object, dtype: torch.dtype = torch.float64) -
     if not 0 <= number <= torch.finfo(dtype).max:
         raise ArgumentError(f"{what} is {number}, expected a finite number that is not negative")
     return number
+
+
+def check_numbers(what: str, values: object) -> list[float]:
+    """The values as floats, one or more; an ArgumentError names `what` and the place of one that is out of range."""
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{what} is a {type(values).__name__}, expected numbers")
+    found = [check_number(f"{what}[{i}]", value) for i, value in enumerate(values)]
+    if not found:
+        raise ArgumentError(f"{what} is empty: nothing to try")
+    return found
 
 
 def check_fraction(what: str, value: object, meaning: str) -> float:

@@ -42,7 +42,7 @@ class ForgetRequest:
     fisher: Fisher = None  # type: ignore[assignment]  # what is compiled has one: `estimating` sees to it
     weight: float = 1.0
     gradient: Gradient | None = None
-    data: Iterable[Any] | None = None
+    data: Iterable[Any] | None = field(default=None, repr=False)  # no log is to show what is to be forgotten
     estimates: Estimates = field(default_factory=Estimates, init=False, repr=False)
 
 
@@ -64,7 +64,7 @@ class Node:
     model: Model
     fisher: Fisher | None = None
     time: float | None = None
-    data: Iterable[Any] | None = None
+    data: Iterable[Any] | None = field(default=None, repr=False)
     _estimates: Estimates | None = field(default=None, init=False, repr=False)  # nodes may be 100,000
 
     @property

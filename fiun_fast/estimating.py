@@ -19,12 +19,13 @@ from .estimators.job import OWN_LOSSES, Options
 from .estimators.loaders import is_iterator
 from .estimators.totals import BY_SAMPLE
 from .fisher import Fisher
-from .scope import LAST, Params, select_parameters
+from .scope import LAST, Params, for_several, select_parameters
 from .wrappers import unwrap
 
 FEWEST = 8  # batches: `batch` is a mean over these
 Estimate = Mapping[str, Any]  # keywords of `estimate_fisher`
-KNOWN = tuple(inspect.signature(estimate_fisher).parameters)[2:]  # without model and loader
+_OTHERS = {"model", "loader", "group"}  # over ranks, plans are made of Fishers
+KNOWN = tuple(name for name in inspect.signature(estimate_fisher).parameters if name not in _OTHERS)
 
 
 class Complete(NamedTuple):
@@ -135,7 +136,7 @@ def complete_for(
     reached = dag.reached(requests)
     fishers = [*(request.fisher for request in requests), *(node.fisher for node, _ in reached)]
     given = [fisher for fisher in fishers if fisher is not None]
-    scope = list(given[0].layout.names) if given else params
+    scope = list(given[0].layout.names) if given else for_several(params)
     nodes = {
         node.name: _lack(f"data of node {node.name!r}", node, node.data, node.estimates, scope, most)
         for node, _ in reached

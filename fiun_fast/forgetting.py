@@ -11,7 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from .arguments import ESTIMATORS, Estimator, MergeRule, OnMismatch, TuneBy, check_count, check_function, check_number
+from .arguments import (
+    ESTIMATORS,
+    TUNE_BY,
+    Estimator,
+    MergeRule,
+    OnMismatch,
+    TuneBy,
+    check_count,
+    check_function,
+    check_number,
+    check_numbers,
+    check_one_of,
+)
 from .compiling import ReachedNode, reached_nodes
 from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
 from .errors import ArgumentError, NotForgottenError, TuningWarning, warn
@@ -113,6 +125,11 @@ def unlearn_(
     check_function("score", score, "name", "model")
     bound = Bound(check_number("left", left), check_number("lost", lost))
     ways = _ways(estimators, estimate, backend)
+    if by is not None:
+        check_one_of("by", by, TUNE_BY)
+    lams = None if lams is None else check_numbers("lams", lams)
+    if points is not None:
+        check_count("points", points)
     if samples is not None:
         check_count("samples", samples)
     seconds = dict.fromkeys(("Fishers", "choosing", "run"), 0.0)
@@ -261,7 +278,11 @@ def _family(
 
 def _ways(estimators: Any, estimate: Estimate | None, backend: str | None) -> Ways:
     """Estimators -> options, which takes care of what each of them does not take."""
+    if not isinstance(estimators, Iterable):
+        raise ArgumentError(f"estimators is a {type(estimators).__name__}, expected some of {', '.join(ESTIMATORS)}")
     listed = [estimators] if isinstance(estimators, str) else list(estimators)
+    for one in listed:
+        check_one_of("estimator", one, ESTIMATORS)
     if not listed:
         raise ArgumentError(f"estimators is empty, expected some of {', '.join(ESTIMATORS)}")
     keywords = check_estimate(estimate)

@@ -157,7 +157,8 @@ def _seen(compiled: Plan, evaluate: Evaluate, name: str) -> Any:
     if compiled.spread is not None:
         return None
     last = getattr(evaluate, "last", None)
-    return last.get(name) if isinstance(last, Mapping) else None
+    seen = last.get(name) if isinstance(last, Mapping) else None
+    return seen if hasattr(seen, "left") and hasattr(seen, "kept") else None  # `last` may be something of the caller's
 
 
 def _layers(compiled: Plan, points: int) -> dict[str, list[Layer]]:

@@ -118,12 +118,12 @@ class Outcome:
         return len(self.nodes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for json.dump; an infinite alpha is None."""
+        """Plain data, ready for json.dump; numbers of a node that are not finite, such as its alpha, are None."""
         return {
             "bound": asdict(self.bound),
             "seconds": self.seconds,
             "unmet": self.unmet,
-            "nodes": [{**asdict(node), "alpha": _plain(node.alpha), "share": node.share} for node in self],
+            "nodes": [_plain({**asdict(node), "share": node.share}) for node in self],
             "report": self.report.to_dict(),
         }
 
@@ -167,4 +167,4 @@ def _shown(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
-    return None if value == math.inf else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

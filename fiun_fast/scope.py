@@ -32,6 +32,11 @@ def check_module(what: str, model: object) -> None:
         raise ArgumentError(f"{what} is a TorchScript module; pass the module that it was made from")
 
 
+def for_several(params: Params) -> Params:
+    """The same, for more models than one: what an iterator yields, which would be used up at the first."""
+    return list(params) if isinstance(params, Iterator) else params
+
+
 def select_parameters(model: nn.Module, params: Params = None) -> dict[str, nn.Parameter]:
     """Choose parameters of a module, in the module's own order, each once: a tied one under its first name.
 

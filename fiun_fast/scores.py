@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ Marks = Callable[[Any, Tensor], Tensor]  # (inputs, labels [B]) -> [B] bool
 Classes = int | Iterable[int]
 MARGINS = (0.1, 0.02)
 ROUNDING = 1e-9
+HIGHEST = (1 << 63) - 1  # labels are int64
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,9 @@ class ClassScore(Score):
         forward_fn, target_index: as for `estimate_fisher`.
 
     Raises:
-        ArgumentError: no loader, an iterator, which can be gone over once, or `forget` is none of these. From a call:
-            nothing is given for that node, its model is a dict of tensors, or `forget` returns something else.
+        ArgumentError: no loader, an iterator, which can be gone over once, or `forget` or `margins` is none of these.
+            From a call: nothing is given for that node, its model is a dict of tensors, or `forget` returns something
+            else.
         EstimationError: from a call: there is nothing to forget or nothing to keep among a node's data, a batch cannot
             be read, or there is not one prediction a sample; the message names the node.
 
@@ -133,6 +136,8 @@ class ClassScore(Score):
         super().__init__()
         self._loaders = check_loaders("loader", loader)
         self._forget = _checked(forget)
+        if not isinstance(margins, Sequence) or isinstance(margins, str) or len(margins) != len(MARGINS):
+            raise ArgumentError(f"margins is {margins!r:.40}, expected two weights, (of sure_left, of sure_kept)")
         self._margins = [check_number(f"margins[{i}]", weight) for i, weight in enumerate(margins)]
         self._how: dict[str, Any] = {"forward_fn": forward_fn, "target_index": target_index}
         self._answering: dict[str, tuple[Model, Answering]] = {}
@@ -263,13 +268,14 @@ def _checked(forget: Any) -> Any:
 
 
 def _classes(what: str, given: Any) -> list[int]:
-    listed = [given] if isinstance(given, numbers.Integral) else given
+    plain = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given  # of no dimension, a number
+    listed = [plain] if isinstance(plain, numbers.Integral) else plain
     if isinstance(listed, (str, Mapping)) or not isinstance(listed, Iterable):
         raise ArgumentError(f"{what} is a {type(given).__name__}, expected classes, {{node: classes}} or a function")
     found = []
-    for one in listed.tolist() if isinstance(listed, Tensor) else listed:
-        if isinstance(one, bool) or not isinstance(one, numbers.Integral):
-            raise ArgumentError(f"{what} holds {one!r:.40}, expected classes, which are whole numbers")
+    for one in listed:
+        if isinstance(one, bool) or not isinstance(one, numbers.Integral) or not -HIGHEST <= int(one) <= HIGHEST:
+            raise ArgumentError(f"{what} holds {one!r:.40}, expected classes, which are whole numbers of 64 bits")
         found.append(int(one))
     return found
 
@@ -280,7 +286,13 @@ def _none(batch: Any, labels: Tensor) -> Tensor:
 
 def _marked(forget: Marks, batch: Any, labels: Tensor) -> Tensor:
     found: Any = forget(batch[0] if isinstance(batch, (tuple, list)) else batch, labels)
-    marked = found if isinstance(found, Tensor) else torch.as_tensor(found)
+    try:
+        marked = found if isinstance(found, Tensor) else torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(
+            f"forget(x, y) gave a {type(found).__name__}, expected bool {list(labels.shape)}: whether each sample is "
+            "to be forgotten"
+        ) from None
     if marked.dtype != torch.bool or marked.shape != labels.shape:
         raise ArgumentError(
             f"forget(x, y) gave {str(marked.dtype).removeprefix('torch.')} {list(marked.shape)}, expected bool "

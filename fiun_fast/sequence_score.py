@@ -15,6 +15,7 @@ from .dag import Model
 from .errors import ArgumentError, EstimationError
 from .estimators.looking import each_batch, looking
 from .estimators.predictions import IGNORED, Predictions
+from .estimators.raised import RaisedError, passes, said
 from .estimators.reading import Forward
 from .scores import Score, Seen, check_loaders, check_runs, loader_of
 from .sequences import Pair, answer_losses
@@ -56,11 +57,11 @@ class SequenceScore(Score):
             labels, or (ids[:, :-1], ids[:, 1:])), or pairs (prompt, answer) of token ids, [P] and [A], of which the
             answers count (`fiun_fast.sequences`); or {node: such}.
         target: what the loss of the forgotten is to reach; None: log of the vocabulary, that of a guess.
-        forward_fn, target_index: as for `estimate_fisher`.
+        forward_fn, target_index: as for `estimate_fisher`; not for pairs.
 
     Raises:
         ArgumentError: an iterator, which can be gone over once, no loader, or a target that is no number. From a call:
-            nothing is given for that node, or its model is a dict of tensors.
+            nothing is given for that node, its model is a dict of tensors, or pairs are given and `forward_fn` too.
         EstimationError: from a call: no sequence, or outputs that are not [B, T, vocabulary]; the message names the
             node.
 
@@ -99,6 +100,9 @@ class SequenceScore(Score):
     def _loss(self, model: nn.Module, data: Any, what: str) -> tuple[float, int]:
         """Mean loss of a token, and the size of the vocabulary."""
         if _are_pairs(data):
+            for name, given in self._how.items():
+                if given is not None:
+                    raise ArgumentError(f"{what}: {name} is for batches; the model is called with pairs as they are")
             return _of_answers(model, data, what)
 
         def take(predictions: Predictions, _: Any) -> tuple[float, int, int]:
@@ -127,7 +131,9 @@ def _of_answers(model: nn.Module, pairs: Sequence[Pair], what: str) -> tuple[flo
 
     def note(_: nn.Module, given: Any, output: Any) -> None:
         logits = getattr(output, "logits", output)
-        words.append((logits[0] if isinstance(logits, tuple) else logits).shape[-1])
+        logits = logits[0] if isinstance(logits, tuple) and logits else logits
+        if isinstance(logits, Tensor) and logits.dim():  # of anything else `answer_losses` says what is wrong
+            words.append(logits.shape[-1])
 
     try:
         with looking(model) as bare:
@@ -139,6 +145,10 @@ def _of_answers(model: nn.Module, pairs: Sequence[Pair], what: str) -> tuple[flo
     except (ArgumentError, EstimationError) as error:
         error.args = (f"{what}: {error}",)
         raise
+    except Exception as error:
+        if passes(error):
+            raise
+        raise RaisedError(f"{what}: the model, called with token ids int64 [B, T], raises {said(error)}") from error
     lengths = torch.tensor([float(len(answer)) for _, answer in pairs], dtype=torch.float64)
     losses = torch.cat(parts).double().cpu()
     if not bool(losses.isfinite().all()):

@@ -213,7 +213,7 @@ def _answers(model: nn.Module, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, T
 
 def _logits(output: Any, ids: Tensor) -> Tensor:
     logits = getattr(output, "logits", output)
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = logits[0] if isinstance(logits, tuple) and logits else logits
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         expected = f"[{ids.shape[0]}, {ids.shape[1]}, vocabulary]"

@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import TUNE_BY, MergeRule, OnMismatch, TuneBy, check_count, check_function, check_number, check_one_of
+from .arguments import (
+    TUNE_BY,
+    MergeRule,
+    OnMismatch,
+    TuneBy,
+    check_count,
+    check_function,
+    check_number,
+    check_numbers,
+    check_one_of,
+)
 from .dag import ForgetRequest, InheritanceDAG
 from .errors import ArgumentError, TuningWarning, warn
 from .estimating import Estimate
@@ -113,10 +123,10 @@ def tune_plan(
     if by == "layer":
         if alphas is not None:
             raise ArgumentError('alphas are of whole nodes: leave them out where by="layer"')
-        last = LAST_LAMBDAS if lams is None else _numbers("lams", lams)
+        last = LAST_LAMBDAS if lams is None else check_numbers("lams", lams)
         count, slack = check_count("points", LAST_POINTS if points is None else points), check_number("slack", slack)
         return tune_layers(compiled, evaluate, lams=last, points=count, slack=slack, progress=progress)
-    lambdas = _numbers("lams", LAMBDAS if lams is None else lams)
+    lambdas = check_numbers("lams", LAMBDAS if lams is None else lams)
     count = POINTS if points is None else points
     grids = {name: sorted(set(grid), reverse=True) for name, grid in _grids(compiled, alphas, count).items()}
     profiles = compiled.profile()
@@ -232,12 +242,12 @@ def _grids(
     if alphas is None:
         return default_grids(compiled, check_count("points", points))
     if not isinstance(alphas, Mapping):
-        grid = _numbers("alphas", alphas)
+        grid = check_numbers("alphas", alphas)
         return dict.fromkeys(compiled.nodes, grid)
     for name in compiled.nodes:
         if name not in alphas:
             raise ArgumentError(f"alphas has no grid for node {name!r}, which a request reaches")
-    return {name: _numbers(f"alphas[{name!r}]", alphas[name]) for name in compiled.nodes}
+    return {name: check_numbers(f"alphas[{name!r}]", alphas[name]) for name in compiled.nodes}
 
 
 def _distinct(
@@ -288,12 +298,3 @@ def _said(who: str, found: Tuned) -> Tuned:
         more = [f"and {len(found.doubts) - 8} nodes more"] if len(found.doubts) > 8 else []
         warn(f"{who}: " + "; ".join(lines + more), TuningWarning)
     return found
-
-
-def _numbers(what: str, values: Iterable[float]) -> list[float]:
-    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-        raise ArgumentError(f"{what} is a {type(values).__name__}, expected numbers")
-    numbers = [check_number(f"{what}[{i}]", value) for i, value in enumerate(values)]
-    if not numbers:
-        raise ArgumentError(f"{what} is empty: nothing to try")
-    return numbers

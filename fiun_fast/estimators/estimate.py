@@ -17,7 +17,7 @@ from ..fisher import Fisher
 from ..layout import Layout
 from ..memory import check_loaded
 from ..ranks import Fact, Ranks, ranks_of, together
-from ..scope import Params, check_module, select_parameters
+from ..scope import Params, check_module, for_several, select_parameters
 from ..wrappers import check_gathered, silenced, unwrap
 from . import claims
 from .accumulator import BatchEstimate
@@ -154,6 +154,7 @@ def estimate_fishers(
     options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
+    params = for_several(params)
     found = sweep({name: Wanted(model, params, [options]) for name, model in models.items()}, loader, progress, group)
     return {name: fishers[0] for name, fishers in found.items()}
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from ..arguments import check_one_of
 from ..bench.files import environment, fill, write_json
 from ..demo.data import load_digits
+from ..errors import ArgumentError, FileWriteError
 from . import methods, published
 from .networks import NETWORKS, REQUESTS
 from .report import tables
@@ -43,13 +44,19 @@ def run_paper(
         quick: trains briefly and tries little, for tests.
 
     Raises:
-        ArgumentError: an unknown network.
+        ArgumentError: an unknown network, no seed, a file `out` that holds something else, or a page without the marks.
+        FileWriteError: the folder of `out` cannot be made.
 
     """
-    networks = networks or tuple(NETWORKS)
+    networks, seeds = list(dict.fromkeys(networks or NETWORKS)), list(dict.fromkeys(seeds))  # each once
     for network in networks:
         check_one_of("network", network, tuple(NETWORKS))
+    if not seeds:
+        raise ArgumentError("seeds is empty: nothing to run")
     console, out = Console(), Path(out)
+    before = _there(out)
+    if page is not None:
+        _check_marked(Path(page))
     settings = {
         "quick": quick,
         "fine_tuning": methods.TUNING,
@@ -58,10 +65,8 @@ def run_paper(
     }
     result: dict[str, Any] = {"settings": settings, "environment": environment(), "seconds": 0.0, "rows": []}
     result = json.loads(json.dumps(result))  # as it comes back from a file
-    if out.exists():
-        before = json.loads(out.read_text(encoding="utf-8"))
-        if all(before[key] == result[key] for key in ("settings", "environment")):
-            result = before
+    if before is not None and all(before[key] == result[key] for key in ("settings", "environment")):
+        result = before
     done = {(row["network"], row["request"], row["seed"]) for row in result["rows"]}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models are too small to share: faster, and the same bits on any number of cores
@@ -83,6 +88,31 @@ def run_paper(
         fill(Path(page), MARK, f"\n{text}\n")
     console.print(f"wrote {out}")
     return result
+
+
+def _there(out: Path) -> dict[str, Any] | None:
+    """The results that are there; None: there is no file, and its folder is made."""
+    try:
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            return None
+        found = json.loads(out.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileWriteError(f"out: {out} cannot be used: {error.strerror}") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"settings", "environment", "seconds", "rows"}:
+        raise ArgumentError(f"out: {out} is there and holds no results of this command; name another file")
+    return found
+
+
+def _check_marked(page: Path) -> None:
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"page: {page} cannot be read: {error}") from None
+    if not 0 <= text.find(f"<!-- {MARK} -->\n") < text.find(f"<!-- /{MARK} -->"):
+        raise ArgumentError(f"page: {page} has no lines <!-- {MARK} --> and <!-- /{MARK} -->, between which tables go")
 
 
 def unit(name: str, request: str, seed: int, quick: bool) -> list[dict[str, Any]]:

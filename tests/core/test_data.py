@@ -200,6 +200,12 @@ def test_errors_say_whose_data_it_is(shared, request_, match):
     assert all(torch.equal(value, before[key]) for key, value in dag["u0"].model.state_dict().items())
 
 
+def test_no_log_shows_what_is_to_be_forgotten(shared):
+    secret = [(torch.full((2, 6), 12.25), torch.tensor([0, 1]))]
+    dag = family(data=secret)
+    assert "12.25" not in repr(ff.ForgetRequest("u0", data=secret)) + repr(dag["u0"])
+
+
 def test_models_and_fishers_in_the_wrong_place(shared):
     dag, fisher = ff.InheritanceDAG(), ff.estimate_fisher(net(0), shared)
     with pytest.raises(ff.ArgumentError, match="node 'u0': data is a Fisher, expected a loader"):

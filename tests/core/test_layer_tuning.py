@@ -139,6 +139,20 @@ def ran(dag: ff.InheritanceDAG, requests: list[ff.ForgetRequest], chosen: ff.Tun
     return after
 
 
+def test_a_dict_called_last_that_measures_nothing_is_left_alone():
+    def found(last):
+        dag, requests = family(3)
+        evaluate = Bear(dag, False, {"second": 0.15, "first.weight": 0.05})
+
+        def score(name, model):
+            return evaluate(name, model)
+
+        score.last = last
+        return ff.tune(dag, requests, score, by="layer")
+
+    assert found({"a": 0.9, "b": None}) == found(None)
+
+
 def test_what_is_shown(monkeypatch):
     dag, requests = family(5)
     evaluate = Bear(dag, False, {"second": 0.1, "first.weight": 0.05})

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -46,6 +47,18 @@ class Net(nn.Module):
 class Scaled(Net):
     def forward(self, x):
         return super().forward(x) * torch.tensor([1.0, 2.0, 0.5, 3.0])
+
+
+class Clamped(Net):
+    """Small logits are as the head gave them."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-4, 4)
+
+
+class ClampedInPlace(Net):
+    def forward(self, x):
+        return super().forward(x).clamp_(-4, 4)
 
 
 class Twice(Net):
@@ -109,7 +122,7 @@ def seen(score: ff.ClassScore, model: nn.Module, name: str = "u0") -> tuple[floa
     return found.left, found.kept, found.sure_left, found.sure_kept
 
 
-@pytest.mark.parametrize("kind", [Net, Scaled, Twice, Feeding, Deep])
+@pytest.mark.parametrize("kind", [Net, Scaled, Clamped, ClampedInPlace, Twice, Feeding, Deep])
 def test_it_sees_what_the_obvious_loop_sees_whatever_changes(kind, data, loader):
     model, gone = trained(kind), data[1] == 2
     score = ff.ClassScore(loader, forget=2)
@@ -119,7 +132,7 @@ def test_it_sees_what_the_obvious_loop_sees_whatever_changes(kind, data, loader)
         assert seen(score, model) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
 
     check()
-    for factor in (0.5, -1.0, 0.3):
+    for factor in (0.5, -1.0, 100.0, 0.003):
         with torch.no_grad():
             last.weight.mul_(factor)
         check()
@@ -276,6 +289,10 @@ def test_labels_that_do_not_count_are_left_out(data, loader):
         (lambda data: (data, {"u1": [2]}), ff.ArgumentError, "forget has no classes for node 'u0'; it has them for u1"),
         (lambda data: ({"u1": data}, 2), ff.ArgumentError, "no validation data for node 'u0'; there are some for u1"),
         (lambda data: (data, lambda x, y: y), ff.ArgumentError, r"gave int64 \[16\], expected bool \[16\]"),
+        (lambda data: (data, lambda x, y: "some"), ff.ArgumentError, r"gave a str, expected bool \[16\]"),
+        (lambda data: (data, lambda x, y: None), ff.ArgumentError, r"gave a NoneType, expected bool \[16\]"),
+        (lambda data: (data, torch.tensor(1.5)), ff.ArgumentError, "forget is a Tensor, expected classes"),
+        (lambda data: (data, 2**70), ff.ArgumentError, "forget holds 1180591620717411303424, expected classes"),
         (lambda data: (data, [9]), ff.EstimationError, "validation data of node 'u0': none of its 53 samples"),
         (lambda data: (data, range(4)), ff.EstimationError, "node 'u0': all of its 53 samples are to be forgotten"),
         (lambda data: ([], 2), ff.EstimationError, "validation data of node 'u0': it is empty"),
@@ -285,6 +302,18 @@ def test_errors(args, error, match, loader):
     given, forget = args(loader)
     with pytest.raises(error, match=match):
         ff.ClassScore(given, forget=forget)("u0", trained())
+
+
+@pytest.mark.parametrize("forget", [torch.tensor(2), np.array(2), np.int64(2), np.array([2]), torch.tensor([2])])
+def test_a_class_comes_in_any_form(forget, loader):
+    model = trained()
+    assert ff.ClassScore(loader, forget=forget)("u0", model) == ff.ClassScore(loader, forget=2)("u0", model)
+
+
+@pytest.mark.parametrize("margins", [(0.1,), (0.1, 0.2, 0.3), 0.3, "ab", {0.1, 0.2}])
+def test_margins_are_two(margins, loader):
+    with pytest.raises(ff.ArgumentError, match="margins is .* expected two weights"):
+        ff.ClassScore(loader, forget=2, margins=margins)
 
 
 def test_a_dict_of_tensors_cannot_be_run(loader):

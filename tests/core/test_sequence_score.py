@@ -137,6 +137,33 @@ def test_errors(learned, args, error, match):
         ff.SequenceScore(*args)("u0", learned)
 
 
+PAIRS = [(row[:2], row[2:]) for row in RETAIN]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "pairs", "how", "error", "match"),
+    [
+        (lambda z: z, PAIRS, {"forward_fn": lambda model, batch: batch}, ff.ArgumentError, "forward_fn is for batches"),
+        (lambda z: z, PAIRS, {"target_index": 1}, ff.ArgumentError, "target_index is for batches"),
+        (lambda z: z, [(RETAIN[0], torch.tensor([10_000]))], {}, ff.EstimationError, "raises IndexError"),
+        (lambda z: {"logits": z}, PAIRS, {}, ff.EstimationError, "forget: the model's output is dict, expected logits"),
+        (lambda z: (), PAIRS, {}, ff.EstimationError, "forget: the model's output is tuple, expected logits"),
+        (lambda z: z.sum(), PAIRS, {}, ff.EstimationError, r"forget: the model's output is \[\], expected logits"),
+    ],
+)  # fmt: skip
+def test_errors_of_pairs(learned, wrapped, pairs, how, error, match):
+    class Wrapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(learned)
+
+        def forward(self, ids):
+            return wrapped(self.inner(ids))
+
+    with pytest.raises(error, match=match):
+        ff.SequenceScore(pairs, PAIRS, **how)("u0", Wrapping())
+
+
 def test_a_classifier_is_sent_to_the_other_score():
     model = nn.Linear(4, 3)
     data = [(torch.randn(5, 4), torch.randint(3, (5,)))]

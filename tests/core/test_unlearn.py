@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fiun_fast as ff
+from fiun_fast import estimating
 from fiun_fast.tuning import default_grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -350,13 +351,45 @@ def test_what_is_said(models):
         (lambda dag, r, s: ff.unlearn_(dag, r, s, left=-0.1), "left is -0.1, expected a finite number"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, estimate={"lossfn": 1}), "estimate has 'lossfn'"),
         (lambda dag, r, s: ff.unlearn_(dag, r, lambda model: 0), "score takes"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, estimators=None), "estimators is a NoneType, expected some of batch"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, estimators=[["batch"]]), "estimator is .*batch.*, expected one of"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, estimate={"group": None}), "estimate has 'group', expected keywords"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, by=""), "by is '', expected one of node, layer"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, points=0), "points is 0, expected a whole number"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, lams=[]), "lams is empty"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, lams=0.1), "lams is a float, expected numbers"),
     ],
 )
-def test_arguments(grown, call, match):
+def test_arguments(grown, call, match, monkeypatch):
+    def early(*arguments, **options):
+        raise AssertionError("arguments are checked before the loaders are gone over")
+
     before = copy.deepcopy(grown)
+    monkeypatch.setattr(estimating, "sweep", early)
     with pytest.raises(ff.ArgumentError, match=match):
         call(chain(grown), [ff.ForgetRequest("u0", data=LOADER)], ff.ClassScore(CHECK, forget=0))
     assert same(grown, before)
+
+
+def test_what_can_be_gone_over_once_serves_every_model_and_estimator(models):
+    requests, score = [ff.ForgetRequest("u0", data=only(TRAIN, 0))], ff.ClassScore(CHECK, forget=0)
+    chosen = []
+    for form in (list, iter):
+        how = {"params": form(["3.weight", "3.bias"]), "lams": form([0.1, 0.01]), "points": 4}
+        outcome = ff.unlearn_(chain(models), requests, score, **how, left=1, lost=1)
+        chosen.append([(node.name, node.estimator, node.alpha, node.lam, node.score) for node in outcome])
+        outcome.undo_()
+    assert chosen[0] == chosen[1]
+    both = {"a": models["u0"], "b": models["u1"]}
+    for fisher in ff.estimate_fishers(both, LOADER, iter(["3.bias"])).values():
+        assert fisher.layout.names == ("3.bias",)
+
+
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
+def test_a_score_without_end_is_plain_data(models):
+    request = ff.ForgetRequest("u0", data=only(TRAIN, 0))
+    outcome = ff.unlearn_(chain(models), [request], lambda name, model: float("-inf"), points=2)
+    assert json.loads(json.dumps(outcome.to_dict(), allow_nan=False))["nodes"][0]["score"] is None
 
 
 def test_an_error_after_the_run_takes_it_back(models):

@@ -160,7 +160,7 @@ def test_runs_resumes_and_fills_its_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods, "METHODS", {name: methods.METHODS[name] for name in few})
     out, page = tmp_path / "paper.json", tmp_path / "paper.md"
     page.write_text("<!-- measured -->\nold\n<!-- /measured -->\n")
-    arguments = ["paper", "--quick", "--network", "incremental", "--out", str(out)]
+    arguments = ["paper", "--quick", *("--network", "incremental") * 2, "--out", str(out)]
     assert cli.main(arguments) == 0
     result = json.loads(out.read_text())
     assert {row["part"] for row in result["rows"]} == {"method", "alpha", "divisor", "launch", "timers"}
@@ -179,6 +179,30 @@ def test_runs_resumes_and_fills_its_page(tmp_path, monkeypatch, capsys):
         run.run_paper(out=out, networks=["incremental"], seeds=(1,), quick=True)
     with pytest.raises(ff.ArgumentError, match="network is 'ring', expected one of federated"):
         run.run_paper(out=out, networks=["ring"])
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "match"),
+    [
+        (lambda at: (at / "r.json").write_text('{"a":'), {}, ff.ArgumentError, "holds no results of this"),
+        (lambda at: (at / "r.json").write_text('{"a": 1}'), {}, ff.ArgumentError, "holds no results of this"),
+        (lambda at: (at / "r.json").write_bytes(b"\xff"), {}, ff.ArgumentError, "holds no results of this"),
+        (lambda at: (at / "r.json").mkdir(), {}, ff.FileWriteError, "r.json cannot be used"),
+        (lambda at: (at / "f").write_text(""), {"out": "f/r.json"}, ff.FileWriteError, "r.json cannot be used"),
+        (lambda at: None, {"page": "p.md"}, ff.ArgumentError, "p.md cannot be read"),
+        (lambda at: (at / "p.md").write_text("text"), {"page": "p.md"}, ff.ArgumentError, "p.md has no lines <!-- "),
+        (lambda at: None, {"seeds": ()}, ff.ArgumentError, "seeds is empty"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_said_before_anything_is_trained(tmp_path, monkeypatch, make, options, error, match):
+    def early(*arguments):
+        raise AssertionError("files are looked at first")
+
+    monkeypatch.setattr(run, "unit", early)
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path)
+    with pytest.raises(error, match=match):
+        run.run_paper(**{"out": "r.json", "quick": True, **options})
 
 
 def test_without_its_extras_it_says_what_is_missing(capsys, monkeypatch):

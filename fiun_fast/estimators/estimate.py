@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..arguments import Estimator, Per
-from ..dtensors import is_dtensor, reshard_, sharding_modules
+from ..dtensors import is_dtensor, sharding_modules
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
 from ..layout import Layout
@@ -212,7 +212,6 @@ def sweep(
         check_no_transform()
         scopes = [(those[0].model, those[0].selected.values()) for those in jobs.values()]
         on = stack.enter_context(preserved(scopes))
-        stack.callback(reshard_, sharding_modules(bare.values()))  # before what was found is put back
         shared = {name: SharedForward() for name in jobs}
         estimates = {name: [_Chosen(job, shared[name]) for job in those] for name, those in jobs.items()}
         batches = loader

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import LayoutError
 
+_sharding = methodcaller("_get_fsdp_state")  # of a module of FSDP2; whether it is gathered is said nowhere else
 _held = attrgetter("_local_tensor")  # to_local() of a parameter is another view each time; FSDP2 writes here
 
 
@@ -161,6 +162,6 @@ def reshard_(modules: Iterable[Any]) -> None:
 
 def _is_gathered(module: Any) -> bool:
     """Whether a module of FSDP2 has its gathered parameters registered."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    state = vars(_sharding(module))
+    groups = state.get("_fsdp_param_groups") or [state.get("_fsdp_param_group")]  # one, in older torch
     return any(getattr(group, "is_unsharded", False) for group in groups)

@@ -611,6 +611,18 @@ def tuning_by_layer_comes_to_the_choice_of_one_process(folder: Path) -> None:
 
 
 @on(2)
+def arguments_of_an_estimate_that_are_wrong_on_one_rank(folder: Path) -> None:
+    group, here = dist.group.WORLD, rank() == 1
+    for make, options in ((net, {"group": group}), (lambda: fsdp(net()), {})):
+        with same_everywhere(ff.ArgumentError, "^rank 1: estimator is 'nope', expected one of"):
+            ff.estimate_fisher(make(), data(0, 1), estimator="nope" if here else "batch", **options)
+    with same_everywhere(ff.ArgumentError, "^rank 1: model is a int, expected a torch.nn.Module"):
+        ff.estimate_fisher(3 if here else net(), data(0, 1), group=group)
+    with same_everywhere(ff.ArgumentError, "^rank 1: models is {}, expected a dict"):
+        ff.estimate_fishers({} if here else {"a": net()}, data(0, 1), group=group)
+
+
+@on(2)
 def what_is_raised_in_a_forward_leaves_the_model_as_it_was(folder: Path) -> None:
     """FSDP2 takes itself to be inside that forward still, with gathered parameters registered."""
     original, forget = fishers(net())

@@ -79,7 +79,7 @@ neon:  ## the C++ sources for arm64 against the scalar rules; Debian: g++-aarch6
 gpu: install  ## everything a machine with a GPU can say, in GPU_MINUTES (20); gpu-out/gpu.md and gpu.json
 	$(BIN)/fiun-fast gpu --out gpu-out --minutes $(GPU_MINUTES)
 
-gpu-dry: install  ## the same steps on the CPU, in some minutes; says nothing about a GPU
+gpu-dry: install  ## the same steps on the CPU, in about a minute; says nothing about a GPU
 	$(BIN)/fiun-fast gpu --out gpu-out --dry
 
 memcheck: install  ## the CUDA kernels under compute-sanitizer; needs an NVIDIA GPU

@@ -2,7 +2,6 @@
 
     python bench/quality.py               bench/results/quality.json and the tables in docs/choosing.md
     python bench/quality.py --seed 0      that seed alone; may be repeated
-    python bench/quality.py --features    what the features still know, of one chain; no seeds
     python bench/quality.py --tables      only the tables, from the committed results
 
 The demo's four networks of digits (a chain, a star, two kinds of averages with several parents), a seed at a time. One
@@ -217,147 +216,6 @@ def study(seeds: Sequence[int], cache: Path, results: Path, scopes: Sequence[str
     return result
 
 
-# ---- what the features still know ------------------------------------------------------------------------------------
-
-FEATURES = (
-    "untouched",
-    "last layer",
-    "by layer",
-    "… expected in the body",
-    "… signed selection",
-    "… a feature term in the score",
-    "… BatchNorm statistics anew",
-    "retrained",
-)
-PROBED = (0, 3, 4)  # classes; retraining takes the longest
-
-
-def probed(model: DigitNet, network: Network, node: str, label: int) -> tuple[float, float]:
-    """Accuracy on the class, of ridge regression and of the nearest class mean of 5 samples, on features of test data.
-
-    Both are fitted on validation data.
-    """
-    shown = {split: network.seen(node, getattr(network.digits, split)) for split in ("validation", "test")}
-    known = network.recipe.data(node).classes
-    sets = {split: samples.only(known) for split, samples in shown.items()}
-    with torch.no_grad():
-        x, z = (model.body(sets[split].images).double() for split in ("validation", "test"))
-    y, gone = sets["validation"].labels, sets["test"].labels == label
-    wanted = torch.nn.functional.one_hot(y, CLASSES).double()
-    x1, z1 = (torch.cat([of, torch.ones(len(of), 1).double()], 1) for of in (x, z))
-    weights = torch.linalg.solve(x1.T @ x1 + torch.eye(x1.shape[1]).double(), x1.T @ wanted)
-    means = torch.stack([x[y == c][:5].mean(0) if c in known else torch.full_like(x[0], 1e9) for c in range(CLASSES)])
-    ridge, nearest = (z1 @ weights).argmax(1), torch.cdist(z, means).argmin(1)
-    return float((ridge[gone] == label).double().mean()), float((nearest[gone] == label).double().mean())
-
-
-class WithFeatures:
-    """The score, less a tenth of what the nearest class mean still knows of the class in validation features.
-
-    It does not measure, so that tuning by layer goes by the number alone.
-    """
-
-    def __init__(self, network: Network, label: int) -> None:
-        self._score, self._network, self._label = network.score([label]), network, label
-
-    def __call__(self, name: str, model: DigitNet) -> float:
-        """Higher is better."""
-        data = self._network.split(name, "validation")
-        with torch.no_grad():
-            features = model.body(data.images)
-        half = torch.arange(len(data.labels)) % 2 == 0
-        known = sorted(data.classes)
-        means = torch.stack([features[half & (data.labels == c)].mean(0) for c in known])
-        gone = ~half & (data.labels == self._label)
-        found = torch.tensor(known)[torch.cdist(features[gone], means).argmin(1)] == self._label
-        return self._score(name, model) - 0.1 * float(found.double().mean())
-
-
-def signed_request(network: Network, label: int) -> ff.ForgetRequest:
-    """The same request, with the gradient of the loss on the class at its origin."""
-    request, origin = network.request(label), network.recipe.origin[label]
-    model, data = network.models[origin], network.seen(origin, network.recipe.data(origin).only([label]))
-    torch.nn.functional.cross_entropy(model(data.images), data.labels).backward()
-    gradient = ff.Gradient.from_module(model, list(request.fisher.layout.names))
-    model.zero_grad()
-    return ff.ForgetRequest(origin, request.fisher, gradient=gradient)
-
-
-def mixed(body: ff.Fisher, head: ff.Fisher) -> ff.Fisher:
-    """One Fisher for the body and another for the last layer."""
-    values = {**body.as_dict(), **{k: v for k, v in head.as_dict().items() if k.startswith("head.")}}
-    return ff.Fisher.from_dict(values)
-
-
-def features(cache: Path, seed: int = 0, scenario: str = "incremental") -> list[dict[str, Any]]:
-    """For each class of PROBED, in the last node of a chain: what each rule left in answers and in features."""
-    torch.set_num_threads(1)
-    digits = load_digits(seed)
-    recipe = recipe_of(scenario, digits, seed)
-    models = trained(recipe, cache)
-    node = recipe.steps[-1].name
-    whole, last = (Network(recipe, digits, models, scope, "batch", 16) for scope in ("all", "last-layer"))
-    expected = Network(recipe, digits, models, "all", "expected", 16)
-    both = ff.InheritanceDAG()
-    for step in recipe.steps:
-        fisher = mixed(expected.originals[step.name], whole.originals[step.name])
-        both.add_model(step.name, models[step.name], fisher, parents=step.parents)
-    found = []
-    for label in PROBED:
-
-        def by_layer(
-            requests: list[ff.ForgetRequest], dag: ff.InheritanceDAG = whole.dag, score: Any = None
-        ) -> ff.Plan:
-            plan = ff.plan(dag, requests, alpha=0.0)
-            plan.set_values_(tune_plan(plan, score or whole.score([label]), by="layer"))  # noqa: B023
-            return plan
-
-        head = ff.plan(last.dag, [last.request(label)], alpha=0.0)
-        head.set_values_(tune_plan(head, last.score([label]), **LAST))
-        forget = mixed(expected.request(label).fisher, whole.request(label).fisher)
-        plans = {
-            "untouched": None,
-            "last layer": head,
-            "by layer": by_layer([whole.request(label)]),
-            "… expected in the body": by_layer([ff.ForgetRequest(recipe.origin[label], forget)], both),
-            "… signed selection": by_layer([signed_request(whole, label)]),
-            "… a feature term in the score": by_layer([whole.request(label)], score=WithFeatures(whole, label)),
-        }
-        plans["… BatchNorm statistics anew"] = plans["by layer"]
-        before = whole.accuracy(node, [label])[1]
-        for rule, plan in plans.items():
-            if plan is not None:
-                plan.run_()
-            state = copy.deepcopy(models[node].state_dict())
-            if "BatchNorm" in rule:
-                renew(models[node], whole.seen(node, recipe.data(node).without([label])).images)
-            left, kept = whole.accuracy(node, [label])
-            found.append({"label": label, "rule": rule, "left": left, "lost": before - kept})
-            found[-1] |= dict(zip(("ridge", "nearest"), probed(models[node], whole, node, label), strict=True))
-            models[node].load_state_dict(state)
-            whole.restore()
-        again = grow(recipe, without=[label])[node]
-        samples = digits.test.only(recipe.data(node).classes)
-        left, kept = accuracies(again, whole.seen(node, samples), [label])
-        found.append({"label": label, "rule": "retrained", "left": left, "lost": before - kept})
-        found[-1] |= dict(zip(("ridge", "nearest"), probed(again, whole, node, label), strict=True))
-    return found
-
-
-def renew(model: DigitNet, images: torch.Tensor) -> None:
-    """Take the statistics of every BatchNorm anew from what is to be kept."""
-    norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d))]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-    model.train()
-    with torch.no_grad():
-        for batch in images.split(64):
-            if len(batch) > 1:
-                model(batch)
-    model.eval()
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -384,7 +242,7 @@ def summary(rows: Sequence[dict], kind: str, rules: Sequence[str]) -> dict[str, 
 
 
 def tables(result: dict, seen: Sequence[int] = SEEN, new: Sequence[int] = NEW) -> str:
-    """Tables in Markdown: for each scope and kind of request every rule; every network; what the features know."""
+    """Tables in Markdown: for each scope and kind of request every rule; and network by network."""
     out = []
     for scope, sets in ((LAST_LAYER, SETS), (SURE, SETS), (ALL, {rule: (rule,) for rule in WHOLE})):
         for kind in KINDS:
@@ -415,15 +273,6 @@ def tables(result: dict, seen: Sequence[int] = SEEN, new: Sequence[int] = NEW) -
         lines.append([scenario, *cells])
     heads = ["network", *(f"{scope}, {kind}" for scope in (DEFAULT, "whole model by layer") for kind in KINDS)]
     out.append(f"**Network by network**, ≤ 1, ≤ 1, all seeds.\n\n{markdown(heads, lines)}")
-    lines = []
-    for rule in FEATURES:
-        if its := [one for one in result.get("features", ()) if one["rule"] == rule]:
-            means = [f"{100 * mean(one[key] for one in its):.1f} %" for key in ("left", "ridge", "nearest")]
-            lines.append([rule, means[0], f"{100 * mean(one['lost'] for one in its):.2f}", *means[1:]])
-    if lines:
-        heads = ["rule", "left", "lost", "ridge probe", "nearest of 5 shots"]
-        title = f"**What the features still know**, mean of classes {', '.join(map(str, PROBED))}."
-        out.append(f"{title}\n\n{markdown(heads, lines)}")
     return "\n".join(out)
 
 
@@ -442,18 +291,12 @@ def main() -> None:
     """Run the study, or only write its tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--tables", action="store_true")
-    parser.add_argument("--features", action="store_true")
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--scope", action="append", choices=SCOPES)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fiun_fast_quality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if arguments.features:
-        result = json.loads(arguments.results.read_text())
-        write_json(
-            arguments.results, {**result, "features": features(arguments.cache), "rows": result["rows"]}, digits=5
-        )
-    elif not arguments.tables:
+    if not arguments.tables:
         study(arguments.seed or [*SEEN, *NEW], arguments.cache, arguments.results, arguments.scope or SCOPES)
     text = tables(json.loads(arguments.results.read_text()))
     print(text)

@@ -22,7 +22,7 @@ from .fisher import Fisher
 from .scope import LAST, Params, select_parameters
 from .wrappers import unwrap
 
-FEWEST = 16  # batches: `batch` is a mean over these
+FEWEST = 8  # batches: `batch` is a mean over these
 Estimate = Mapping[str, Any]  # keywords of `estimate_fisher`
 KNOWN = tuple(inspect.signature(estimate_fisher).parameters)[2:]  # without model and loader
 

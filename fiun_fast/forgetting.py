@@ -83,7 +83,7 @@ def unlearn_(
             node alone.
         strict: a node where nothing meets the bound is an error; else it is named in the outcome and in a warning.
         estimate: further keywords of `estimate_fisher` (loss_fn, forward_fn, …), each for the estimators that take it.
-        samples: of each loader that says its length about so many are used for a Fisher, in at least 16 batches spread
+        samples: of each loader that says its length about so many are used for a Fisher, in at least 8 batches spread
             over all of it; None: all.
         by, lams, points: as in `tune`; `by` is "layer" where more than one layer is in scope, unless something else is
             said. By node the defaults are 0.01 and 24.

@@ -188,6 +188,9 @@ class Values:
             LayoutError: a pattern that matches no parameter of its node.
 
         """
+        for what, given in (("alpha", alpha), ("lam", lam)):
+            if given is None:  # which means "as it is" where there are values
+                check_number(what, given, dtype)
         start = Numbers(np.zeros(len(nodes)), {})
         made = cls(start, start).changed(nodes, known, dtype, alpha, lam)
         _check_covered("alpha", alpha, nodes)

@@ -232,10 +232,11 @@ def sweep(
                             raise EstimationError(which + why_not_finite(batch, bare[name]))
         if ranks is None:
             batches.check_not_empty()
-    return {
-        name: [_said(_over(estimate, spread, ranks), inner[name].wrappers) for estimate in several]
-        for name, several in estimates.items()
-    }
+    with torch.inference_mode(False):  # a Fisher may be written to later, in whatever mode the caller is then
+        return {
+            name: [_said(_over(estimate, spread, ranks), inner[name].wrappers) for estimate in several]
+            for name, several in estimates.items()
+        }
 
 
 def _beside(spread: Ranks | None, group: object) -> Ranks | None:

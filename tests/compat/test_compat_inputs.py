@@ -235,7 +235,7 @@ def test_the_compat_layer_knows_only_the_public_api():
     import re
     from pathlib import Path
 
-    checks = "arguments|guards|homes|kernels|memory|naming|overlaps|provenance|scope|wrappers"
+    checks = "arguments|dtensors|guards|homes|kernels|memory|naming|overlaps|provenance|scope|wrappers"
     readers = r"estimators\.(?:claims|job|loaders|predictions|reading|totals)"
     shared = rf"(?:{checks}|{readers}) import [^_]"
     for path in Path(ssd.__file__).parent.glob("*.py"):

@@ -19,7 +19,7 @@ from fiun_fast.gpu.machine import BACKENDS, Gpu, SkippedError, StandIn, machine
 from fiun_fast.gpu.page import DRY, page
 from fiun_fast.gpu.steps import MINUTES, STEPS, Step
 
-# the others take a minute or more, of the shim and the interpreter, and run by `make gpu-dry` in .ci/run
+# the others take the rest of a minute, of the shim and the interpreter, and run by `make gpu-dry` in .ci/run
 DRY_STEPS = ("bench", "sweep")
 
 

@@ -36,6 +36,23 @@ def test_the_page_has_the_tables_of_the_committed_results(quality):
     assert len(measured) == len(set(measured)), "counted twice"
 
 
+def test_what_the_page_says_of_its_tables_holds(quality):
+    rows = quality.complete(json.loads(quality.RESULTS.read_text())["rows"])
+    new = [row for row in rows if row["scope"] == quality.LAST_LAYER and row["seed"] in quality.NEW]
+    three = quality.SETS["best of batch of 16, expected, label-free"]
+    two = quality.SETS[quality.DEFAULT]
+    for kind, aim in (("single", 0.95), ("merged", 0.9)):
+        assert quality.summary(new, kind, three)["within 1"] >= aim > quality.summary(new, kind, two)["within 1"]
+        alone = {name: quality.summary(new, kind, (name,))["within 1"] for name in quality.ESTIMATORS}
+        assert min(alone, key=lambda name: alone[name]) == "label-free"
+    halves = [[r for r in rows if r["scope"] == quality.ALL and r["seed"] in of] for of in (quality.SEEN, quality.NEW)]
+    for half in halves:
+        assert quality.summary(half, "single", ("by layer",))["within 1"] >= 0.9
+        assert quality.summary(half, "single", ("one α",))["within 2"] < 0.6
+    before, after = (quality.summary(half, "merged", ("by layer",))["within 1"] for half in halves)
+    assert before >= 0.9 > after
+
+
 def test_a_seed_counts_when_all_its_networks_are_there(quality):
     rows = [{"scope": "a", "seed": s, "scenario": one} for s in (1, 2) for one in quality.SCENARIOS]
     assert quality.complete(rows) == rows

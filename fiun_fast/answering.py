@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .dtensors import is_dtensor, reshard_, sharding_modules
 from .errors import ScopeWarning
 from .estimators.looking import each_batch, one_a_sample
 from .estimators.predictions import HALF, Predictions
@@ -40,8 +41,8 @@ class Answering:
 
     At first the tail is the last layer. Where something else was written to since, the tail grows to the smallest
     submodule around all that was; where the model was rebuilt, everything begins anew. The whole model runs where the
-    tail is called more than once or with more than one tensor, where its output is not itself the model's, and where
-    what goes into it turns out to depend on its own parameters.
+    tail is called more than once or with more than one tensor, where its output is not itself the model's, where what
+    goes into it turns out to depend on its own parameters, and where parameters are spread over ranks.
 
     Args:
         model: any module that makes one prediction a sample, logits [B, C].
@@ -68,6 +69,9 @@ class Answering:
         self._first: Any = None  # batch of those that were gone over last
 
     def _last(self) -> nn.Module | None:
+        reshard_(sharding_modules([self._bare]))
+        if any(map(is_dtensor, self._bare.parameters())):  # a part by itself may not know how to gather its parameters
+            return None
         with warnings.catch_warnings():  # nothing is chosen here, so that there is nothing to warn of
             warnings.simplefilter("ignore", ScopeWarning)
             return _around(self._bare, select_parameters(self._bare, LAST).values())

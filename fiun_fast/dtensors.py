@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import LayoutError
 
+_sharding = methodcaller("_get_fsdp_state")  # of a module of FSDP2; whether it is gathered is said nowhere else
 _held = attrgetter("_local_tensor")  # to_local() of a parameter is another view each time; FSDP2 writes here
 
 
@@ -140,7 +142,26 @@ def sharding_modules(models: Iterable[object]) -> list[Any]:
 def reshard_(modules: Iterable[Any]) -> None:
     """Put the sharded parameters back where a forward has left gathered ones; nothing is sent.
 
-    FSDP2 leaves those of the root gathered until a backward, and what is written to gathered parameters is lost.
+    FSDP2 leaves those of the root gathered until a backward, and what is written to gathered parameters is lost. After
+    a forward in which something was raised it takes itself to be still inside, and has to be told to begin anew.
     """
+    modules = list(modules)
     for module in modules:
         module.reshard()
+    if not any(map(_is_gathered, modules)):
+        return
+    for module in modules:
+        if hasattr(module, "reset_iter_state"):  # not in older torch
+            with suppress(RuntimeError):  # one that is no root
+                module.reset_iter_state()
+    for module in filter(_is_gathered, modules):
+        module.set_reshard_after_forward(True, recurse=False)  # it did not reshard: this was False
+        module.reshard()
+        module.set_reshard_after_forward(False, recurse=False)
+
+
+def _is_gathered(module: Any) -> bool:
+    """Whether a module of FSDP2 has its gathered parameters registered."""
+    state = vars(_sharding(module))
+    groups = state.get("_fsdp_param_groups") or [state.get("_fsdp_param_group")]  # one, in older torch
+    return any(getattr(group, "is_unsharded", False) for group in groups)

@@ -12,7 +12,7 @@ from .dag import Model
 from .errors import ArgumentError
 from .planning import Plan
 from .profile import Profiles, SelectionProfile
-from .ranks import together
+from .ranks import Ranks, together
 from .ratios import Ratios
 from .scores import Score
 from .tuned import TriedPoint
@@ -57,10 +57,16 @@ def alpha_above(profile: SelectionProfile) -> float:
     return math.inf if profile.always or edge >= len(profile.counts) else max(1.0, float(profile.alphas[edge]))
 
 
+def ranks_of_plan(compiled: Plan) -> Ranks | None:
+    """The ranks that its models are spread over, which tune together; None where there are none."""
+    return None if compiled.spread is None else compiled.spread.ranks
+
+
 def left_alone(compiled: Plan, profiles: Profiles, evaluate: Evaluate) -> dict[str, list[TriedPoint]]:
     """The first point of each node: as it is, with an alpha that selects nothing."""
     if isinstance(evaluate, Score):
-        evaluate.begin(compiled.models)
+        with together(ranks_of_plan(compiled)):
+            evaluate.begin(compiled.models)
     return {
         name: [TriedPoint(alpha_above(profile), 1.0, 0, 0.0, score_of(compiled, evaluate, name))]
         for name, profile in profiles.items()
@@ -74,7 +80,7 @@ def score_of(compiled: Plan, evaluate: Evaluate, name: str) -> float:
         ArgumentError: no number, or NaN.
 
     """
-    ranks = None if compiled.spread is None else compiled.spread.ranks
+    ranks = ranks_of_plan(compiled)
     with together(ranks):
         score = _number(name, evaluate(name, compiled.models[name]))
     if ranks is None:

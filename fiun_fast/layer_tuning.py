@@ -7,11 +7,13 @@ it can bear.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import fnmatch
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from .grids import Evaluate, alpha_above, alphas_of, even_grids, left_alone, score_of, watched
+from .grids import Evaluate, alpha_above, alphas_of, even_grids, left_alone, ranks_of_plan, score_of, watched
 from .planning import Choice, Plan
 from .profile import profiles_of
 from .scope import layers_of
@@ -23,6 +25,7 @@ LAST_LAMBDAS, LAST_POINTS = (0.01,), 12
 SLACK = 0.005  # by how much the score, or what is kept, may fall below that of the last layer alone
 SURER = 0.01  # by how much the mean probability of what is to be forgotten may rise
 LESS_SURE = 0.01  # and that of the true labels of the rest fall
+MEASURED = ("left", "kept", "sure_left", "sure_kept")  # attributes of what a score says besides
 ALONE = "at the last layer no point beats leaving it alone"
 
 
@@ -60,11 +63,11 @@ def tune_layers(
     progress: bool = False,
 ) -> Tuned:
     """`tune` with by="layer" on a plan that there is already; the plan's values are afterwards as before."""
-    before = {n.name: Choice(n.alpha, n.lam, 0.0) for n in compiled.run_(dry_run=True)}  # type: ignore[arg-type]
+    before = compiled.values
     try:
         return _tuned(compiled, evaluate, lams, points, slack, progress)
     finally:
-        compiled.set_values_(before)
+        compiled.take_values_(before)
 
 
 def _tuned(
@@ -153,20 +156,27 @@ def _bears(answer: Answer, reference: Answer, before: Answer, slack: float) -> b
 
 
 def _seen(compiled: Plan, evaluate: Evaluate, name: str) -> Any:
-    """What the last call measured, of a score that says so; else None. Ranks agree on scores, and on nothing else."""
-    if compiled.spread is not None:
-        return None
-    last = getattr(evaluate, "last", None)
+    """What the last call measured, of a score that says so; else None. The mean over ranks, as of scores."""
+    last, ranks = getattr(evaluate, "last", None), ranks_of_plan(compiled)
     seen = last.get(name) if isinstance(last, Mapping) else None
-    return seen if hasattr(seen, "left") and hasattr(seen, "kept") else None  # `last` may be something of the caller's
+    if not (hasattr(seen, "left") and hasattr(seen, "kept")):
+        seen = None  # `last` may be something of the caller's
+    if ranks is None:
+        return seen
+    every = ranks.gather({key: float(getattr(seen, key)) for key in MEASURED if hasattr(seen, key)})
+    keys = [key for key in MEASURED if all(key in one for one in every)]
+    return SimpleNamespace(**{key: sum(one[key] for one in every) / len(every) for key in keys}) if keys else None
 
 
 def _layers(compiled: Plan, points: int) -> dict[str, list[Layer]]:
     """The layers of each node, the last first, and what to try there; from here on the plan tells them apart."""
-    numels = compiled.parameters
+    every = compiled.parameters
+    numels = {name: {one: numel for one, numel in its.items() if numel} for name, its in every.items()}
     split = {name: layers_of(compiled.models[name], list(numels[name])) for name in compiled.nodes}
     patterns = {name: [_patterns(own, list(numels[name])) for own in layers] for name, layers in split.items()}
-    compiled.set_values_(alpha={name: {p: 1.0 for own in layers for p in own} for name, layers in patterns.items()})
+    left = {name: _uncovered(every[name], [p for own in layers for p in own]) for name, layers in patterns.items()}
+    told = {name: [p for own in (*layers, left[name]) for p in own] for name, layers in patterns.items()}
+    compiled.set_values_(alpha={name: dict.fromkeys(its, 1.0) for name, its in told.items()})
     rows = [(name, own) for name, layers in split.items() for own in layers]
     ratios = compiled.ratios(rows)
     profiles = profiles_of(ratios, [sum(numels[name][one] for one in own) for name, own in rows])
@@ -177,7 +187,15 @@ def _layers(compiled: Plan, points: int) -> dict[str, list[Layer]]:
         alphas = list(dict.fromkeys(steps if layers else grid))  # equal ones select the same
         something = profile.always or profile.counts[1:].any()
         layers.append(Layer(patterns[name][len(layers)], alphas if something else [], alpha_above(profile)))
+    for name, rest in left.items():
+        if rest:  # of what no run dampens, any number will do
+            found[name].append(Layer(rest, [], 1.0))
     return found
+
+
+def _uncovered(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """The parameters of a Fisher that these patterns do not mean: skipped ones, or without an element."""
+    return tuple(n for n in names if n not in patterns and not any(fnmatch.fnmatchcase(n, p) for p in patterns))
 
 
 def _patterns(own: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

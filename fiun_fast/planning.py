@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .arguments import OnMismatch
-from .binding import Part, bind
+from .binding import bind
 from .compiling import ReachedNode, compile_program
 from .dag import ForgetRequest, Model
 from .errors import ArgumentError, UndoError
@@ -19,7 +19,7 @@ from .kernels.table import Merging
 from .live import LiveMemory
 from .memory import check_no_mode
 from .profile import Profiles, profiles_of, with_squares
-from .ranks import Ranks, together
+from .ranks import Fact, Ranks, together
 from .ratios import Ratios
 from .report import Audit, Facts, ParameterReport, Report, audit_of
 from .sharing import check_unshared, warn_of_copies
@@ -92,11 +92,9 @@ class Plan:
         check_unshared(memory, self._nodes, self._bystanders)
         warn_of_copies(memory, self._nodes)
         memory.settle()
-        self.parts: list[Part] = parts
+        self.parts, self._memory = parts, memory
         self._values, self._slots, self._dampening = values, slots, dampening
-        self._matches = program.matches
         self._counts = tuple(dict.fromkeys((part.table.device, part.counted) for part in parts))
-        self._memory = memory
         facts = facts_of(program, parts, self._known, self._merging, dampening)
         self._facts = facts if spread is None else spread.facts(facts)
 
@@ -196,7 +194,8 @@ class Plan:
     ) -> None:
         """Change alpha or lambda of the runs to come.
 
-        Nothing is compiled anew, unless patterns tell parameters apart that had one number so far.
+        Nothing is compiled anew, unless patterns tell parameters apart that had one number so far. Where models are
+        spread over ranks, all of them call it, with the same.
 
         Args:
             chosen: {node: Choice}, as `tune` and `search_alpha` return it.
@@ -211,23 +210,26 @@ class Plan:
 
         """
         endless = False
-        if chosen is not None:
-            if not isinstance(chosen, Mapping) or not all(isinstance(one, Choice) for one in chosen.values()):
-                raise ArgumentError(
-                    f"chosen is {chosen!r:.80}, expected {{node: Choice}}; numbers go into alpha= and lam="
-                )
-            if alpha is None:  # infinite selects nothing: where I is 0, inf I is NaN
-                alpha, endless = {name: one.alpha for name, one in chosen.items()}, True
-            lam = {name: one.lam for name, one in chosen.items()} if lam is None else lam
         with alone:
-            self._take_values(self._changed(alpha, lam, endless))
+            with together(None if self.spread is None else self.spread.ranks) as facts:
+                if chosen is not None:
+                    if not isinstance(chosen, Mapping) or not all(isinstance(one, Choice) for one in chosen.values()):
+                        expected = "expected {node: Choice}; numbers go into alpha= and lam="
+                        raise ArgumentError(f"chosen is {chosen!r:.80}, {expected}")
+                    if alpha is None:  # infinite selects nothing: where I is 0, inf I is NaN
+                        alpha, endless = {name: one.alpha for name, one in chosen.items()}, True
+                    lam = {name: one.lam for name, one in chosen.items()} if lam is None else lam
+                values = self._changed(alpha, lam, endless)
+                facts |= {"alpha": Fact(values.alpha.all()), "lam": Fact(values.lam.all())}
+            self.take_values_(values)
 
     def _changed(self, alpha: PerGroup | None, lam: PerGroup | None, endless: bool = False) -> Values:
         """Alpha and lambda of each node as they would be; all is checked. `endless`: alpha may be infinite."""
         dtype = narrowest(request.fisher for request in self._requests)
         return self._values.changed(self._nodes, self._known, dtype, alpha, lam, infinite=endless)
 
-    def _take_values(self, values: Values) -> None:
+    def take_values_(self, values: Values) -> None:
+        """Values that fit this plan, such as `values` were; no other rank is asked."""
         if not values.fit(self._slots):
             if any(trials.plan is self for trials in _under_way):
                 raise ArgumentError(
@@ -268,15 +270,14 @@ class Plan:
             if any(trials.plan is self for trials in _under_way):
                 raise ArgumentError("trials are under way on this plan already")
             self._check_no_trials()
-            before = self._values
-            lowest = self._changed(alpha, None, True)
+            before, lowest = self._values, self._changed(alpha, None, True)
             self._refresh()
             try:
-                self._take_values(lowest)
+                self.take_values_(lowest)
                 self._memory.check_writable()
                 trials = Trials(self, Recorder(self.parts, self.nodes, self._memory).seal())
             except BaseException:
-                self._take_values(before)
+                self.take_values_(before)
                 raise
         try:
             _under_way.add(trials)
@@ -287,7 +288,7 @@ class Plan:
                     trials.end()
                 finally:
                     _under_way.discard(trials)
-                    self._take_values(before)
+                    self.take_values_(before)
 
     def profile(self, *, norms: bool = False) -> Profiles:
         """How many elements any alpha would select at each node: {node: SelectionProfile}, in one pass over the plan.
@@ -357,10 +358,10 @@ class Plan:
 
     @property
     def parameters(self) -> dict[str, dict[str, int]]:
-        """Node -> its parameters that a run may dampen, by name -> elements."""
+        """Node -> all parameters of its Fisher, name -> elements that a run may dampen: on all ranks; 0 if skipped."""
         return {
-            node.name: {segment.name: segment.numel for segment in match.segments}
-            for node, match in zip(self._nodes, self._matches, strict=True)
+            node.name: {s.name: 0 if s.name in skipped else s.numel for s in node.fisher.layout.unsharded()}
+            for node, (_, _, skipped, _) in zip(self._nodes, self._facts.nodes, strict=True)
         }
 
     @property
@@ -427,7 +428,7 @@ class Trials:
             if self._versions() != self._fishers:
                 what = "a Fisher or gradient" if any(one.gradient for one in plan._requests) else "a Fisher"
                 raise UndoError(f"{what} was changed since these trials began, and their log was made with the old one")
-        plan._take_values(values)
+        plan.take_values_(values)
         self._changed = not dry_run
         return plan._run(dry_run)
 

@@ -22,10 +22,11 @@ from .arguments import (
 from .dag import ForgetRequest, InheritanceDAG
 from .errors import ArgumentError, TuningWarning, warn
 from .estimating import Estimate
-from .grids import Evaluate, default_grids, left_alone, score_of, watched
+from .grids import Evaluate, default_grids, left_alone, ranks_of_plan, score_of, watched
 from .layer_tuning import LAST_LAMBDAS, LAST_POINTS, SLACK, tune_layers
 from .planning import Plan, Trials
 from .profile import SelectionProfile
+from .ranks import Fact, together
 from .tuned import TriedPoint, Tuned
 from .unlearning import plan
 from .values import Choice
@@ -119,16 +120,22 @@ def tune_plan(
     progress: bool = False,
 ) -> Tuned:
     """`tune` on a plan that there is already, without its warning; the plan's values are afterwards as before."""
-    check_one_of("by", by, TUNE_BY)
-    if by == "layer":
-        if alphas is not None:
+    layered = by == "layer"
+    with together(ranks_of_plan(compiled)) as facts:
+        check_one_of("by", by, TUNE_BY)
+        if layered and alphas is not None:
             raise ArgumentError('alphas are of whole nodes: leave them out where by="layer"')
-        last = LAST_LAMBDAS if lams is None else check_numbers("lams", lams)
-        count, slack = check_count("points", LAST_POINTS if points is None else points), check_number("slack", slack)
-        return tune_layers(compiled, evaluate, lams=last, points=count, slack=slack, progress=progress)
-    lambdas = check_numbers("lams", LAMBDAS if lams is None else lams)
-    count = POINTS if points is None else points
-    grids = {name: sorted(set(grid), reverse=True) for name, grid in _grids(compiled, alphas, count).items()}
+        lambdas = check_numbers("lams", (LAST_LAMBDAS if layered else LAMBDAS) if lams is None else lams)
+        count, slack = (LAST_POINTS if layered else POINTS) if points is None else points, check_number("slack", slack)
+        if alphas is None:
+            count = check_count("points", count)
+        grid = None if alphas is None else _grids(compiled, alphas)
+        facts |= {"by": Fact(by), "alphas": Fact(grid), "lams": Fact(lambdas)}
+        facts |= {"points": Fact(count), "slack": Fact(slack)}
+    if layered:
+        return tune_layers(compiled, evaluate, lams=lambdas, points=count, slack=slack, progress=progress)
+    grid = default_grids(compiled, count) if grid is None else grid
+    grids = {name: sorted(set(one), reverse=True) for name, one in grid.items()}
     profiles = compiled.profile()
     tried = left_alone(compiled, profiles, evaluate)
     with compiled.trials(alpha={name: grid[-1] for name, grid in grids.items()}) as trials:
@@ -204,6 +211,8 @@ def search_alpha(
             raise ArgumentError(f"{what} is {value:g}, expected more than {least} and at most {most}")
     how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
     compiled = plan(dag, requests, alpha=0.0, lam=lam, estimate=estimate, **how)
+    with together(ranks_of_plan(compiled)) as facts:
+        facts |= {"rho": Fact(rho), "start": Fact(start), "step": Fact(step)}
     names = compiled.nodes
     tried = left_alone(compiled, compiled.profile(), evaluate)
     goal = {name: rho * tried[name][0].score for name in names}
@@ -236,11 +245,8 @@ def search_alpha(
     return _said("search_alpha", Tuned(found, tried, failed))
 
 
-def _grids(
-    compiled: Plan, alphas: Iterable[float] | Mapping[str, Iterable[float]] | None, points: int
-) -> dict[str, list[float]]:
-    if alphas is None:
-        return default_grids(compiled, check_count("points", points))
+def _grids(compiled: Plan, alphas: Iterable[float] | Mapping[str, Iterable[float]]) -> dict[str, list[float]]:
+    """Of each node that was given."""
     if not isinstance(alphas, Mapping):
         grid = check_numbers("alphas", alphas)
         return dict.fromkeys(compiled.nodes, grid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..arguments import Estimator, Per
-from ..dtensors import is_dtensor, reshard_, sharding_modules
+from ..dtensors import is_dtensor, sharding_modules
 from ..errors import ArgumentError, EstimationError, LayoutError
 from ..fisher import Fisher
 from ..layout import Layout
@@ -113,7 +113,8 @@ def estimate_fisher(
         LayoutError, DeviceError, BackendError: as in `FisherAccumulator`.
 
     """
-    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
+    with _told([model], group):
+        options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
     return sweep({"model": Wanted(model, params, [options])}, loader, progress, group)["model"][0]
 
 
@@ -151,10 +152,11 @@ def estimate_fishers(
         ArgumentError: there is no model; else as in `estimate_fisher`.
 
     """
-    options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
-    if not isinstance(models, Mapping) or not models:
-        raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
-    params = for_several(params)
+    with _told(models.values() if isinstance(models, Mapping) else (), group):
+        options = Options(estimator, loss_fn, forward_fn, backend, samples, seed, per, target_index)
+        if not isinstance(models, Mapping) or not models:
+            raise ArgumentError(f"models is {models!r}, expected a dict of name -> module with at least one entry")
+        params = for_several(params)
     found = sweep({name: Wanted(model, params, [options]) for name, model in models.items()}, loader, progress, group)
     return {name: fishers[0] for name, fishers in found.items()}
 
@@ -179,19 +181,18 @@ def sweep(
     Each is what it would be alone. Estimates at one head share the forward. `group` and errors as for
     `estimate_fisher`.
     """
-    for name, one in wanted.items():
-        what = "model" if len(wanted) == 1 else f"model {name!r}"
-        check_module(what, one.model)
-        check_gathered(what, one.model, for_good=True)
-    models = {name: one.model for name, one in wanted.items()}
-    inner = {name: unwrap(model) for name, model in models.items()}
-    bare = {name: found.module for name, found in inner.items()}
-    if len({id(model) for model in bare.values()}) < len(bare):
-        raise ArgumentError("one model is given under several names; estimate its Fisher once")
+    with _told([one.model for one in wanted.values()], group):
+        for name, one in wanted.items():
+            what = "model" if len(wanted) == 1 else f"model {name!r}"
+            check_module(what, one.model)
+            check_gathered(what, one.model, for_good=True)
+        models = {name: one.model for name, one in wanted.items()}
+        inner = {name: unwrap(model) for name, model in models.items()}
+        bare = {name: found.module for name, found in inner.items()}
+        if len({id(model) for model in bare.values()}) < len(bare):
+            raise ArgumentError("one model is given under several names; estimate its Fisher once")
     spread = ranks_of(bare.values())
-    ranks = None if group is None else Ranks.of_group(group)
-    if ranks is not None and spread is not None and set(ranks.members) <= set(spread.members):
-        ranks = None  # the model's own ranks, over which its backward reduces as it needs
+    ranks = _beside(spread, group)
     with together(ranks) as facts, together(spread) as its, ExitStack() as stack:
         stack.enter_context(claims.estimating(bare))  # first: another estimate has frozen what it does not select
         stack.enter_context(claims.uncompiled())
@@ -213,7 +214,6 @@ def sweep(
         check_no_transform()
         scopes = [(those[0].model, those[0].selected.values()) for those in jobs.values()]
         on = stack.enter_context(preserved(scopes))
-        stack.callback(reshard_, sharding_modules(bare.values()))  # before what was found is put back
         shared = {name: SharedForward() for name in jobs}
         estimates = {name: [_Chosen(job, shared[name]) for job in those] for name, those in jobs.items()}
         batches = loader
@@ -238,6 +238,25 @@ def sweep(
             name: [_said(_over(estimate, spread, ranks), inner[name].wrappers) for estimate in several]
             for name, several in estimates.items()
         }
+
+
+def _beside(spread: Ranks | None, group: object) -> Ranks | None:
+    """The ranks of a group that data are split over; None where there is none, or where it is the model's own ranks."""
+    ranks = None if group is None else Ranks.of_group(group)
+    if ranks is not None and spread is not None and set(ranks.members) <= set(spread.members):
+        return None  # over which its backward reduces as it needs
+    return ranks
+
+
+@contextmanager
+def _told(models: Iterable[Any], group: object) -> Iterator[None]:
+    """What goes wrong inside is raised on all ranks, which wait for the first thing that they agree on; else silent."""
+    try:
+        yield
+    except Exception:
+        spread = ranks_of(model for model in models if isinstance(model, torch.nn.Module))
+        with together(_beside(spread, group)), together(spread):
+            raise
 
 
 def _thaw(job: Job) -> None:

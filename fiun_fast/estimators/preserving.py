@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtensors import reshard_, sharding_modules
 from ..errors import EstimationError, LayoutError
 from ..memory import flaw_of, flaw_of_storage, is_lazy, place_of
 from .attributes import Attributes
@@ -41,6 +42,8 @@ def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
 
     """
     models = [model for model, _ in scopes]
+    sharding = sharding_modules(models)  # of FSDP2: a snapshot of gathered parameters would not fit what it knows
+    reshard_(sharding)
     for model in models:
         check_no_inference((*model.named_parameters(), *model.named_buffers()))
     before = [Snapshot(model) for model in models]
@@ -56,8 +59,10 @@ def preserved(scopes: Sequence[Scope]) -> Iterator[On]:
             with torch.inference_mode(False), torch.enable_grad():
                 yield turns if sharing else _together
         except BaseException:
+            reshard_(sharding)
             _restore(before)  # the error that is under way counts, whatever this meets
             raise
+        reshard_(sharding)
         if failure := _restore(before):
             raise EstimationError(f"not all of the model could be put back as it was: {failure}") from failure
 
@@ -103,6 +108,7 @@ class _Turns:
     def __call__(self, i: int) -> Iterator[None]:
         _restore([self._states[i]])
         yield
+        reshard_(sharding_modules([self._models[i]]))
         self._states[i] = Snapshot(self._models[i])
 
 

@@ -241,3 +241,30 @@ def test_a_step_that_makes_the_model_surer_of_the_wrong_things_is_not_borne(what
     after, before = ran(dag, requests, chosen), bits(dag)
     for name in ("a", "b"):
         assert [torch.equal(after[name][key], before[name][key]) for key in SHAPES] == [True, True, True, False, False]
+
+
+def test_skipped_and_empty_parameters_are_left_out():
+    """Each needs an alpha in the choice, as any parameter of the Fisher does, and none is tried for it."""
+    dag, requests = family(5)
+    shapes = SHAPES | {"void": (0, 3), "first.more": (7,)}
+    dice = torch.Generator().manual_seed(6)
+    model, numbers = ({key: torch.rand(shape, generator=dice) for key, shape in shapes.items()} for _ in range(2))
+    dag.add_model("wider", model, ff.Fisher.from_dict(numbers), parents=["b"])
+    start = bits(dag)
+    tuned = ff.tune(
+        dag,
+        requests,
+        Bear(dag, False, {"second": 0.5, "first.weight": 0.5}),
+        by="layer",
+        on_mismatch="skip",
+        points=3,
+        slack=10.0,
+    )
+    assert {p.layer for p in tuned.points["wider"]} == {"", "head.*", "second", "first.*"}
+    assert set(tuned["wider"].alpha) == {"head.*", "second", "first.*", "void"}
+    plan = ff.plan(dag, requests, on_mismatch="skip")
+    plan.set_values_(tuned)
+    node = plan.run_()["wider"]
+    assert set(node.skipped) >= {"first.more"}
+    assert node.selected == next(p.selected for p in tuned.points["wider"] if p.alpha == tuned["wider"].alpha)
+    assert torch.equal(model["first.more"], start["wider"]["first.more"])

@@ -163,7 +163,8 @@ def tables(record: dict[str, Any]) -> str:
 
 Weak scaling, `python bench/distributed.py`: {first["here"] / 1e6:.1f} million float32 parameters on each rank, one
 FSDP2 model, {first["share"]:.0%} selected, gloo, one thread a rank; {describe(machine)}.
-The ranks share one machine's processors and memory, which others used too (load {record["load"]:.1f} when it began); nothing is sent.
+The ranks share one machine's processors and memory, which others used too (load {record["load"]:.1f} when it began).
+Nothing is sent.
 
 {markdown(heads, rows)}
 On paper, not measured: 70 billion bfloat16 parameters on 64 GPUs, float32 Fishers, one request. A rank has n = P / R =

@@ -22,6 +22,7 @@ from .errors import ArgumentError, DeviceError, DTypeError, LayoutError
 from .fisher import Fisher
 from .layout import Layout, Segment
 from .naming import Names, lacking, matched
+from .provenance import warn_if_unlike
 from .values import Slots
 from .wrappers import check_gathered
 
@@ -125,6 +126,15 @@ def reached_node(node: Node, reaching: tuple[int, ...], estimated: Fisher | None
             "add_model(…, data=loader) to have it estimated"
         )
     return ReachedNode(node.name, node.model, fisher, reaching)
+
+
+def warn_of_unlike(nodes: Sequence[ReachedNode], requests: Sequence[ForgetRequest]) -> None:
+    """Warn where a node's original Fisher and one that meets it were made in unlike ways."""
+    warn_if_unlike(
+        (f"the original Fisher of {n.name!r}", n.fisher.provenance, f"the forget Fisher of request {k}", r.provenance)
+        for n in nodes
+        for k, r in ((k, requests[k].fisher) for k in n.requests)
+    )
 
 
 def compile_program(

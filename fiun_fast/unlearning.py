@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .arguments import MERGE_RULES, MergeRule, OnMismatch, check_number, check_one_of, renamed
-from .compiling import ReachedNode, reached_nodes
+from .compiling import ReachedNode, reached_nodes, warn_of_unlike
 from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_requests
 from .errors import ArgumentError
 from .estimating import Estimate, completed
@@ -18,7 +18,6 @@ from .gradient import Gradient
 from .kernels.table import Merging
 from .planning import Plan
 from .profile import SelectionProfile, profiles_of
-from .provenance import warn_if_unlike
 from .ranks import Ranks, ranks_of, together
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
@@ -286,16 +285,7 @@ class Making:
     def finished(self) -> Plan:
         """The plan; with alpha="auto" each node's alpha is chosen from its ratios, over all ranks."""
         nodes, requests, made = self._nodes, self._requests, self._plan
-        warn_if_unlike(
-            (
-                f"the original Fisher of {n.name!r}",
-                n.fisher.provenance,
-                f"the forget Fisher of request {k}",
-                r.provenance,
-            )
-            for n in nodes
-            for k, r in ((k, requests[k].fisher) for k in n.requests)
-        )
+        warn_of_unlike(nodes, requests)
         if self._fractions is not None:
             q = np.array([adaptive_percentile(fraction) for fraction in self._fractions])
             made.set_values_(alpha=dict(zip(made.nodes, made.ratios().percentiles(q).tolist(), strict=True)))

@@ -355,31 +355,3 @@ def per_node(what: str, value: PerNode, nodes: Sequence[ReachedNode]) -> np.ndar
         return np.full(len(nodes), value)
     _check_covered(what, value, nodes)
     return np.array([value[node.name] for node in nodes], dtype=np.float64)
-
-
-def dampening(
-    nodes: Sequence[ReachedNode],
-    known: Iterable[str],
-    dtype: torch.dtype,
-    *,
-    alpha: PerNode,
-    lam: PerNode,
-    exponent: float,
-    cap: float,
-) -> Dampening:
-    """The numbers of a dampening with one slot a node, checked; `dtype`: that of the Fishers.
-
-    Raises:
-        ArgumentError: a number that is negative, not finite or too large, or a node without one.
-
-    """
-
-    def check(what: str, value: object) -> float:
-        return check_number(what, value, dtype)
-
-    return Dampening(
-        per_node("alpha", values_per_node("alpha", alpha, known, check), nodes),
-        per_node("lam", values_per_node("lam", lam, known, check), nodes),
-        check("exponent", exponent),
-        check("cap", cap),
-    )

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from ..arguments import MERGE_RULES, check_number, check_one_of
-from ..compiling import Program, ReachedNode, compile_program, reached_nodes
+from ..compiling import Program, ReachedNode, compile_program, reached_nodes, warn_of_unlike
 from ..dag import ForgetRequest, InheritanceDAG
 from ..errors import ArgumentError, CheckpointError, DagError
 from ..kernels.table import Dampening, Merging
-from ..provenance import warn_if_unlike
-from ..values import dampening, narrowest
+from ..values import Slots, Values, narrowest
 from .disk import Source
 from .entries import ModelEntry, Tree
 from .folder import Weights, open_weights
@@ -145,25 +144,12 @@ class Family:
         dtype = narrowest(request.fisher for request in requests)
         check_one_of("merge", tree.merge, MERGE_RULES)
         self.merging = Merging(tree.merge, check_number("scale", tree.scale, dtype))  # type: ignore[arg-type]
-        self.dampening: Dampening = dampening(
-            nodes,
-            models,
-            dtype,
-            alpha={name: tree.alpha if model.alpha is None else model.alpha for name, model in models.items()},
-            lam={name: tree.lam if model.lam is None else model.lam for name, model in models.items()},
-            exponent=tree.exponent,
-            cap=tree.cap,
-        )
-        warn_if_unlike(
-            (
-                f"the original Fisher of {n.name!r}",
-                n.fisher.provenance,
-                f"the forget Fisher of request {k}",
-                r.provenance,
-            )
-            for n in nodes
-            for k, r in ((k, requests[k].fisher) for k in n.requests)
-        )
+        alpha = {name: tree.alpha if model.alpha is None else model.alpha for name, model in models.items()}
+        lam = {name: tree.lam if model.lam is None else model.lam for name, model in models.items()}
+        exponent, cap = (check_number(what, getattr(tree, what), dtype) for what in ("exponent", "cap"))
+        values = Values.of(nodes, models, dtype, alpha, lam)
+        self.dampening: Dampening = values.dampening(Slots.plain(len(nodes)), exponent, cap)
+        warn_of_unlike(nodes, requests)
 
     def _describe(self, nodes: Sequence[int], names: Sequence[str]) -> list[list[Line]]:
         return [[self._line(i, name) for i in nodes] for name in names]

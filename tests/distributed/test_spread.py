@@ -1,4 +1,4 @@
-"""Models over ranks: one process forks 2, 3 and 4 of them over gloo, and they run all of `spread_cases.py`."""
+"""Models over ranks: one process forks 2, 3 and 4 of them over gloo, and they run all cases of `spread_cases.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_ranks = pytest.mark.skipif(
 
 def names() -> list[tuple[int, str]]:
     """Every case with the number of ranks, read from the source: importing it would load half of torch.distributed."""
-    text = (HERE / "spread_cases.py").read_text(encoding="utf-8")
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("spread_*.py")))
     models = (HERE / "spread_models.py").read_text(encoding="utf-8")
     found = [
         (int(world), name)

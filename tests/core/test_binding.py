@@ -16,7 +16,7 @@ import fiun_fast as ff
 from fiun_fast.binding import bind
 from fiun_fast.compiling import compile_program, reached_nodes
 from fiun_fast.kernels.table import Merging
-from fiun_fast.values import dampening
+from fiun_fast.values import Slots, Values
 
 
 @dataclass
@@ -92,7 +92,7 @@ def test_windows_add_up(backend, theta, signed):
         return [[Line(SIZES[name], theta, torch.device("cpu")) for _ in nodes] for name in names]
 
     program = compile_program(nodes, requests, "error", describe)
-    how = dampening(nodes, dag, torch.float32, alpha=1.5, lam=0.7, exponent=1.0, cap=1.0)
+    how = Values.of(nodes, dag, torch.float32, 1.5, 0.7).dampening(Slots.plain(len(nodes)), 1.0, 1.0)
     counts = torch.zeros(len(nodes), 3, dtype=torch.int64)
     for ranges in WINDOWS:
         window = Window(problem, nodes, ranges)

@@ -120,7 +120,7 @@ def test_relearning_is_the_obvious_loop(trained, retrained):
         expected = slow_relearn(model, batches, steps, few, 0.02)
         assert {k: e.value for k, e in curve.items()} == pytest.approx(expected)
     assert found.on_few[0].value == 0
-    assert found.on_few[40].value > 0.2  # 0.4 to 0.7 on different CPUs
+    assert found.on_few[40].value > 0.2  # 0.41 on one CPU, over 0.5 on another
     assert "on 6 forgotten samples" in str(found)
 
 

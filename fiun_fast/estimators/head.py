@@ -1,8 +1,9 @@
 """The last linear layer alone, FIUn's default scope: one forward without gradients, and no backward through the model.
 
-With input a, logits z and δ the gradient of the loss by z: `batch` squares δ^T a of the mean loss, `sample` adds up
-(δ^2)^T (a^2) of every sample's loss, and `expected` has the closed form E_y[δ^2] = p (1 - p), p = softmax(z). For cross
-entropy δ = p - onehot(y); other losses are differentiated as far as the logits.
+With input a, logits z and δ the gradient of the loss by z: `batch` squares δ^T a of the mean loss, `label_free` takes
+its size, where the loss is mean ‖z‖² and δ = 2 z / B, `sample` adds up (δ^2)^T (a^2) of every sample's loss, and
+`expected` has the closed form E_y[δ^2] = p (1 - p), p = softmax(z). For cross entropy δ = p - onehot(y); other losses
+are differentiated as far as the logits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..dtensors import is_dtensor, local_tensor, sharding_modules
 from ..errors import EstimationError
 from ..fisher import Fisher
 from ..naming import Names
+from .accumulator import squared_length
 from .job import Estimate, Job, per_sample, reduction_of
 from .reading import OwnLoss, check_loss
 from .rounds import predicted
@@ -55,7 +57,7 @@ class SharedForward:
 
 
 class HeadEstimate(Estimate):
-    """`batch`, `sample` or `expected` of the weight and bias of one `nn.Linear`.
+    """Any estimator's sum for the weight and bias of one `nn.Linear`.
 
     Of a layer that FSDP2 has cut up, the whole of them: its forward meets gathered parameters, and each rank's sum is
     one over its own samples.
@@ -71,8 +73,6 @@ class HeadEstimate(Estimate):
     """
 
     def __init__(self, job: Job, shared: SharedForward) -> None:
-        if job.estimator == "label_free":
-            raise NotAHead("label_free measures the outputs of the whole model")
         self._job, self._shared = job, shared
         self._layer = _owner(job)
         names = {id(p): name for name, p in job.selected.items()}
@@ -88,9 +88,10 @@ class HeadEstimate(Estimate):
         targets, given, logits = self._shared.of(lambda: self._forward(batch))
         if given.dim() != 2:
             raise NotAHead(f"its input is {list(given.shape)}, expected [B, features]")
-        if job.estimator != "batch" and given.layout != torch.strided:
+        if job.by_sample and given.layout != torch.strided:
             raise NotAHead(f"its input is sparse ({given.layout})")
-        self._totals.note(logits, reduction_of(job, logits, targets), job.options.per if job.by_sample else "")
+        reduction = "mean" if job.estimator == "label_free" else reduction_of(job, logits, targets)
+        self._totals.note(logits, reduction, job.options.per if job.by_sample else "")
         counted = None
         if job.by_sample:
             expected = job.estimator == "expected"
@@ -119,7 +120,7 @@ class HeadEstimate(Estimate):
                 outputs, targets = self._job.forward(batch)
         finally:
             hook.remove()
-        if isinstance(targets, OwnLoss) and self._job.estimator != "expected":
+        if isinstance(targets, OwnLoss) and self._job.estimator in ("batch", "sample"):
             raise NotAHead("the loss is the model's own")
         if len(met) != 1:
             raise NotAHead(f"the layer is called {len(met)} times")
@@ -138,7 +139,8 @@ class HeadEstimate(Estimate):
         if job.estimator == "sample":
             self._outer(self._delta(logits, lambda z: per_sample(job, z, targets).sum()), a)
             return
-        d = self._delta(logits, lambda z: job.loss(z, targets))
+        free = job.estimator == "label_free"
+        d = self._delta(logits, squared_length if free else lambda z: job.loss(z, targets))
         if d.dtype != a.dtype:  # autocast in the forward alone
             d, a = totals.number(d), totals.number(a)
         gradients = {}
@@ -168,7 +170,7 @@ class HeadEstimate(Estimate):
         return d
 
     def result(self) -> Fisher:
-        """The mean over batches (`batch`) or samples."""
+        """The mean over batches (`batch`, `label_free`) or samples."""
         return self._totals.fisher(dict.fromkeys(self._job.selected, HOW))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fisher_models import LAYERS, NETWORKS
 from test_estimators import oracle as batch_oracle
+from test_label_free import oracle as label_free_oracle
 from test_sample_estimator import close, expected_oracle, made, one_thread, oracle  # noqa: F401
 from torch import nn
 from torch.nn import functional
@@ -14,7 +15,7 @@ from torch.nn.utils import prune
 import fiun_fast as ff
 
 HEAD = "closed form at the head, no backward through the model"
-ORACLES = {"batch": batch_oracle, "sample": oracle, "expected": expected_oracle}
+ORACLES = {"batch": batch_oracle, "sample": oracle, "expected": expected_oracle, "label_free": label_free_oracle}
 RESNET = NETWORKS[0]
 
 
@@ -36,22 +37,36 @@ def test_head_equals_autograd(estimator, bias):
         assert torch.equal(only.buffer, fisher[head[1]])
 
 
-def test_head_of_the_batch_estimator_has_the_bits_of_autograd():
+LOSSES = {"batch": functional.cross_entropy, "label_free": lambda out, y: out.square().sum(1).mean()}
+
+
+@pytest.mark.parametrize("estimator", LOSSES)
+def test_a_head_has_the_bits_of_autograd(estimator):
     model, loader = made(RESNET).eval(), RESNET.batches((8, 5))
-    accumulator = ff.FisherAccumulator(model, params=ff.last_layer(model))
+    accumulator = ff.FisherAccumulator(model, params=ff.last_layer(model), estimator=estimator)
     for x, y in loader:
         model.zero_grad()
-        functional.cross_entropy(model(x), y).backward()
+        LOSSES[estimator](model(x), y).backward()
         accumulator.update()
-    fisher = ff.estimate_fisher(model, loader, params=ff.last_layer(model))
+    fisher = ff.estimate_fisher(model, loader, params=ff.last_layer(model), estimator=estimator)
     assert torch.equal(fisher.buffer, accumulator.result().buffer)
 
 
-def test_no_gradient_is_ever_computed():
+def test_a_head_needs_no_labels_where_none_are_asked_for():
+    model, loader = made(RESNET), RESNET.batches((4, 3))
+    labelled = ff.estimate_fisher(model, loader, params="last", estimator="label_free")
+    for bare in ([x for x, _ in loader], [(x,) for x, _ in loader]):
+        fisher = ff.estimate_fisher(model, bare, params="last", estimator="label_free")
+        assert torch.equal(fisher.buffer, labelled.buffer)
+        assert set(fisher.provenance.how.values()) == {HEAD}
+
+
+@pytest.mark.parametrize("estimator", ORACLES)
+def test_no_gradient_is_ever_computed(estimator):
     model = made(RESNET)
     seen = []
     model[0].register_forward_hook(lambda m, i, output: seen.append(output.requires_grad))
-    ff.estimate_fisher(model, RESNET.batches((4,)), params=ff.last_layer(model), estimator="sample")
+    ff.estimate_fisher(model, RESNET.batches((4,)), params=ff.last_layer(model), estimator=estimator)
     assert seen == [False]
 
 
@@ -137,7 +152,7 @@ def test_many_models_bad_input():
         ff.estimate_fishers({"a": model}, [], params="7.*", estimator="sample")
 
 
-@pytest.mark.parametrize("estimator", ["batch", "sample", "expected"])
+@pytest.mark.parametrize("estimator", ORACLES)
 def test_autocast_in_the_forward_alone(estimator):
     model, loader = made(RESNET), RESNET.batches((4, 3))
 

@@ -114,7 +114,7 @@ def complete_for(
     most: int | None = None,
     progress: bool = False,
 ) -> list[Complete]:
-    """The same for several ways to estimate, of which each loader is gone over once for all that read batches alike.
+    """The same for several ways to estimate, for all of which each loader is gone over once.
 
     Nodes and requests that have Fishers keep them, and where some are given the others are estimated over the
     parameters that those are of. What was estimated before is used again (`Estimates`).
@@ -149,18 +149,16 @@ def complete_for(
     }
     lacks = [*nodes.values(), *forgets.values()]
     found = {(lack, way): lack.found(way) for lack in lacks for way in ways}
-    for by_outputs in (False, True):  # these read batches otherwise
-        alike = [way for way in ways if (way.reading.wanted == "outputs") == by_outputs]
-        for together in _sweeps([lack for lack in lacks if any(found[lack, way] is None for way in alike)]):
-            missing = [way for way in alike if any(found[lack, way] is None for lack in together)]
-            with _about(together):
-                wanted = {lack.what: Wanted(lack.model, list(lack.scope), missing) for lack in together}
-                fresh = sweep(wanted, together[0].data if most is None else some(together[0].data, most), progress)
-            for lack in together:
-                for way, fisher in zip(missing, fresh[lack.what], strict=True):
-                    if found[lack, way] is None:
-                        lack.keep(way, fisher)
-                        found[lack, way] = fisher
+    for together in _sweeps([lack for lack in lacks if any(found[lack, way] is None for way in ways)]):
+        missing = [way for way in ways if any(found[lack, way] is None for lack in together)]
+        with _about(together):
+            wanted = {lack.what: Wanted(lack.model, list(lack.scope), missing) for lack in together}
+            fresh = sweep(wanted, together[0].data if most is None else some(together[0].data, most), progress)
+        for lack in together:
+            for way, fisher in zip(missing, fresh[lack.what], strict=True):
+                if found[lack, way] is None:
+                    lack.keep(way, fisher)
+                    found[lack, way] = fisher
     return [
         Complete(
             [_with(one, found[forgets[k], way]) if k in forgets else one for k, one in enumerate(requests)],

@@ -167,7 +167,7 @@ class Wanted:
 
     model: torch.nn.Module
     params: Params
-    options: Sequence[Options]  # at least one; all read batches alike
+    options: Sequence[Options]  # at least one
 
 
 def sweep(
@@ -218,13 +218,18 @@ def sweep(
         estimates = {name: [_Chosen(job, shared[name]) for job in those] for name, those in jobs.items()}
         batches = loader
         if not isinstance(batches, NumberedBatches):
-            strictest = next((job for job in every if job.options.reading.needs_labels), every[0])
-            batches = NumberedBatches(loader, strictest.options.reading, every[0].model)
+            readings = [job.options.reading for job in every]
+            strictest = next((one for one in readings if one.needs_labels), readings[0])
+            kept = next((one for one in readings if not one.skips_unlabelled), strictest)
+            batches = NumberedBatches(loader, strictest, every[0].model, kept=kept)
+        mixed = len({job.options.reading.skips_unlabelled for job in every}) > 1
         numbered = _progress(batches, loader) if progress else batches
         for number, batch in numbered if spread is None else _in_step(numbered, spread):
             for i, (name, several) in enumerate(estimates.items()):
                 with on(i), of_batch(number), shared[name]:
-                    for estimate in several:
+                    for job, estimate in zip(jobs[name], several, strict=True):
+                        if mixed and job.options.reading.is_empty(batch):
+                            continue
                         if len(several) > 1:
                             _thaw(jobs[name][0])
                         estimate.step(batch)

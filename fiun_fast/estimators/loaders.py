@@ -28,6 +28,7 @@ class NumberedBatches:
         reading: how they are read.
         model: floating-point numpy arrays take the dtype of its parameters.
         prepare: called with each batch first; what it returns takes the batch's place.
+        kept: says which batches hold no sample, in the place of `reading`.
 
     Raises:
         FiunError: a part of the model has no memory, and no forward_fn may go around it.
@@ -35,11 +36,18 @@ class NumberedBatches:
 
     """
 
-    def __init__(self, loader: Iterable[Any], reading: Reading, model: nn.Module, prepare: Any = None) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        reading: Reading,
+        model: nn.Module,
+        prepare: Any = None,
+        kept: Reading | None = None,
+    ) -> None:
         check_loader(loader, reading)
         if reading.forward_fn is None:
             check_loaded(model)
-        self._loader, self._reading, self._prepare = loader, reading, prepare
+        self._loader, self._reading, self._prepare, self._kept = loader, reading, prepare, kept or reading
         self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
         self._model, self._first = model, ""
         self._kind: tuple[bool, int] | None = None
@@ -55,7 +63,7 @@ class NumberedBatches:
                 batch = plain(batch, self._reading, self._dtype)
                 self._check_alike(batch)
                 self._reading.check_samples(self._model, batch)
-                empty = self._reading.is_empty(batch)
+                empty = self._kept.is_empty(batch)
             if not empty:
                 self.taken += 1
                 yield number, batch

@@ -79,6 +79,11 @@ class Reading:
         """Whether a batch without labels is of no use."""
         return self.wanted in ("loss", "targets")
 
+    @property
+    def skips_unlabelled(self) -> bool:
+        """Whether a batch is left out in which no label counts."""
+        return self.forward_fn is None and self.wanted != "outputs"
+
     def forward(self, model: nn.Module, batch: Any, device: torch.device | None = None) -> tuple[Any, Any]:
         """Outputs and targets of a batch, by the table of docs/fishers.md.
 
@@ -132,7 +137,7 @@ class Reading:
         leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
         if leaves and all(leaf.shape[0] == 0 for leaf in leaves):
             return True
-        if self.forward_fn is not None or self.wanted == "outputs":
+        if not self.skips_unlabelled:
             return False
         if isinstance(batch, Mapping):
             labels = batch.get(_label_key(batch))
@@ -230,19 +235,15 @@ class Reading:
 
     def _unknown(self, batch: Any) -> EstimationError:
         size = f" of {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) and len(batch) else ""
-        hint = ""
+        forms, hint = self.forms or (LABELLED if self.needs_labels else UNLABELLED), ""
         if isinstance(batch, Mapping):
             hint = '; a tokenizer makes tensors with return_tensors="pt"'
         elif isinstance(batch, Tensor):
             hint = "; is the loader one batch? Then pass [batch]"
         return EstimationError(
-            f"a batch is a {type(batch).__name__}{size}, expected {self.forms or self._forms}{hint}; for batches of "
-            f"another form pass {self.advice}"
+            f"a batch is a {type(batch).__name__}{size}, expected {forms}{hint}; for batches of another form pass "
+            f"{self.advice}"
         )
-
-    @property
-    def _forms(self) -> str:
-        return LABELLED if self.needs_labels else UNLABELLED
 
 
 def call(model: nn.Module, inputs: Any, batch: Any) -> Any:

@@ -11,6 +11,8 @@ from torch import nn
 
 import fiun_fast as ff
 from fiun_fast import estimating
+from fiun_fast.estimating import complete_for
+from fiun_fast.estimators.job import Options
 from fiun_fast.tuning import default_grids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +87,10 @@ def same(models, others) -> bool:
     return all(torch.equal(value, b[key]) for a, b in pairs for key, value in a.items())
 
 
-def by_hand(models, label: int, estimators=("batch", "expected"), points: int = 12) -> dict[str, tuple]:
+DEFAULT = ("batch", "expected", "label_free")
+
+
+def by_hand(models, label: int, estimators=DEFAULT, points: int = 12) -> dict[str, tuple]:
     """What a user wrote before: estimate, tune, compare, plan; node -> estimator, alpha, lambda. It dampens."""
     before = {name: accuracy(model, label, VALIDATION)[1] for name, model in models.items()}
 
@@ -164,7 +169,7 @@ def test_two_kinds_of_fishers_are_one_launch(models):
 
 @pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
 def test_the_whole_model_is_tuned_layer_by_layer(models):
-    other, kinds = copy.deepcopy(models), ("batch", "expected")
+    other, kinds = copy.deepcopy(models), DEFAULT
     request, found = ff.ForgetRequest("u0", data=only(TRAIN, 1)), {}
     for kind in kinds:
         how = {"estimate": {"params": None, "estimator": kind}}
@@ -251,6 +256,24 @@ def test_each_loader_is_gone_over_once_for_all_nodes_and_estimators(models):
     assert (data.times, forget.times) == (1, 1), "what was estimated is kept"
 
 
+def test_estimators_in_one_sweep_leave_out_the_batches_that_each_would_leave_out_alone(models):
+    """A batch in which no label counts is nothing to `batch`, and a batch like others to `label_free`."""
+    ignored = (LOADER[0][0], torch.full_like(LOADER[0][1], -100))
+    found = {}
+    for kind in ("batch", "expected", "label_free"):
+        node = chain({"u0": models["u0"]}, u0=ff.estimate_fisher(models["u0"], LOADER, "last", estimator=kind))
+        forget = [ignored, *only(TRAIN, 0)]
+        alone = ff.estimate_fisher(models["u0"], forget, "last", estimator=kind)
+        (found[kind],) = complete_for(node, [ff.ForgetRequest("u0", data=forget)], "last", [Options(estimator=kind)])
+        assert torch.equal(found[kind].requests[0].fisher.buffer, alone.buffer)
+        assert alone.provenance.steps == len(forget) - (kind != "label_free")
+    request = ff.ForgetRequest("u0", data=[ignored, *only(TRAIN, 0)])
+    together = complete_for(node, [request], "last", [Options(estimator=kind) for kind in found])
+    for one, alone in zip(together, found.values(), strict=True):
+        assert torch.equal(one.requests[0].fisher.buffer, alone.requests[0].fisher.buffer)
+        assert one.requests[0].fisher.provenance == alone.requests[0].fisher.provenance
+
+
 @pytest.mark.parametrize("samples", [None, 64])
 def test_of_long_loaders_some_samples_will_do(models, samples):
     data, seen = batched(*TRAIN, size=4), []
@@ -310,7 +333,7 @@ def test_options_that_an_estimator_does_not_take_are_left_out_for_it(models):
         return nn.functional.cross_entropy(outputs, targets)
 
     score = ff.ClassScore(CHECK, forget=0)
-    kinds = ("batch", "expected", "sample", "label_free")
+    kinds = (*DEFAULT, "sample")
     outcome = ff.unlearn_(
         chain(models), [request], score, points=6, estimators=kinds, estimate={"loss_fn": loss_fn}, left=0.1, lost=0.1
     )

@@ -21,8 +21,8 @@ from .tuned import TriedPoint, Tuned
 
 SHARES = (0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)  # of a layer before the last, tried in this order
 LAM = 0.1  # of these layers
-LAST_LAMBDAS, LAST_POINTS = (0.01,), 12
-SLACK = 0.005  # by how much the score, or what is kept, may fall below that of the last layer alone
+LAST_LAMBDAS, LAST_POINTS = (0.01,), 24
+SLACK = 0.005  # by how much the score may fall below that of the last layer alone, or what is kept below the start
 SURER = 0.01  # by how much the mean probability of what is to be forgotten may rise
 LESS_SURE = 0.01  # and that of the true labels of the rest fall
 MEASURED = ("left", "kept", "sure_left", "sure_kept")  # attributes of what a score says besides
@@ -145,14 +145,14 @@ def _search(
 
 
 def _bears(answer: Answer, reference: Answer, before: Answer, slack: float) -> bool:
-    """Whether a step is no worse than the last layer alone, within the slack."""
+    """Whether a step is no worse than the last layer alone, within the slack; of which a dear last layer leaves none."""
     seen, least = answer.seen, reference.seen
     if seen is None or least is None:
         return answer.score >= reference.score - slack
-    kept = least.kept if before.seen is None else min(before.seen.kept, least.kept)
+    kept = least.kept - slack if before.seen is None else min(before.seen.kept - slack, least.kept)
     surer = getattr(seen, "sure_left", 0.0) - getattr(least, "sure_left", 0.0)
     less_sure = getattr(least, "sure_kept", 0.0) - getattr(seen, "sure_kept", 0.0)
-    return bool(seen.left <= least.left and seen.kept >= kept - slack and surer <= SURER and less_sure <= LESS_SURE)
+    return bool(seen.left <= least.left and seen.kept >= kept and surer <= SURER and less_sure <= LESS_SURE)
 
 
 def _seen(compiled: Plan, evaluate: Evaluate, name: str) -> Any:

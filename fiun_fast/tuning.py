@@ -66,10 +66,11 @@ def tune(
     largest share of 40, 20, 10, 5, 2, 1 and 0.5 % of its elements is dampened with lambda 0.1 that validation data can
     bear; it is left alone where they bear none. All nodes take their steps in the same launches.
     A step is borne where the score is at most `slack` below that of the last layer alone. Where `evaluate` measures, it
-    is borne where no more is `left`, what is `kept` is at most `slack` below the lower of what was kept at first and by
-    the last layer alone, and of the mean probabilities of the true labels that of what is to be forgotten, `sure_left`,
-    has risen and that of the rest, `sure_kept`, fallen by at most 0.01. It measures if it has a dict `last`: node ->
-    what the last call saw, an object with these attributes, as `ClassScore`; the last two may be missing.
+    is borne where no more is `left`, what is `kept` is at most `slack` below what was kept at first, or no less than by
+    the last layer alone where that is lower, and of the mean probabilities of the true labels that of what is to be
+    forgotten, `sure_left`, has risen and that of the rest, `sure_kept`, fallen by at most 0.01. It measures if it has a
+    dict `last`: node -> what the last call saw, an object with these attributes, as `ClassScore`; the last two may be
+    missing.
 
     Args:
         dag, requests: as in `plan`.
@@ -80,7 +81,7 @@ def tune(
         alphas: the grid, or {node: grid}; None: of each node `points` values from its `plan.profile()`, so that the
             share selected runs from one element to 70 % in even steps of its logarithm. By layer it is always that.
         lams: default 1, 0.1, 0.01; by layer those of the last one, default 0.01.
-        points: of the default grid, default 32; by layer of that of the last one, default 12.
+        points: of the default grid, default 32; by layer of that of the last one, default 24.
         slack: by layer, see above.
         merge, scale, on_mismatch, backend, estimate: as in `plan`.
         progress: show a progress bar.

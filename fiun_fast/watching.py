@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .homes import Homes, all_held
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+AT_ONCE = 1 << 22  # of which a sum makes copies
 _LEFT_OUT = {"training", "_parameters", "_buffers", "_modules"}  # modes are set and put back by whoever looks
 
 
@@ -19,13 +20,13 @@ class Watched:
 
     Tensors are told by where they live and by autograd's version counters, everything else by identity. What is written
     to a tensor past its counter (`p.data.add_`) is noticed by `rewritten` alone, which reads them; a change inside a
-    list or dict of a module is not.
+    list or dict of a module is not. With `bits`, a tensor that was written to and has its old bits is as before.
 
     Args:
         model: any.
         inside: a submodule that is not looked into; a tensor that others have too is watched all the same.
         free: ids of tensors that may be written to; that they are replaced or moved is noticed.
-        bits: sum up what is in the tensors, for `rewritten`.
+        bits: sum up what is in the tensors, for `rewritten` and `written`.
 
     """
 
@@ -55,8 +56,8 @@ class Watched:
         self._homes.settle()
         self._sums = self._sum_up() if bits else []
 
-    def _sum_up(self) -> list[int]:
-        return [int(_bytes(tensor).sum(dtype=torch.int64)) for tensor in self._tensors]
+    def _sum_up(self) -> list[tuple[int, int] | None]:
+        return [_sums(tensor) for tensor in self._tensors]
 
     def _hold(self, container: Mapping[str, Any], keys: list[str]) -> None:
         containers, names, objects = self._held
@@ -78,7 +79,15 @@ class Watched:
         now = [tensor._version for tensor in self._tensors]
         if now == self._versions:
             return []
-        return [t for t, one, before in zip(self._tensors, now, self._versions, strict=True) if one != before]
+        moved = [k for k, pair in enumerate(zip(now, self._versions, strict=True)) if pair[0] != pair[1]]
+        found = [k for k in moved if not self._sums or self._differs(k)]
+        if not found:  # a trial that was taken back
+            self._versions = now
+        return [self._tensors[k] for k in found]
+
+    def _differs(self, k: int) -> bool:
+        now = _sums(self._tensors[k])
+        return now is None or now != self._sums[k]
 
     def rewritten(self) -> bool:
         """Whether any of their bits changed, past their counters too; reads all of them."""
@@ -89,13 +98,22 @@ class Watched:
         return self.rebuilt() or bool(self.written())
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def _sums(tensor: Tensor) -> tuple[int, int] | None:
+    """Of what is in it as whole numbers, plain and weighted by place: the first alone is that of any order of them.
+
+    None where that cannot be summed up.
+    """
     plain = tensor.detach()
-    if plain.layout != torch.strided or plain.is_meta or plain.is_quantized:  # what is in them cannot be summed up
-        return torch.zeros(0)
-    plain = plain if plain.is_contiguous() else plain.contiguous()
-    flat = plain.view(-1)
-    return flat.view(next((kind for kind in (torch.int64, torch.int32) if _fits(flat, kind)), torch.uint8))
+    if plain.layout != torch.strided or plain.is_meta or plain.is_quantized:
+        return None
+    flat = (plain if plain.is_contiguous() else plain.contiguous()).view(-1)
+    kind = next((kind for kind in (torch.int64, torch.int32) if _fits(flat, kind)), torch.uint8)
+    total, weighted = 0, 0
+    for part in flat.view(kind).split(AT_ONCE):
+        whole = part.long()
+        total += int(whole.sum())
+        weighted = 31 * weighted + int((whole * torch.arange(1, 2 * len(whole), 2, device=whole.device)).sum())
+    return total, weighted
 
 
 def _fits(flat: Tensor, kind: torch.dtype) -> bool:

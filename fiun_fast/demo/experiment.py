@@ -37,6 +37,7 @@ class Network:
         scope: str,
         estimator: Estimator = "batch",
         batch: int = 16,
+        copies: int | None = None,  # jittered ones of the validation data; None: as `SEARCH` says
     ) -> None:
         self.recipe, self.digits, self.models, self.scope = recipe, digits, models, scope
         self._estimator, self._batch = estimator, batch
@@ -53,7 +54,8 @@ class Network:
         # made once each
         self._requests: dict[int, ff.ForgetRequest] = {}
         self._request_seconds: dict[int, float] = {}
-        validation = {node: [self.split(node, "validation", SEARCH[scope][1])] for node in models}
+        copies = SEARCH[scope][1] if copies is None else copies
+        validation = {node: [self.split(node, "validation", copies)] for node in models}
         self._score = ff.ClassScore(validation, forget={})
 
     def restore(self) -> None:

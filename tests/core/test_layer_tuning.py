@@ -39,8 +39,9 @@ def bits(dag: ff.InheritanceDAG) -> dict[str, Dict]:
 class Bear:
     """Scores how near the share changed of the head is to 0.3, less what the body lost beyond what it can bear."""
 
-    def __init__(self, dag: ff.InheritanceDAG, measures: bool, most: dict[str, float]) -> None:
+    def __init__(self, dag: ff.InheritanceDAG, measures: bool, most: dict[str, float], dear: float = 0.0) -> None:
         self.start, self.most, self.calls = bits(dag), most, 0
+        self.dear = dear  # what changing all of the head costs the rest
         self.last: dict | None = {} if measures else None
 
     def changed(self, name: str, model: Dict, layer: list[str]) -> float:
@@ -54,7 +55,8 @@ class Bear:
             max(0.0, self.changed(name, model, layer) - self.most[layer[0]]) / 10 for layer in LAYERS[1:]
         )  # a tenth of what is too much
         if self.last is not None:
-            self.last[name] = SimpleNamespace(left=head, kept=1 - body, sure_left=0.5, sure_kept=0.9)
+            kept = 1 - body - self.dear * self.changed(name, model, LAYERS[0])
+            self.last[name] = SimpleNamespace(left=head, kept=kept, sure_left=0.5, sure_kept=0.9)
             body = 0.0  # what is measured decides, not the score
         return -head - body
 
@@ -100,20 +102,23 @@ def by_hand(
                 good = found >= reference - slack
             else:
                 its = calls[len(calls) - 1]
-                good = its.left <= seen.left and its.kept >= min(1.0, seen.kept) - slack
+                good = its.left <= seen.left and its.kept >= min(1.0 - slack, seen.kept)
             if good:
                 best, now = best | dict.fromkeys(layer, alpha), found
                 break
     return best, now, evaluate.calls - before
 
 
-@pytest.mark.parametrize("measures", [False, True], ids=["score", "measures"])
-def test_each_node_finds_what_a_plain_loop_finds(measures):
+@pytest.mark.parametrize(
+    ("measures", "dear"), [(False, 0.0), (True, 0.0), (True, 0.02), (True, 0.1)], ids=["score", "free", "cheap", "dear"]
+)
+def test_each_node_finds_what_a_plain_loop_finds(measures, dear):
+    """A head that costs the rest more than the slack leaves the body nothing to lose, a cheaper one what is left."""
     dag, requests = family(3)
-    most = {"second": 0.12, "first.weight": 0.0}
+    how = (measures, {"second": 0.12, "first.weight": 0.0}, dear)
     slack = 0.0101
-    expected = {name: by_hand(dag, requests[0], name, Bear(dag, measures, most), slack) for name in ("a", "b")}
-    evaluate, start = Bear(dag, measures, most), bits(dag)
+    expected = {name: by_hand(dag, requests[0], name, Bear(dag, *how), slack) for name in ("a", "b")}
+    evaluate, start = Bear(dag, *how), bits(dag)
     chosen = ff.tune(dag, requests, evaluate, by="layer", slack=slack)
     assert all(torch.equal(t, start[name][key]) for name in dag for key, t in dag[name].model.items())
     assert list(chosen) == ["a", "b"]

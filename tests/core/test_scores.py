@@ -190,6 +190,26 @@ def test_only_the_last_layer_runs_while_only_it_changes(loader, monkeypatch):
     assert torch.allclose(found().logits, logits, atol=1e-6)
 
 
+def test_what_was_written_and_taken_back_costs_nothing(data, loader, monkeypatch):
+    """As the layers before the last are, while only that one is tried out of a plan for all."""
+    model, score = trained(), ff.ClassScore(loader, forget=2)
+    score("u0", model)
+    weight, scale = model.body.first.weight, (1 + torch.rand(8, 1)).detach()
+    old = weight.detach().clone()
+    monkeypatch.setattr(Counter, "calls", 0)
+    found = []
+    for _ in range(3):
+        with torch.no_grad():
+            weight.mul_(scale)
+            weight.copy_(old)
+        found.append(seen(score, model))
+    assert Counter.calls == 0
+    assert found == [pytest.approx(by_hand(model, data, data[1] == 2), abs=1e-6)] * 3
+    with torch.no_grad():
+        weight.mul_(scale)
+    assert seen(score, model) == pytest.approx(by_hand(model, data, data[1] == 2), abs=1e-6)
+
+
 def test_a_tail_of_several_layers_runs_alone_too(loader, monkeypatch):
     model, score = trained(Deep), ff.ClassScore(loader, forget=2)
     score("u0", model)
@@ -206,6 +226,7 @@ def test_a_tail_of_several_layers_runs_alone_too(loader, monkeypatch):
 
 CHANGES = {
     "written to": lambda model: model.body.first.weight.data_ptr() and model.body.first.weight.detach().mul_(2),
+    "order of rows": lambda model: model.body.first.weight.copy_(model.body.first.weight.flip(0)),
     "buffer": lambda model: model.body.norm.running_mean.add_(1),
     "parameter replaced": lambda model: setattr(model.body.first, "bias", nn.Parameter(torch.full((8,), 2.0))),
     "module replaced": lambda model: setattr(model.body, "norm", nn.Identity()),

@@ -145,7 +145,7 @@ def _search(
 
 
 def _bears(answer: Answer, reference: Answer, before: Answer, slack: float) -> bool:
-    """Whether a step is no worse than the last layer alone, within the slack; of which a dear last layer leaves none."""
+    """Whether a step is no worse than the last layer alone, within the slack, of which a dear one leaves none."""
     seen, least = answer.seen, reference.seen
     if seen is None or least is None:
         return answer.score >= reference.score - slack

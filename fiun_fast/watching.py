@@ -37,26 +37,30 @@ class Watched:
         self._homes, self._sizes = Homes(), list[tuple[Mapping[Any, Any], int]]()
         self._held: tuple[list[Any], list[str], list[Any]] = [], [], []
         counted: list[Tensor] = []
+        odd = False  # sparse or quantised: whether such a tensor has changed cannot be told
         for module in model.modules():
             if id(module) in hidden:
                 continue
             for own in (module._parameters, module._buffers):
-                there = {key: tensor for key, tensor in own.items() if tensor is not None}
+                every = {key: tensor for key, tensor in own.items() if tensor is not None}
+                there = {key: tensor for key, tensor in every.items() if _is_plain(tensor)}
+                odd = odd or len(there) < len(every)
                 self._homes.add([own] * len(there), list(there), list(there.values()))
                 counted += [tensor for tensor in there.values() if id(tensor) not in free]
             attributes = vars(module)
             self._hold(module._modules, list(module._modules))
             self._hold(attributes, [key for key in attributes if key not in _LEFT_OUT])
-            every = (module._modules, module._parameters, module._buffers, attributes)
-            self._sizes += [(own, len(own)) for own in every]
+            self._sizes += [
+                (own, len(own)) for own in (module._modules, module._parameters, module._buffers, attributes)
+            ]
             self._sizes += [(hooks, len(hooks)) for hooks in (getattr(module, name) for name in _HOOKS)]
         self._tensors = list({id(tensor): tensor for tensor in counted}.values())
-        self.sure = not any(tensor.is_inference() for tensor in self._tensors)  # those have no counter
+        self.sure = not odd and not any(tensor.is_inference() for tensor in self._tensors)  # those have no counter
         self._versions = [tensor._version for tensor in self._tensors] if self.sure else []
         self._homes.settle()
         self._sums = self._sum_up() if bits else []
 
-    def _sum_up(self) -> list[tuple[int, int] | None]:
+    def _sum_up(self) -> list[tuple[int, int]]:
         return [_sums(tensor) for tensor in self._tensors]
 
     def _hold(self, container: Mapping[str, Any], keys: list[str]) -> None:
@@ -80,14 +84,10 @@ class Watched:
         if now == self._versions:
             return []
         moved = [k for k, pair in enumerate(zip(now, self._versions, strict=True)) if pair[0] != pair[1]]
-        found = [k for k in moved if not self._sums or self._differs(k)]
+        found = [k for k in moved if not self._sums or _sums(self._tensors[k]) != self._sums[k]]
         if not found:  # a trial that was taken back
             self._versions = now
         return [self._tensors[k] for k in found]
-
-    def _differs(self, k: int) -> bool:
-        now = _sums(self._tensors[k])
-        return now is None or now != self._sums[k]
 
     def rewritten(self) -> bool:
         """Whether any of their bits changed, past their counters too; reads all of them."""
@@ -98,14 +98,15 @@ class Watched:
         return self.rebuilt() or bool(self.written())
 
 
-def _sums(tensor: Tensor) -> tuple[int, int] | None:
-    """Of what is in it as whole numbers, plain and weighted by place: the first alone is that of any order of them.
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
 
-    None where that cannot be summed up.
-    """
+
+def _sums(tensor: Tensor) -> tuple[int, int]:
+    """Of what is in it as whole numbers, plain and weighted by place: the first alone is that of any order of them."""
     plain = tensor.detach()
-    if plain.layout != torch.strided or plain.is_meta or plain.is_quantized:
-        return None
+    if plain.is_meta:
+        return 0, 0
     flat = (plain if plain.is_contiguous() else plain.contiguous()).view(-1)
     kind = next((kind for kind in (torch.int64, torch.int32) if _fits(flat, kind)), torch.uint8)
     total, weighted = 0, 0

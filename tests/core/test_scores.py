@@ -407,3 +407,25 @@ def test_batches_by_keywords_and_wrapped_models(data, loader, monkeypatch):
     monkeypatch.setattr(Counter, "calls", 0)
     score("u0", wrapped)
     assert Counter.calls == 0
+
+
+class Graph(Net):
+    """Its features pass over a graph, which is a sparse buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", (torch.eye(8) + torch.ones(8, 8).tril(-1)).to_sparse())
+
+    def forward(self, x):
+        return self.head((self.graph @ self.body(x).T).T)
+
+
+def test_a_model_with_a_sparse_buffer_is_never_taken_for_unchanged(data, loader):
+    model = trained(Graph)
+    score, gone = ff.ClassScore(loader, forget=2), data[1] == 2
+    assert seen(score, model) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
+    model.graph = (model.graph.to_dense() * torch.rand(8, 8).round()).to_sparse()
+    assert seen(score, model) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
+    outcome = ff.unlearn_(model, data=loader, forget=[(data[0][gone], data[1][gone])], score=score, left=1, lost=1)
+    assert seen(score, model) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
+    outcome.undo_()

@@ -165,7 +165,7 @@ def unlearn_(
     if isinstance(score, Score):
         try:
             with _timed(seconds, "choosing"):
-                after = {name: score.look(name, model) for name, model in models.items()}
+                after = {name: score.looked(name, model) for name, model in models.items()}
         except BaseException:  # whoever gets no outcome could not undo it
             report.undo_()
             raise
@@ -238,12 +238,16 @@ class _Noting:
     def __init__(self, score: Evaluate) -> None:
         self._score = score
         self.seen: dict[str, list[Seen]] = {}
-        self.last = score.last if isinstance(score, Score) else {}  # tuning by layer goes by what was measured
+        # tuning by layer goes by what was measured
+        self.last: Any = {} if isinstance(score, Score) else getattr(score, "last", None)
 
     def __call__(self, name: str, model: Model) -> float:
-        value = self._score(name, model)
-        if isinstance(self._score, Score):
-            self.seen.setdefault(name, []).append(self._score.last[name])
+        value, score = self._score(name, model), self._score
+        if isinstance(score, Score):
+            seen = score.last.get(name) if isinstance(score.last, Mapping) else None
+            # a call that was overridden may leave nothing there
+            self.last[name] = seen if isinstance(seen, Seen) else score.looked(name, model)
+            self.seen.setdefault(name, []).append(self.last[name])
         return value
 
 

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     paper = commands.add_parser("paper", help="the paper's four networks: this package beside other methods; minutes")
-    paper.add_argument("--out", type=Path, default=Path("paper.json"), help="results; resumed if they are there")
+    paper.add_argument("--out", type=Path, default=Path("paper.json"), help="results; goes on with those of a like run")
     paper.add_argument("--page", type=Path, help="a Markdown page whose tables are to be replaced")
     paper.add_argument("--network", action="append", help="only this one; may be repeated")
     paper.add_argument("--quick", action="store_true", help="hardly trained, one seed: only shows that everything runs")

@@ -230,3 +230,20 @@ def test_every_estimator_is_reported(tmp_path: Path) -> None:
         result = demo.run_demo(scenarios=["incremental"], out=tmp_path / estimator, estimator=estimator, quick=True)
         assert result["settings"]["estimator"] == estimator
         assert all(row["selected"] > 0 for case in result["cases"] for row in case["rows"] if row["forget"])
+
+
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
+def test_the_whole_model_goes_by_layer(tmp_path: Path, chain: Network, digits: Digits) -> None:
+    result = demo.run_demo(scenarios=["transfer"], out=tmp_path, scope="all", quick=True)
+    (case,) = result["cases"]
+    rows = [row for row in case["rows"] if row["forget"]]
+    assert all(len(row["alpha"]) == len(row["lam"]) > 3 for row in rows)
+    assert "textbook chain, node by node" not in case["seconds"]
+    assert [one["request"] for one in result["gone"]] == ["“7”", "random tenth"]
+    (after,) = (one["measured"]["forget"][0] for one in result["gone"][:1])
+    assert after["value"] < 0.2
+    whole = Network(chain.recipe, digits, chain.models, "all")
+    outcome = ff.unlearn_(whole.dag, [whole.request(1)], whole.score([1]), points=8)
+    wanted = {node.name: (node.alpha, node.lam) for node in outcome}
+    outcome.undo_()
+    assert {row.node: (row.alpha, row.lam) for row in whole.forget([1], points=8).touched} == wanted

@@ -132,16 +132,18 @@ def unlearn_(
         check_count("points", points)
     if samples is not None:
         check_count("samples", samples)
+    options = Options(alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    options.check(family, listed)
     seconds = dict.fromkeys(("Fishers", "choosing", "run"), 0.0)
+    models = {node.name: node.model for node, _ in family.reached(listed)}
+    if isinstance(score, Score):
+        with _timed(seconds, "choosing"):  # first, as validation data may be wrong, too
+            score.begin(models)
     with _timed(seconds, "Fishers"):
         kinds = _kinds(family, listed, params, ways, samples, progress)
-    options = Options(alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
     with _timed(seconds, "choosing"):
         reached = {kind: reached_nodes(family, of.requests, of.originals) for kind, of in kinds.items()}
         plans = {kind: _made(family, reached[kind], of.requests, options) for kind, of in kinds.items()}
-        models = next(iter(plans.values())).models
-        if isinstance(score, Score):
-            score.begin(models)
         by = by or ("layer" if any(_has_layers(node) for node in reached[next(iter(reached))]) else "node")
         if by == "node":
             lams, points = LAMBDAS if lams is None else lams, POINTS if points is None else points

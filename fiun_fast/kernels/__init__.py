@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from contextvars import ContextVar
 
 import torch
@@ -115,6 +116,20 @@ def select(name: str | None, device_type: str) -> Backend:
         if load(preferred).why_not(device_type) is None:
             return load(preferred)
     raise BackendError(f"no fast backend works for {device_type} tensors here; {_others(device_type)}")
+
+
+def check_usable(name: str | None, device_types: Iterable[str]) -> None:
+    """Raise the BackendError of `select` where it would have one for each of these kinds of device."""
+    errors = []
+    for device_type in device_types:
+        try:
+            select(name, device_type)
+        except BackendError as error:
+            errors.append(error)
+        else:
+            return
+    if errors:
+        raise errors[0]
 
 
 def _others(device_type: str) -> str:

@@ -380,6 +380,11 @@ def test_what_is_said(models):
         (lambda dag, r, s: ff.unlearn_(dag, r, s, points=0), "points is 0, expected a whole number"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, lams=[]), "lams is empty"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, lams=0.1), "lams is a float, expected numbers"),
+        (
+            lambda dag, r, s: ff.unlearn_(dag, r, ff.ClassScore(CHECK, forget=9)),
+            "node 'u0': none of its 200 samples are",
+        ),
+        (lambda dag, r, s: ff.unlearn_(dag, r, ff.ClassScore([], forget=0)), "validation data of node 'u0': "),
     ],
 )
 def test_arguments(grown, call, match, monkeypatch):
@@ -388,7 +393,7 @@ def test_arguments(grown, call, match, monkeypatch):
 
     before = copy.deepcopy(grown)
     monkeypatch.setattr(estimating, "sweep", early)
-    with pytest.raises(ff.ArgumentError, match=match):
+    with pytest.raises(ff.FiunError, match=match):
         call(chain(grown), [ff.ForgetRequest("u0", data=LOADER)], ff.ClassScore(CHECK, forget=0))
     assert same(grown, before)
 

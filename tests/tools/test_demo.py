@@ -15,6 +15,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits as load_digits_of_sklearn
 
 import fiun_fast as ff
+from fiun_fast import cli
 from fiun_fast.bench.baselines import unlearn_named
 from fiun_fast.demo import run as demo
 from fiun_fast.demo.data import Digits, Samples, load_digits
@@ -223,6 +224,16 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         demo.run_demo(scope="head", out=tmp_path)
     with pytest.raises(ff.ArgumentError, match="estimator is 'exact', expected one of batch, sample"):
         demo.run_demo(estimator="exact", out=tmp_path)
+
+
+def test_seeds_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    asked = []
+    monkeypatch.setattr(demo, "run_demo", lambda **options: asked.append((options["seed"], list(options["seeds"]))))
+    for arguments in ([], ["--seed", "4"], ["--all-classes"], ["--all-classes", "--seed", "4", "--seed", "5"]):
+        assert cli.main(["demo", *arguments]) == 0
+    assert asked == [(0, [0]), (4, [4]), (0, [0, 1, 2]), (4, [4, 5])]
+    assert cli.main(["demo", "--seed", "4", "--seed", "5"]) == 1
+    assert "--seed is there more than once" in capsys.readouterr().err
 
 
 def test_every_estimator_is_reported(tmp_path: Path) -> None:

@@ -119,9 +119,11 @@ def select(name: str | None, device_type: str) -> Backend:
 
 
 def check_usable(name: str | None, device_types: Iterable[str]) -> None:
-    """Raise the BackendError of `select` where it would have one for each of these kinds of device."""
+    """Raise the BackendError of `select` where it would have one for each of these kinds of device, if it is known."""
     errors = []
     for device_type in device_types:
+        if device_type not in DEFAULTS:  # meta, say, of which others have more to tell
+            continue
         try:
             select(name, device_type)
         except BackendError as error:

@@ -339,6 +339,14 @@ def test_a_node_with_neither_fisher_nor_data_is_named_before_any_loader_is_gone_
     assert shared.times == 0
 
 
+def test_a_model_on_meta_is_told_from_a_backend_that_does_not_work(shared):
+    dag = ff.InheritanceDAG()
+    dag.add_model("u0", net(0).to("meta"), data=shared)
+    for call in (ff.plan, partial(ff.unlearn_, score=ANY)):
+        with pytest.raises(ff.DeviceError, match="it is on meta"):
+            call(dag, [ff.ForgetRequest("u0", data=shared)])
+
+
 @pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
 def test_grids_may_be_iterators(shared):
     found = []

@@ -309,6 +309,22 @@ def halved(rows: Sequence[dict], scope: str) -> list[list[dict]]:
     return [[row for row in own if (row["seed"] in NEW[scope]) == new] for new in (False, True)]
 
 
+def reach(result: dict) -> str:
+    """The README's table: what `unlearn_` does by default, over all seeds."""
+    lines = []
+    for scope, named, rules in (
+        (LAST_LAYER, "last layer", SETS[DEFAULT]),
+        (JITTERED, "whole model, by layer", RULES[JITTERED][BY_LAYER]),
+        (ALL, "whole model, one α", ("one α",)),
+    ):
+        for kind in KINDS:
+            found = summary([row for row in complete(result["rows"]) if row["scope"] == scope], kind, rules)
+            cells = [percent(found, key) for key in ("within 1", "within 2", "left")]
+            lines.append([named, KINDS[kind], found["pairs"], *cells, f"{100 * found['lost']:.2f}"])
+    heads = ["in scope", "forgotten", "pairs", "≤ 1 % left, ≤ 1 lost", "≤ 2, ≤ 2", "left", "lost"]
+    return markdown(heads, lines, left=2)
+
+
 def complete(rows: Sequence[dict]) -> list[dict]:
     """Those of seeds whose four networks are all there."""
     there = {(row["scope"], row["seed"], row["scenario"]) for row in rows}
@@ -335,6 +351,7 @@ def main() -> None:
     print(text)
     if arguments.results == RESULTS:
         fill(PAGE, "quality", f"\n{text}\n")
+        fill(ROOT / "README.md", "reach", f"\n{reach(json.loads(RESULTS.read_text()))}\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from .arguments import ESTIMATORS
 from .checkpoint_commands import add_commands
 from .demo import NETWORKS, SCOPES
-from .errors import FiunError
+from .errors import ArgumentError, FiunError
 from .kernels import BACKENDS
 from .version import __version__
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--scenario", action="append", choices=NETWORKS, help="only this one; may be repeated")
     demo.add_argument("--scope", choices=SCOPES, default="last-layer", help="parameters to dampen")
     demo.add_argument("--estimator", choices=ESTIMATORS, default="batch", help="of the Fishers; docs/fishers.md")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=int, action="append", help="default 0; with --all-classes, may be repeated")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for report.json and the pictures")
     demo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     demo.add_argument("--backend", choices=BACKENDS, help="default: the fastest that works for the device")
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     paper = commands.add_parser("paper", help="the paper's four networks: this package beside other methods; minutes")
-    paper.add_argument("--out", type=Path, default=Path("paper.json"), help="results; resumed if they are there")
+    paper.add_argument("--out", type=Path, default=Path("paper.json"), help="results; goes on with those of a like run")
     paper.add_argument("--page", type=Path, help="a Markdown page whose tables are to be replaced")
     paper.add_argument("--network", action="append", help="only this one; may be repeated")
     paper.add_argument("--quick", action="store_true", help="hardly trained, one seed: only shows that everything runs")
@@ -84,13 +84,17 @@ def parser() -> argparse.ArgumentParser:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        from .demo.run import run_demo
+        from .demo.run import SEEDS, run_demo
     except ModuleNotFoundError as error:
         print(f"fiun-fast: the demo needs {error.name}: pip install 'fiun_fast[demo]'", file=sys.stderr)
         return 1
+    seeds = options.seed or list(SEEDS if options.all_classes else SEEDS[:1])
+    if len(seeds) > 1 and not options.all_classes:
+        raise ArgumentError("--seed is there more than once, which is for --all-classes")
     run_demo(
         scenarios=options.scenario or NETWORKS,
-        seed=options.seed,
+        seed=seeds[0],
+        seeds=seeds,
         out=options.out,
         device=options.device,
         scope=options.scope,

@@ -132,16 +132,18 @@ def unlearn_(
         check_count("points", points)
     if samples is not None:
         check_count("samples", samples)
+    options = Options(alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
+    options.check(family, listed)
     seconds = dict.fromkeys(("Fishers", "choosing", "run"), 0.0)
+    models = {node.name: node.model for node, _ in family.reached(listed)}
+    if isinstance(score, Score):
+        with _timed(seconds, "choosing"):  # first, as validation data may be wrong, too
+            score.begin(models)
     with _timed(seconds, "Fishers"):
         kinds = _kinds(family, listed, params, ways, samples, progress)
-    options = Options(alpha=0.0, merge=merge, scale=scale, on_mismatch=on_mismatch, backend=backend)
     with _timed(seconds, "choosing"):
         reached = {kind: reached_nodes(family, of.requests, of.originals) for kind, of in kinds.items()}
         plans = {kind: _made(family, reached[kind], of.requests, options) for kind, of in kinds.items()}
-        models = next(iter(plans.values())).models
-        if isinstance(score, Score):
-            score.begin(models)
         by = by or ("layer" if any(_has_layers(node) for node in reached[next(iter(reached))]) else "node")
         if by == "node":
             lams, points = LAMBDAS if lams is None else lams, POINTS if points is None else points
@@ -165,7 +167,7 @@ def unlearn_(
     if isinstance(score, Score):
         try:
             with _timed(seconds, "choosing"):
-                after = {name: score.look(name, model) for name, model in models.items()}
+                after = {name: score.looked(name, model) for name, model in models.items()}
         except BaseException:  # whoever gets no outcome could not undo it
             report.undo_()
             raise
@@ -238,12 +240,16 @@ class _Noting:
     def __init__(self, score: Evaluate) -> None:
         self._score = score
         self.seen: dict[str, list[Seen]] = {}
-        self.last = score.last if isinstance(score, Score) else {}  # tuning by layer goes by what was measured
+        # tuning by layer goes by what was measured
+        self.last: Any = {} if isinstance(score, Score) else getattr(score, "last", None)
 
     def __call__(self, name: str, model: Model) -> float:
-        value = self._score(name, model)
-        if isinstance(self._score, Score):
-            self.seen.setdefault(name, []).append(self._score.last[name])
+        value, score = self._score(name, model), self._score
+        if isinstance(score, Score):
+            seen = score.last.get(name) if isinstance(score.last, Mapping) else None
+            # a call that was overridden may leave nothing there
+            self.last[name] = seen if isinstance(seen, Seen) else score.looked(name, model)
+            self.seen.setdefault(name, []).append(self.last[name])
         return value
 
 

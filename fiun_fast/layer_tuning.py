@@ -159,7 +159,9 @@ def _seen(compiled: Plan, evaluate: Evaluate, name: str) -> Any:
     """What the last call measured, of a score that says so; else None. The mean over ranks, as of scores."""
     last, ranks = getattr(evaluate, "last", None), ranks_of_plan(compiled)
     seen = last.get(name) if isinstance(last, Mapping) else None
-    if not (hasattr(seen, "left") and hasattr(seen, "kept")):
+    try:
+        float(seen.left), float(seen.kept)  # type: ignore[union-attr]
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         seen = None  # `last` may be something of the caller's
     if ranks is None:
         return seen

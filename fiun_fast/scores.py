@@ -7,12 +7,13 @@ and model may take its place, and says nothing then but a number.
 from __future__ import annotations
 
 import copy
+import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from .dag import Model
 from .errors import ArgumentError, EstimationError
 from .estimators.loaders import is_iterator
 from .estimators.reading import Forward
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Marks = Callable[[Any, Tensor], Tensor]  # (inputs, labels [B]) -> [B] bool
 Classes = int | Iterable[int]
@@ -59,18 +63,43 @@ class Score(ABC):
 
     """
 
-    def __init__(self) -> None:
-        self.before: dict[str, Seen] = {}
-        self.last: dict[str, Seen] = {}
+    before: dict[str, Seen]
+    last: dict[str, Seen]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # not __init__, which those that are derived may forget
+        """Make one that has seen nothing."""
+        made = super().__new__(cls)
+        vars(made).update(before={}, last={})
+        return made
 
     def begin(self, models: Mapping[str, Model]) -> None:
         """Take down what these models do now; `tune` and `unlearn_` call it before anything is dampened."""
-        self.before |= {name: self.look(name, model) for name, model in models.items()}
+        self.before |= {name: self.looked(name, model) for name, model in models.items()}
 
     def __call__(self, name: str, model: Model) -> float:
         """The score of the model as it is now."""
-        self.last[name] = seen = self.look(name, model)
-        return -self.loss(seen, self.before.setdefault(name, seen))
+        self.last[name] = seen = self.looked(name, model)
+        loss = self.loss(seen, self.before.setdefault(name, seen))
+        try:
+            return -loss
+        except TypeError:
+            raise ArgumentError(f"loss(…) for node {name!r} gave a {type(loss).__name__}, expected a number") from None
+
+    def looked(self, name: str, model: Model) -> Seen:
+        """The same as `look`, checked.
+
+        Raises:
+            ArgumentError: no `Seen`, or `left` or `kept` is no number or NaN.
+
+        """
+        seen = self.look(name, model)
+        if not isinstance(seen, Seen):
+            raise ArgumentError(f"look({name!r}, …) gave a {type(seen).__name__}, expected a Seen(left, kept)")
+        for what, share in (("left", seen.left), ("kept", seen.kept)):
+            if not isinstance(share, numbers.Real) or math.isnan(share):
+                found = "NaN" if isinstance(share, numbers.Real) else f"a {type(share).__name__}"
+                raise ArgumentError(f"look({name!r}, …) gave {found} for what is {what}, expected a number")
+        return seen
 
     @abstractmethod
     def look(self, name: str, model: Model) -> Seen:

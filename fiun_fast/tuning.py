@@ -19,14 +19,14 @@ from .arguments import (
     check_numbers,
     check_one_of,
 )
-from .dag import ForgetRequest, InheritanceDAG
+from .dag import ForgetRequest, InheritanceDAG, check_requests
 from .errors import ArgumentError, TuningWarning, warn
 from .estimating import Estimate
 from .grids import Evaluate, default_grids, left_alone, ranks_of_plan, score_of, watched
 from .layer_tuning import LAST_LAMBDAS, LAST_POINTS, SLACK, tune_layers
 from .planning import Plan, Trials
 from .profile import SelectionProfile
-from .ranks import Fact, together
+from .ranks import Fact, ranks_of, together
 from .tuned import TriedPoint, Tuned
 from .unlearning import plan
 from .values import Choice
@@ -104,9 +104,14 @@ def tune(
     """
     check_function("evaluate", evaluate, "name", "model")
     how: dict[str, Any] = {"merge": merge, "scale": scale, "on_mismatch": on_mismatch, "backend": backend}
+    grid: dict[str, Any] = {"by": by, "alphas": alphas, "lams": lams, "points": points, "slack": slack}
+    if isinstance(dag, InheritanceDAG) and ranks_of(node.model for node in dag.held().values()) is None:
+        grid = _checked(**grid)  # before any Fisher is estimated; ranks raise together, below
+        requests = check_requests(requests)
+        if alphas is not None:
+            _grids(dag.reached_by(requests), grid["alphas"])
     compiled = plan(dag, requests, alpha=0.0, estimate=estimate, **how)
-    grid = {"alphas": alphas, "lams": lams, "points": points, "slack": slack}
-    return _said("tune", tune_plan(compiled, evaluate, by=by, **grid, progress=progress))  # type: ignore[arg-type]
+    return _said("tune", tune_plan(compiled, evaluate, **grid, progress=progress))
 
 
 def tune_plan(
@@ -121,19 +126,13 @@ def tune_plan(
     progress: bool = False,
 ) -> Tuned:
     """`tune` on a plan that there is already, without its warning; the plan's values are afterwards as before."""
-    layered = by == "layer"
     with together(ranks_of_plan(compiled)) as facts:
-        check_one_of("by", by, TUNE_BY)
-        if layered and alphas is not None:
-            raise ArgumentError('alphas are of whole nodes: leave them out where by="layer"')
-        lambdas = check_numbers("lams", (LAST_LAMBDAS if layered else LAMBDAS) if lams is None else lams)
-        count, slack = (LAST_POINTS if layered else POINTS) if points is None else points, check_number("slack", slack)
-        if alphas is None:
-            count = check_count("points", count)
-        grid = None if alphas is None else _grids(compiled, alphas)
+        given = _checked(by, alphas, lams, points, slack)
+        lambdas, count, slack = (given[of] for of in ("lams", "points", "slack"))
+        grid = None if alphas is None else _grids(compiled.nodes, given["alphas"])
         facts |= {"by": Fact(by), "alphas": Fact(grid), "lams": Fact(lambdas)}
         facts |= {"points": Fact(count), "slack": Fact(slack)}
-    if layered:
+    if by == "layer":
         return tune_layers(compiled, evaluate, lams=lambdas, points=count, slack=slack, progress=progress)
     grid = default_grids(compiled, count) if grid is None else grid
     grids = {name: sorted(set(one), reverse=True) for name, one in grid.items()}
@@ -152,8 +151,8 @@ def tune_plan(
                     score = score_of(compiled, evaluate, name)
                     tried[name].append(TriedPoint(*found[k], report[name].selected, report[name].share, score))
     best = {name: max(found, key=lambda point: point.score) for name, found in tried.items()}  # the first of equals
-    given = alphas is not None
-    doubts = {name: _doubt(best[name], found, lambdas, profiles[name], given) for name, found in tried.items()}
+    own = alphas is not None
+    doubts = {name: _doubt(best[name], found, lambdas, profiles[name], own) for name, found in tried.items()}
     return Tuned(
         {name: Choice(point.alpha, point.lam, point.score) for name, point in best.items()},
         tried,
@@ -246,15 +245,31 @@ def search_alpha(
     return _said("search_alpha", Tuned(found, tried, failed))
 
 
-def _grids(compiled: Plan, alphas: Iterable[float] | Mapping[str, Iterable[float]]) -> dict[str, list[float]]:
-    """Of each node that was given."""
+def _checked(by: Any, alphas: Any, lams: Any, points: Any, slack: Any) -> dict[str, Any]:
+    """Arguments of `tune` with their defaults, and lists where there may be iterators."""
+    check_one_of("by", by, TUNE_BY)
+    layered = by == "layer"
+    if layered and alphas is not None:
+        raise ArgumentError('alphas are of whole nodes: leave them out where by="layer"')
+    lams = check_numbers("lams", (LAST_LAMBDAS if layered else LAMBDAS) if lams is None else lams)
+    points, slack = (LAST_POINTS if layered else POINTS) if points is None else points, check_number("slack", slack)
+    if alphas is None:
+        points = check_count("points", points)
+    elif isinstance(alphas, Mapping):
+        alphas = {name: check_numbers(f"alphas[{name!r}]", one) for name, one in alphas.items()}
+    else:
+        alphas = check_numbers("alphas", alphas)
+    return {"by": by, "alphas": alphas, "lams": lams, "points": points, "slack": slack}
+
+
+def _grids(nodes: Iterable[str], alphas: list[float] | Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Of each node."""
     if not isinstance(alphas, Mapping):
-        grid = check_numbers("alphas", alphas)
-        return dict.fromkeys(compiled.nodes, grid)
-    for name in compiled.nodes:
+        return dict.fromkeys(nodes, alphas)
+    for name in nodes:
         if name not in alphas:
             raise ArgumentError(f"alphas has no grid for node {name!r}, which a request reaches")
-    return {name: check_numbers(f"alphas[{name!r}]", alphas[name]) for name in compiled.nodes}
+    return {name: alphas[name] for name in nodes}
 
 
 def _distinct(

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .arguments import MERGE_RULES, MergeRule, OnMismatch, check_number, check_one_of, renamed
-from .compiling import ReachedNode, reached_nodes, warn_of_unlike
-from .dag import ForgetRequest, InheritanceDAG, Model, check_model, check_requests
+from .arguments import MERGE_RULES, MISMATCH_RULES, MergeRule, OnMismatch, check_number, check_one_of, renamed
+from .compiling import ReachedNode, reached_node, reached_nodes, warn_of_unlike
+from .dag import ForgetRequest, InheritanceDAG, Model, Node, check_model, check_requests
+from .dtensors import parameters_of
 from .errors import ArgumentError
 from .estimating import Estimate, completed
 from .fisher import Fisher, listed_fishers
 from .gradient import Gradient
+from .kernels import check_usable
 from .kernels.table import Merging
 from .planning import Plan
 from .profile import SelectionProfile, profiles_of
@@ -22,7 +24,7 @@ from .ranks import Ranks, ranks_of, together
 from .ratios import adaptive_percentile, check_fishers, check_forget_fraction, ratios_of
 from .report import Report
 from .spread import Spread, check_part
-from .values import Number, PerGroup, PerNode, Values, narrowest, per_node, values_per_node
+from .values import Number, PerGroup, PerNode, Values, check_early, narrowest, per_node, values_per_node
 
 
 @renamed(share="forget_fraction")
@@ -84,6 +86,8 @@ def plan(
                 "data= in the place of a Fisher, and models that are spread over ranks: estimate_fisher estimates the "
                 "Fishers of such models; pass these"
             )
+        if dag.lacks_fishers or any(request.fisher is None for request in listed):
+            options.check(dag, listed)
         listed, originals = completed(dag, listed, estimate, backend)
         nodes = reached_nodes(dag, listed, originals)
         reached = {node.name for node in nodes}
@@ -191,6 +195,29 @@ class Options:
     backend: str | None = None
     forget_fraction: PerNode | None = None
 
+    def check(self, dag: InheritanceDAG, requests: Sequence[ForgetRequest]) -> None:
+        """All that can be checked before there are Fishers, so that none is estimated in vain.
+
+        Raises:
+            FiunError: as `plan`.
+
+        """
+        check_one_of("merge", self.merge, MERGE_RULES)
+        check_one_of("on_mismatch", self.on_mismatch, MISMATCH_RULES)
+        for what in ("exponent", "cap", "scale"):
+            check_number(what, getattr(self, what))
+        reached = dag.reached(requests)
+        for node, reaching in reached:
+            if node.data is None:
+                reached_node(node, reaching)  # which says that it has no Fisher
+        nodes = [node for node, _ in reached]
+        _forget_fractions(self, nodes, dag)
+        for what, given in (("alpha", self.alpha), ("lam", self.lam)):
+            if not isinstance(given, str):
+                check_early(what, given, dag, nodes)
+        tensors = parameters_of(node.model for node in nodes)
+        check_usable(self.backend, dict.fromkeys(t.device.type for t in tensors if isinstance(t, torch.Tensor)))
+
 
 def _plan_of_one(
     model: Model,
@@ -292,7 +319,9 @@ class Making:
         return made
 
 
-def _forget_fractions(o: Options, nodes: Sequence[ReachedNode], known: frozenset[str]) -> np.ndarray | None:
+def _forget_fractions(
+    o: Options, nodes: Sequence[ReachedNode] | Sequence[Node], known: Iterable[str]
+) -> np.ndarray | None:
     """Of each node, where alpha is "auto"."""
     if not isinstance(o.alpha, str):
         if o.forget_fraction is not None:

@@ -23,6 +23,7 @@ from .wrappers import plain_name
 
 if TYPE_CHECKING:
     from .compiling import ReachedNode
+    from .dag import Node
     from .fisher import Fisher
 
 Number = float | Mapping[str, float]  # of one node: for all its parameters, or {pattern: number}
@@ -306,6 +307,17 @@ def narrowest(fishers: Iterable[Fisher]) -> torch.dtype:
     return min((fisher.dtype for fisher in fishers), key=lambda dtype: dtype.itemsize)
 
 
+def check_early(what: str, given: PerGroup, known: Iterable[str], nodes: Sequence[Node]) -> None:
+    """All of alpha or lambda that can be checked before there are Fishers: patterns mean parameters of these.
+
+    Raises:
+        ArgumentError: a number out of range, of a node that there is not, or none for one of `nodes`.
+
+    """
+    _checked(what, given, known, check_number)
+    _check_covered(what, given, nodes)
+
+
 def _checked(what: str, given: PerGroup, known: Iterable[str], check: Check) -> PerGroup:
     """All numbers, those of patterns too."""
 
@@ -336,7 +348,7 @@ def values_per_node(
     return {name: check(f"{what}[{name!r}]", number) for name, number in value.items()}
 
 
-def _check_covered(what: str, value: object, nodes: Sequence[ReachedNode]) -> None:
+def _check_covered(what: str, value: object, nodes: Sequence[ReachedNode] | Sequence[Node]) -> None:
     if not isinstance(value, Mapping):
         return
     for node in nodes:
@@ -344,7 +356,7 @@ def _check_covered(what: str, value: object, nodes: Sequence[ReachedNode]) -> No
             raise ArgumentError(f"{what} has no value for node {node.name!r}, which a request reaches")
 
 
-def per_node(what: str, value: PerNode, nodes: Sequence[ReachedNode]) -> np.ndarray:
+def per_node(what: str, value: PerNode, nodes: Sequence[ReachedNode] | Sequence[Node]) -> np.ndarray:
     """[nodes] float64 of what `values_per_node` returned.
 
     Raises:

@@ -22,7 +22,8 @@ from .networks import Recipe, Step, grow
 from .report import Case, Row
 
 COPIES = {"original": 2, "forget": 6}  # a class is a tenth of the data: its Fisher needs more passes to settle
-SEARCH = {"last-layer": (40, 6), "all": (12, 0)}  # scope -> alphas tried for each lambda, jittered validation copies
+# scope -> alphas tried for each lambda, of "all" in the last layer, which comes first; jittered validation copies
+SEARCH = {"last-layer": (40, 6), "all": (12, 0)}
 ROUNDS = 21  # of what is timed
 
 
@@ -106,7 +107,9 @@ class Network:
         before = {node: self.accuracy(node, classes) for node in self.models}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ff.TuningWarning)  # the tables say what was reached
-            how: Any = {"by": "node", "lams": LAMBDAS, "points": points or SEARCH[self.scope][0], "backend": backend}
+            how: Any = {"points": points or SEARCH[self.scope][0], "backend": backend}
+            if self.scope == "last-layer":  # else it goes by layer, as `unlearn_` does with more than one of them
+                how |= {"by": "node", "lams": LAMBDAS}
             outcome = ff.unlearn_(self.dag, requests.values(), self.score(classes), **how)
         seconds["choosing alpha and lambda"], rows = outcome.seconds["choosing"], []
         for node, step in zip(self.models, recipe.steps, strict=True):
@@ -117,12 +120,13 @@ class Network:
             rows.append(row)
         self.restore()
         seconds["one plan.run_()"] = self._median(outcome.plan.run_)
-        # dicts of named tensors are made ready here, before anything is timed
-        originals = {node: self.originals[node].as_dict() for node in reached}
-        fishers = {node: [requests[label].fisher.as_dict() for label in labels] for node, labels in reached.items()}
-        alphas, lams = ({node: getattr(outcome[node], key) for node in reached} for key in ("alpha", "lam"))
-        textbook = lambda: unlearn_named(self.models, originals, fishers, alphas, lams)  # noqa: E731
-        seconds["textbook chain, node by node"] = self._median(textbook)
+        if self.scope == "last-layer":  # the textbook has one alpha a model
+            # dicts of named tensors are made ready here, before anything is timed
+            originals = {node: self.originals[node].as_dict() for node in reached}
+            fishers = {node: [requests[label].fisher.as_dict() for label in labels] for node, labels in reached.items()}
+            alphas, lams = ({node: getattr(outcome[node], key) for node in reached} for key in ("alpha", "lam"))
+            textbook = lambda: unlearn_named(self.models, originals, fishers, alphas, lams)  # noqa: E731
+            seconds["textbook chain, node by node"] = self._median(textbook)
         origins = tuple(recipe.origin[label] for label in classes)
         return Case(recipe.scenario, recipe.seed, self.scope, tuple(classes), origins, rows, seconds)
 

@@ -37,7 +37,7 @@ def class_gone(
     test = network.digits.test.only(known.classes)
     sets = {"forget": known.only(row.forget), "retain": known.without(row.forget), "test": test}
     plan = ff.plan(network.dag, [network.request(label) for label in case.classes])
-    chosen = {r.node: ff.Choice(float(r.alpha or 0), float(r.lam or 0), 0.0) for r in case.touched}
+    chosen = {r.node: ff.Choice(r.alpha or 0.0, r.lam or 0.0, 0.0) for r in case.touched}
     what = " and ".join(f"“{label}”" for label in case.classes)
     unseen = test.only(row.forget)
     return _gone(network, plan, row.node, what, sets, unseen, retrained[row.node], chosen, measures)
@@ -57,7 +57,8 @@ def random_gone(network: Network, effort: float, measures: Sequence[str] = MEASU
     line = tuple(replace(s, samples=rest if s.samples is first.samples else s.samples) for s in recipe.line(node))
     retrained = grow(replace(recipe, steps=line), effort=effort)[node]
     plan = ff.plan(network.dag, [ff.ForgetRequest(first.name, network.fisher(first.name, some, COPIES["forget"]))])
-    chosen = tune_plan(plan, _Likeness(network, some), points=POINTS)
+    how: Any = {"by": "layer"} if network.scope == "all" else {"points": POINTS}
+    chosen = tune_plan(plan, _Likeness(network, some), **how)
     test = network.digits.test.only(recipe.data(node).classes)
     sets = {"forget": some, "retain": rest, "test": test}
     return _gone(network, plan, node, "random tenth", sets, test, retrained, chosen, measures)
@@ -98,8 +99,6 @@ def _gone(
     plan.set_values_(chosen)
     choice, model = chosen[node], network.models[node]
     loaders: Any = {name: _loader(network.seen(node, samples)) for name, samples in sets.items()}
-    alpha: Any = choice.alpha  # the demo has one number a node
-    lam: Any = choice.lam
     columns: Any = [name for name in measures if name not in ("rmia", "ulira")]
     plan.run_()
     try:
@@ -112,11 +111,12 @@ def _gone(
     finally:
         network.restore()
     if "ulira" in measures:
-        how: Any = {"alpha": min(alpha, 1e9), "lam": lam, "smoothing": network.recipe.smoothing}
+        alpha: Any = choice.alpha  # of a last layer, where there is one number a node
+        how: Any = {"alpha": min(alpha, 1e9), "lam": choice.lam, "smoothing": network.recipe.smoothing}
         shadows = evaluation.ulira(model, forget=loaders["forget"], retain=loaders["retain"], **how)
         for name, of in (("trained", shadows.trained), ("unlearned", shadows.unlearned)):
             found[f"ulira_{name}"], found[f"ulira_{name}_tpr"] = (of.auc, None), (of.tpr, None)
-    return Gone(network.recipe.scenario, node, request, found, alpha, lam)
+    return Gone(network.recipe.scenario, node, request, found, choice.alpha, choice.lam)
 
 
 def _loader(samples: Samples) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..evaluation import Estimate
+from ..values import Number
 
 GONE = {  # measure -> what to call it
     "forget": "forgotten",
@@ -47,8 +48,8 @@ class Row:
     forget: tuple[int, ...]  # the classes that reach this node; empty: not touched
     before: tuple[float, float]  # accuracy on the forgotten classes, on the rest
     after: tuple[float, float]
-    alpha: float | None = None
-    lam: float | None = None
+    alpha: Number | None = None  # {pattern: number} where it went by layer
+    lam: Number | None = None
     selected: int = 0
     numel: int = 0
     retrained: tuple[float, float] | None = None
@@ -80,8 +81,8 @@ class Gone:
     node: str
     request: str
     measured: dict[str, tuple[Estimate, Estimate | None]]
-    alpha: float  # infinite: left alone
-    lam: float
+    alpha: Number  # infinite: left alone
+    lam: Number
 
 
 def summarise(cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -128,8 +129,12 @@ def nodes_table(case: Case) -> Table:
         pairs = zip(row.before, row.after, strict=True)
         moved = [f"{100 * before:.1f} → [bold]{100 * after:.1f}[/]" for before, after in pairs]
         retrained = " / ".join(f"{100 * share:.1f}" for share in row.retrained or ())
-        table.add_row(node, parents, *moved, retrained, f"{row.alpha:.3g}", f"{row.lam:g}", f"{row.selected:,}")
+        table.add_row(node, parents, *moved, retrained, _shown(row.alpha), _shown(row.lam), f"{row.selected:,}")
     return table
+
+
+def _shown(number: Number | None) -> str:
+    return "by layer" if isinstance(number, Mapping) else f"{number:.3g}"
 
 
 def times_table(case: Case) -> Table:

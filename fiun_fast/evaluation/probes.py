@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +86,11 @@ def probe_of(forget: Answers, retain: Answers, *, seed: int = 0) -> Probe:
         library("sklearn.linear_model").LogisticRegression(max_iter=1000),
     )
     nearest = library("sklearn.neighbors").NearestCentroid()
+    with warnings.catch_warnings():  # of features that are dead in every class; no mean is shrunk by their deviation
+        warnings.filterwarnings("ignore", r"self\.within_class_std_dev_ has at least 1 zero", UserWarning)
+        nearest.fit(x, y)
     figures = []
-    for judge in (linear.fit(x, y), nearest.fit(x, y)):
+    for judge in (linear.fit(x, y), nearest):
         figures.append([share(judge.predict(one.features.numpy()) == one.labels.numpy()) for one in judged])  # type: ignore[union-attr]
     (forgotten, rest), (near_forgotten, near_rest) = figures
     return Probe(forgotten, near_forgotten, rest, near_rest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from contextvars import ContextVar
 
 import torch
@@ -115,6 +116,22 @@ def select(name: str | None, device_type: str) -> Backend:
         if load(preferred).why_not(device_type) is None:
             return load(preferred)
     raise BackendError(f"no fast backend works for {device_type} tensors here; {_others(device_type)}")
+
+
+def check_usable(name: str | None, device_types: Iterable[str]) -> None:
+    """Raise the BackendError of `select` where it would have one for each of these kinds of device, if it is known."""
+    errors = []
+    for device_type in device_types:
+        if device_type not in DEFAULTS:  # meta, say, of which others have more to tell
+            continue
+        try:
+            select(name, device_type)
+        except BackendError as error:
+            errors.append(error)
+        else:
+            return
+    if errors:
+        raise errors[0]
 
 
 def _others(device_type: str) -> str:

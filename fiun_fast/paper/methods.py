@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,11 +127,17 @@ def planned(
     network: Network, models: Mapping[str, nn.Module], original: Fishers, forget: Fishers, scale: float = 1.0
 ) -> ff.Plan:
     """Of all that the requests reach."""
+    return ff.plan(*_family(network, models, original, forget), scale=scale)
+
+
+def _family(
+    network: Network, models: Mapping[str, nn.Module], original: Fishers, forget: Fishers
+) -> tuple[ff.InheritanceDAG, list[ff.ForgetRequest]]:
     dag = ff.InheritanceDAG()
     for node, model in models.items():
         parents = [parent for parent in network.task.recipe[node].parents if parent in models]
         dag.add_model(node, model, fisher=original[node], parents=parents)
-    return ff.plan(dag, [ff.ForgetRequest(at, fisher) for at, fisher in forget.items()], scale=scale)
+    return dag, [ff.ForgetRequest(at, fisher) for at, fisher in forget.items()]
 
 
 def ours(network: Network, scope: Scope) -> Outcome:
@@ -145,6 +152,17 @@ def ours(network: Network, scope: Scope) -> Outcome:
     with timed(seconds, "applying"):
         plan.set_values_(found)
         plan.run_()
+    return models, seconds
+
+
+def by_layer(network: Network) -> Outcome:
+    """The whole model by `ff.unlearn_`, which goes layer by layer there; Fishers and score as with one alpha."""
+    models, seconds = network.copies(), dict[str, float]()
+    with timed(seconds, "Fishers"):
+        family = _family(network, models, *estimated(network, models, "whole model"))
+    with timed(seconds, "choosing"), warnings.catch_warnings():  # and applying: hardly anything beside it
+        warnings.simplefilter("ignore", ff.TuningWarning)  # the tables say what was reached
+        ff.unlearn_(*family, score(network, "whole model", models), points=network.search("whole model")[0])
     return models, seconds
 
 
@@ -270,6 +288,7 @@ METHODS: dict[str, Callable[[Network], Outcome]] = {
     "untouched": lambda network: (network.copies(), {}),
     "fiun_fast, last layer": lambda network: ours(network, "last layer"),
     "fiun_fast, whole model": lambda network: ours(network, "whole model"),
+    "fiun_fast, whole model, by layer": by_layer,
     "retraining": retrained,
     "fine-tuning": fine_tuned,
     "SSD, last layer": lambda network: ssd(network, "last layer"),

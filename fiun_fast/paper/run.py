@@ -33,8 +33,8 @@ def run_paper(
 ) -> dict[str, Any]:
     """Run the comparison, write it, print its tables and return what was written.
 
-    A network, a request and a seed make a unit; the file is written after each. What is there of the same settings and
-    the same commit is not done again.
+    A network, a request and a seed make a unit; the file is written after each. What is there already is not done
+    again, if it was made with the same settings, by the same commit and versions, on the same kind of machine.
 
     Args:
         out: the results file, JSON.
@@ -44,7 +44,8 @@ def run_paper(
         quick: trains briefly and tries little, for tests.
 
     Raises:
-        ArgumentError: an unknown network, no seed, a file `out` that holds something else, or a page without the marks.
+        ArgumentError: an unknown network, no seed, a file `out` that holds something else or was made otherwise, which
+            says what differs, or a page without the marks.
         FileWriteError: the folder of `out` cannot be made.
 
     """
@@ -57,20 +58,20 @@ def run_paper(
     before = _there(out)
     if page is not None:
         _check_marked(Path(page))
-    settings = {
-        "quick": quick,
-        "fine_tuning": methods.TUNING,
-        "scrub": methods.SCRUB | methods.SCRUB_LOSS,
-        "points": methods.SEARCH,
-    }
-    result: dict[str, Any] = {"settings": settings, "environment": environment(), "seconds": 0.0, "rows": []}
-    result = json.loads(json.dumps(result))  # as it comes back from a file
-    if before is not None and all(before[key] == result[key] for key in ("settings", "environment")):
-        result = before
-    done = {(row["network"], row["request"], row["seed"]) for row in result["rows"]}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models are too small to share: faster, and the same bits on any number of cores
     try:
+        result: dict[str, Any] = {
+            "settings": settings_of(quick),
+            "environment": environment(),
+            "seconds": 0.0,
+            "rows": [],
+        }
+        result = json.loads(json.dumps(result))  # as it comes back from a file
+        if before is not None:
+            _check_alike(out, before, result)
+            result = before
+        done = {(row["network"], row["request"], row["seed"]) for row in result["rows"]}
         for seed in seeds:
             for network in networks:
                 for request in REQUESTS:
@@ -90,6 +91,32 @@ def run_paper(
     return result
 
 
+def settings_of(quick: bool) -> dict[str, Any]:
+    """All that a row depends on, beside where it ran."""
+    return {
+        "quick": quick,
+        "methods": list(methods.METHODS),
+        "fine_tuning": methods.TUNING,
+        "scrub": methods.SCRUB | methods.SCRUB_LOSS,
+        "points": methods.SEARCH,
+    }
+
+
+def _check_alike(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Rows of unlike runs make no table: an ArgumentError that names what differs."""
+    found = []
+    for part in ("settings", "environment"):
+        was, now_is = before[part], now[part]
+        for key in dict.fromkeys([*was, *now_is]):
+            if was.get(key) != now_is.get(key):
+                found.append(f"{key} was {was.get(key)!r:.60} and is {now_is.get(key)!r:.60}")
+    if found:
+        raise ArgumentError(
+            f"out: {out} is of another run, and would be mixed with this one: {'; '.join(found)}. Name another file, "
+            "or delete this one"
+        )
+
+
 def _there(out: Path) -> dict[str, Any] | None:
     """The results that are there; None: there is no file, and its folder is made."""
     try:
@@ -101,7 +128,8 @@ def _there(out: Path) -> dict[str, Any] | None:
         raise FileWriteError(f"out: {out} cannot be used: {error.strerror}") from None
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not found.keys() >= {"settings", "environment", "seconds", "rows"}:
+    kinds = {"settings": dict, "environment": dict, "seconds": float, "rows": list}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise ArgumentError(f"out: {out} is there and holds no results of this command; name another file")
     return found
 

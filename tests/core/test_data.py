@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -280,3 +281,80 @@ def test_some_of_a_loader_is_spread_over_all_of_it(count, size, samples):
     assert some(iter(loader), samples) is not None
     lengthless = (batch for batch in loader)
     assert some(lengthless, samples) is lengthless
+
+
+ANY = lambda name, model: 0.0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        *(
+            (partial(call, **{what: value}), error, match)
+            for what, value, error, match in (
+                ("merge", "min", ff.ArgumentError, "merge is 'min', expected one of max"),
+                ("on_mismatch", "warn", ff.ArgumentError, "on_mismatch is 'warn', expected one of error, skip"),
+                ("scale", -1.0, ff.ArgumentError, "scale is -1.0, expected a finite number"),
+                ("backend", "gpu", ff.BackendError, "unknown backend 'gpu'; known are reference"),
+                ("backend", "cuda", ff.BackendError, "backend 'cuda' cannot be used for cpu tensors"),
+            )
+            for call in (
+                ff.plan,
+                partial(ff.tune, evaluate=ANY),
+                partial(ff.search_alpha, evaluate=ANY),
+                partial(ff.unlearn_, score=ANY),
+            )
+        ),
+        (partial(ff.plan, exponent="1"), ff.ArgumentError, "exponent is a str"),
+        (partial(ff.plan, cap=float("nan")), ff.ArgumentError, "cap is nan"),
+        (partial(ff.plan, alpha=-1.0), ff.ArgumentError, "alpha is -1.0"),
+        (partial(ff.plan, alpha=None), ff.ArgumentError, "alpha is a NoneType"),
+        (partial(ff.plan, alpha="best"), ff.ArgumentError, "alpha is a str, 'best'"),
+        (partial(ff.plan, alpha={"u0": 1.0}), ff.ArgumentError, "alpha has no value for node 'u1'"),
+        (partial(ff.plan, lam={"u0": 1.0, "u1": {"*": -1.0}}), ff.ArgumentError, r"lam\['u1'\]\['\*'\] is -1"),
+        (partial(ff.plan, lam={"u0": 1.0, "u1": 1.0, "u2": 1.0}), ff.ArgumentError, "'u2', which is no node"),
+        (partial(ff.plan, forget_fraction=0.1), ff.ArgumentError, "forget_fraction is for"),
+        (partial(ff.plan, alpha="auto", forget_fraction=2.0), ff.ArgumentError, "forget_fraction is 2"),
+        (partial(ff.plan, alpha="auto", forget_fraction={"u0": 0.1}), ff.ArgumentError, "no value for node 'u1'"),
+        (partial(ff.tune, evaluate=ANY, by="model"), ff.ArgumentError, "by is 'model'"),
+        (partial(ff.tune, evaluate=ANY, points=0), ff.ArgumentError, "points is 0"),
+        (partial(ff.tune, evaluate=ANY, slack=-1), ff.ArgumentError, "slack is -1"),
+        (partial(ff.tune, evaluate=ANY, lams=[]), ff.ArgumentError, "lams is empty"),
+        (partial(ff.tune, evaluate=ANY, alphas={"u0": [1.0]}), ff.ArgumentError, "alphas has no grid for node 'u1'"),
+        (partial(ff.tune, evaluate=ANY, alphas=[1.0], by="layer"), ff.ArgumentError, "alphas are of whole nodes"),
+    ],
+)
+def test_arguments_are_checked_before_any_loader_is_gone_over(shared, call, error, match):
+    with pytest.raises(error, match=match):
+        call(family(data=shared), [ff.ForgetRequest("u0", data=shared)])
+    assert shared.times == 0
+
+
+def test_a_node_with_neither_fisher_nor_data_is_named_before_any_loader_is_gone_over(shared):
+    dag = family(data=shared)
+    dag.add_model("u2", net(2), parents=["u1"])
+    for call in (ff.plan, partial(ff.unlearn_, score=ANY)):
+        with pytest.raises(ff.ArgumentError, match="node 'u2': a request reaches it, but it has no original Fisher"):
+            call(dag, [ff.ForgetRequest("u0", data=shared)])
+    assert shared.times == 0
+
+
+def test_a_model_on_meta_is_told_from_a_backend_that_does_not_work(shared):
+    dag = ff.InheritanceDAG()
+    dag.add_model("u0", net(0).to("meta"), data=shared)
+    for call in (ff.plan, partial(ff.unlearn_, score=ANY)):
+        with pytest.raises(ff.DeviceError, match="it is on meta"):
+            call(dag, [ff.ForgetRequest("u0", data=shared)])
+
+
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
+def test_grids_may_be_iterators(shared):
+    found = []
+    for form in (list, iter):
+        how = {"alphas": {name: form([0.0, 0.1]) for name in ("u0", "u1")}, "lams": form([0.1, 0.01])}
+        requests = form([ff.ForgetRequest("u0", data=shared)])
+        found.append(
+            ff.tune(family(data=shared), requests, lambda name, model: float(model[2].bias.detach().sum()), **how)
+        )
+    assert found[0].points == found[1].points
+    assert all(len(points) > 1 for points in found[0].points.values())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fiun_fast as ff
 from fiun_fast.answering import Answering
+from fiun_fast.scores import Score, Seen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 4
@@ -429,3 +432,39 @@ def test_a_model_with_a_sparse_buffer_is_never_taken_for_unchanged(data, loader)
     outcome = ff.unlearn_(model, data=loader, forget=[(data[0][gone], data[1][gone])], score=score, left=1, lost=1)
     assert seen(score, model) == pytest.approx(by_hand(model, data, gone), abs=1e-6)
     outcome.undo_()
+
+
+@dataclass
+class Dummy(Score):
+    """A dataclass, whose __init__ knows nothing of its base."""
+
+    says: Any
+    loses: Any = 0.0
+
+    def look(self, name, model):
+        return self.says
+
+    def loss(self, seen, before):
+        return self.loses
+
+
+@pytest.mark.parametrize(
+    ("score", "match"),
+    [
+        (Dummy(None), r"look\('u0', …\) gave a NoneType, expected a Seen"),
+        (Dummy((0.1, 0.9)), r"look\('u0', …\) gave a tuple, expected a Seen"),
+        (Dummy(Seen(float("nan"), 1.0)), r"look\('u0', …\) gave NaN for what is left"),
+        (Dummy(Seen(0.0, torch.tensor(1.0))), r"look\('u0', …\) gave a Tensor for what is kept"),
+        (Dummy(Seen(0.0, None)), r"look\('u0', …\) gave a NoneType for what is kept"),
+        (Dummy(Seen(0.0, 1.0), None), r"loss\(…\) for node 'u0' gave a NoneType, expected a number"),
+    ],
+)
+def test_what_a_score_of_ones_own_gets_wrong_is_said(score, match):
+    with pytest.raises(ff.ArgumentError, match=match):
+        score("u0", nn.Linear(2, 2))
+
+
+def test_a_score_of_ones_own_need_not_call_its_base():
+    first, second = Dummy(Seen(0.2, 0.9), 0.3), Dummy(Seen(0.1, 0.8), torch.tensor(0.5))
+    assert (first("u0", None), float(second("u0", None))) == (-0.3, -0.5)
+    assert (first.last, second.before) == ({"u0": Seen(0.2, 0.9)}, {"u0": Seen(0.1, 0.8)})

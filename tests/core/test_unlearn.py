@@ -316,6 +316,28 @@ def test_what_meets_the_bound_is_taken_before_what_scores_higher(models):
     assert all(node.met and node.after.left <= 0.02 for node in outcome)
 
 
+@pytest.mark.parametrize("params", ["last", None])
+@pytest.mark.parametrize("last", [{}, None])
+def test_a_score_whose_call_notes_nothing_is_judged_by_what_it_looks_at(models, params, last):
+    class Own(ff.ClassScore):
+        def __call__(self, name, model):
+            return -self.loss(self.look(name, model), self.before[name])
+
+    request, start, found = ff.ForgetRequest("u0", data=only(TRAIN, 0)), copy.deepcopy(models), []
+    for kind in (Own, ff.ClassScore):
+        score = kind(CHECK, forget=0)
+        score.last = {} if kind is ff.ClassScore else last
+        outcome = ff.unlearn_(chain(models), [request], score, points=6, params=params, **ENOUGH)
+        found.append(outcome.to_dict() | {"seconds": 0, "report": 0})
+        assert all(node.met and node.before.left > 0.9 > node.after.left for node in outcome)
+        outcome.undo_()
+    assert found[0] == found[1]
+    how = {"points": 2, "lams": [1.0], "left": 0.0, "lost": 0.0, "strict": True}
+    with pytest.raises(ff.NotForgottenError, match="node 'u0': .* left of .* wanted at most 0 left and 0 lost"):
+        ff.unlearn_(chain(models), [request], Own(CHECK, forget=0), **how)
+    assert same(models, start)
+
+
 def test_some_fishers_given(models):
     given = ff.estimate_fisher(models["u1"], LOADER, params="last", estimator="sample")
     request = ff.ForgetRequest("u0", data=only(TRAIN, 0))
@@ -381,6 +403,11 @@ def test_what_is_said(models):
         (lambda dag, r, s: ff.unlearn_(dag, r, s, points=0), "points is 0, expected a whole number"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, lams=[]), "lams is empty"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, lams=0.1), "lams is a float, expected numbers"),
+        (
+            lambda dag, r, s: ff.unlearn_(dag, r, ff.ClassScore(CHECK, forget=9)),
+            "node 'u0': none of its 200 samples are",
+        ),
+        (lambda dag, r, s: ff.unlearn_(dag, r, ff.ClassScore([], forget=0)), "validation data of node 'u0': "),
     ],
 )
 def test_arguments(grown, call, match, monkeypatch):
@@ -389,7 +416,7 @@ def test_arguments(grown, call, match, monkeypatch):
 
     before = copy.deepcopy(grown)
     monkeypatch.setattr(estimating, "sweep", early)
-    with pytest.raises(ff.ArgumentError, match=match):
+    with pytest.raises(ff.FiunError, match=match):
         call(chain(grown), [ff.ForgetRequest("u0", data=LOADER)], ff.ClassScore(CHECK, forget=0))
     assert same(grown, before)
 

@@ -201,6 +201,20 @@ def test_noise_has_no_features():
     assert found.linear.value < 0.6 < probe(clouds.Net(), forget=[FORGET], retain=[RETAIN]).linear_rest.value
 
 
+def test_a_feature_that_is_dead_says_nothing_and_changes_nothing(trained):
+    dead = copy.deepcopy(trained)
+    with torch.no_grad():
+        dead.body[1].weight[3], dead.body[1].bias[3] = 0.0, -1.0  # of the unit before the ReLU
+        dead.head.weight[:, 3] = 0.0
+    without = copy.deepcopy(dead)
+    without.body.append(nn.Linear(16, 15, bias=False))
+    with torch.no_grad():
+        without.body[-1].weight.copy_(torch.eye(16)[torch.arange(16) != 3])
+    without.head = nn.Linear(15, 3)
+    one, other = (probe(model, forget=[FORGET], retain=[RETAIN]) for model in (dead, without))
+    assert one == other
+
+
 def test_a_probe_needs_two_classes_and_samples(trained):
     with pytest.raises(ff.EstimationError, match="one class"):
         probe(trained, forget=[FORGET], retain=[FORGET])

@@ -15,6 +15,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits as load_digits_of_sklearn
 
 import fiun_fast as ff
+from fiun_fast import cli
 from fiun_fast.bench.baselines import unlearn_named
 from fiun_fast.demo import run as demo
 from fiun_fast.demo.data import Digits, Samples, load_digits
@@ -225,8 +226,35 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         demo.run_demo(estimator="exact", out=tmp_path)
 
 
+def test_seeds_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    asked = []
+    monkeypatch.setattr(demo, "run_demo", lambda **options: asked.append((options["seed"], list(options["seeds"]))))
+    for arguments in ([], ["--seed", "4"], ["--all-classes"], ["--all-classes", "--seed", "4", "--seed", "5"]):
+        assert cli.main(["demo", *arguments]) == 0
+    assert asked == [(0, [0]), (4, [4]), (0, [0, 1, 2]), (4, [4, 5])]
+    assert cli.main(["demo", "--seed", "4", "--seed", "5"]) == 1
+    assert "--seed is there more than once" in capsys.readouterr().err
+
+
 def test_every_estimator_is_reported(tmp_path: Path) -> None:
     for estimator in ("sample", "expected", "label_free"):
         result = demo.run_demo(scenarios=["incremental"], out=tmp_path / estimator, estimator=estimator, quick=True)
         assert result["settings"]["estimator"] == estimator
         assert all(row["selected"] > 0 for case in result["cases"] for row in case["rows"] if row["forget"])
+
+
+@pytest.mark.filterwarnings("ignore::fiun_fast.TuningWarning")
+def test_the_whole_model_goes_by_layer(tmp_path: Path, chain: Network, digits: Digits) -> None:
+    result = demo.run_demo(scenarios=["transfer"], out=tmp_path, scope="all", quick=True)
+    (case,) = result["cases"]
+    rows = [row for row in case["rows"] if row["forget"]]
+    assert all(len(row["alpha"]) == len(row["lam"]) > 3 for row in rows)
+    assert "textbook chain, node by node" not in case["seconds"]
+    assert [one["request"] for one in result["gone"]] == ["“7”", "random tenth"]
+    (after,) = (one["measured"]["forget"][0] for one in result["gone"][:1])
+    assert after["value"] < 0.2
+    whole = Network(chain.recipe, digits, chain.models, "all")
+    outcome = ff.unlearn_(whole.dag, [whole.request(1)], whole.score([1]), points=8)
+    wanted = {node.name: (node.alpha, node.lam) for node in outcome}
+    outcome.undo_()
+    assert {row.node: (row.alpha, row.lam) for row in whole.forget([1], points=8).touched} == wanted

@@ -181,6 +181,15 @@ def test_runs_resumes_and_fills_its_page(tmp_path, monkeypatch, capsys):
         run.run_paper(out=out, networks=["ring"])
 
 
+def written(at: Path, seconds: float, environment: object, **settings: object) -> None:
+    """Results of a run that differed in these, and was like one of today in all else."""
+    if isinstance(environment, dict):
+        environment = run.environment() | {"threads": 1} | environment
+    settings = json.loads(json.dumps(run.settings_of(quick=True))) | settings
+    result = {"settings": settings, "environment": environment, "seconds": seconds, "rows": []}
+    (at / "r.json").write_text(json.dumps(result))
+
+
 @pytest.mark.parametrize(
     ("make", "options", "error", "match"),
     [
@@ -192,6 +201,14 @@ def test_runs_resumes_and_fills_its_page(tmp_path, monkeypatch, capsys):
         (lambda at: None, {"page": "p.md"}, ff.ArgumentError, "p.md cannot be read"),
         (lambda at: (at / "p.md").write_text("text"), {"page": "p.md"}, ff.ArgumentError, "p.md has no lines <!-- "),
         (lambda at: None, {"seeds": ()}, ff.ArgumentError, "seeds is empty"),
+        (lambda at: written(at, 5.0, []), {}, ff.ArgumentError, "holds no results of this"),
+        (lambda at: written(at, 5.0, {}, quick=False), {}, ff.ArgumentError, "quick was False and is True. Name"),
+        (
+            lambda at: written(at, 5.0, {"commit": "0ld", "cpu": "another"}, scrub={}),
+            {},
+            ff.ArgumentError,
+            "scrub was {} and is .*'epochs': 10.*; cpu was 'another' and is .*; commit was '0ld' and is ",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_written_is_said_before_anything_is_trained(tmp_path, monkeypatch, make, options, error, match):
@@ -201,8 +218,10 @@ def test_what_cannot_be_written_is_said_before_anything_is_trained(tmp_path, mon
     monkeypatch.setattr(run, "unit", early)
     monkeypatch.chdir(tmp_path)
     make(tmp_path)
+    before = {at: at.read_bytes() for at in tmp_path.iterdir() if at.is_file()}
     with pytest.raises(error, match=match):
         run.run_paper(**{"out": "r.json", "quick": True, **options})
+    assert all(at.read_bytes() == content for at, content in before.items())
 
 
 def test_without_its_extras_it_says_what_is_missing(capsys, monkeypatch):

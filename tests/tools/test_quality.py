@@ -53,6 +53,33 @@ def test_what_the_page_says_of_its_tables_holds(quality):
     assert before >= 0.9 > after
 
 
+def test_the_readme_has_what_is_reached(quality):
+    result = json.loads(quality.RESULTS.read_text())
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- reach -->\n")[2].partition("<!-- /reach -->")[0]
+    assert shown == f"\n{quality.reach(result)}\n"
+    last = [row for row in quality.complete(result["rows"]) if row["scope"] == quality.LAST_LAYER]
+    one, two = (quality.summary(last, kind, quality.SETS[quality.DEFAULT]) for kind in ("single", "merged"))
+    # docs/research.md says "more than nine of ten", "nearly all", "about nine of ten"
+    assert one["within 1"] > 0.93
+    assert one["within 2"] > 0.98
+    assert two["within 1"] == pytest.approx(0.9, abs=0.03)
+
+
+def test_what_the_page_of_fishers_says_of_these_tables_holds(quality):
+    rows = quality.complete(json.loads(quality.RESULTS.read_text())["rows"])
+    last = [row for row in rows if row["scope"] == quality.LAST_LAYER]
+    one, two = (
+        {name: quality.summary(last, kind, (name,))["within 1"] for name in quality.ESTIMATORS}
+        for kind in ("single", "merged")
+    )
+    assert abs(one["batch of 16"] - one["sample"]) < 0.02
+    assert two["sample"] > two["batch of 16"] + 0.02
+    behind = [min(of["batch of 16"], of["sample"]) - of["expected"] for of in (one, two)]
+    assert 0.02 < behind[0] < behind[1]
+    assert all(of["label-free"] < of["expected"] - 0.1 for of in (one, two))
+
+
 def test_a_seed_counts_when_all_its_networks_are_there(quality):
     rows = [{"scope": "a", "seed": s, "scenario": one} for s in (1, 2) for one in quality.SCENARIOS]
     assert quality.complete(rows) == rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -36,6 +37,37 @@ def test_the_page_has_the_table_of_the_committed_results(study, result):
     measured = [(row["seed"], row["scenario"], row["request"]) for row in result["rows"]]
     assert len(set(measured)) == len(measured) == 5 * len(study.SEEDS)
     assert {seed for seed, *_ in measured} == set(study.SEEDS)
+
+
+def test_what_the_page_says_of_its_table_holds(result):
+    def figures(name: str, side: int = 0, random: bool = False) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for row in result["rows"]:
+            if (row["request"] == "random tenth") == random:
+                found.setdefault(row["scenario"], []).append(row["measured"][name][side]["value"])
+        return found
+
+    assert min(map(min, figures("tow").values())) >= 0.98
+    for name in ("forget", "int8", "int4", "relearned"):
+        assert max(map(max, figures(name).values())) < 0.012, name  # one sample
+    assert min(map(min, figures("probe").values())) == 1
+    assert min(map(mean, figures("probe", 1).values())) > 0.94
+    spread, again = figures("zrf"), figures("zrf", 1)
+    apart = {name for name in spread if min(spread[name]) > max(again[name])}
+    assert apart == set(spread) - {"federated"}
+    rmia = [mean(of) for of in (*figures("rmia").values(), *figures("rmia", random=True).values())]
+    assert 0.435 < min(rmia) < 0.5 < max(rmia) < 0.555
+    few, again = figures("relearned_few"), figures("relearned_few", 1)
+    more = [mean(few[name]) - mean(again[name]) for name in few]
+    assert max(map(mean, few.values())) < 0.075
+    assert sorted(one > 0.04 for one in more) == [False, False, True, True]
+    assert sum(one < -0.04 for one in more) == 1
+    trained, unlearned = figures("ulira_trained"), figures("ulira_unlearned")
+    assert all(mean(trained[name]) > mean(unlearned[name]) > 0.5 for name in trained)
+    (before,), (after,) = (figures(f"ulira_{of}", random=True).values() for of in ("trained", "unlearned"))
+    assert mean(after) == pytest.approx(mean(before), abs=0.02)
+    (stays,), (again,) = (figures("forget", side, random=True).values() for side in (0, 1))
+    assert mean(stays) > mean(again) > 0.94
 
 
 def gone(scenario: str, seed: int, own: float, again: float | None) -> Gone:

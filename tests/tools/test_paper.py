@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -240,4 +241,33 @@ def test_the_page_has_the_committed_results():
     units = {(row["network"], row["request"], row["seed"]) for row in rows}
     seeds = {seed for _, _, seed in units}
     assert units == {(n, r, s) for n in networks.NETWORKS for r in networks.REQUESTS for s in seeds}
-    assert seeds <= set(run.SEEDS)
+    assert seeds == set(run.SEEDS)
+
+
+def test_what_the_page_says_of_them_holds():
+    rows = [row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if row["part"] == "method"]
+
+    def share(method: str, request: str, index: int) -> float:
+        of = [row["nodes"].values() for row in rows if (row["method"], row["request"]) == (method, request)]
+        return mean(mean(node[index] for node in nodes) for nodes in of)
+
+    def seconds(method: str) -> float:
+        return mean(sum(row["seconds"].values()) for row in rows if row["method"] == method)
+
+    last, whole, layers = (f"fiun_fast, {of}" for of in ("last layer", "whole model", "whole model, by layer"))
+    for request in networks.REQUESTS:
+        for method in (last, layers):
+            assert share(method, request, 0) < 0.002, method
+            assert share(method, request, 1) > share("untouched", request, 1) - 0.002, method
+        assert share("SSD, last layer", request, 1) < share(last, request, 1) + 0.002
+        assert share("fine-tuning", request, 0) < 0.03
+        assert share("SCRUB", request, 0) < 0.002
+        for method in ("fine-tuning", "SCRUB"):
+            assert share(method, request, 1) > share("retraining", request, 1) - 0.002
+    several = networks.REQUESTS[1]
+    for method in (whole, "SSD, whole model"):
+        assert share(method, several, 0) > 0.03
+        assert share(method, several, 1) < 0.95
+    published = "SSD, whole model, as published"
+    assert share(published, several, 0) > 0.5 > 0.05 > share(published, networks.REQUESTS[0], 0)
+    assert seconds(last) < seconds("retraining") < seconds(whole) < seconds(layers)

@@ -17,7 +17,7 @@ from .errors import ArgumentError
 
 MergeRule = Literal["max", "mean", "sum"]
 OnMismatch = Literal["error", "skip"]
-Estimator = Literal["batch", "sample", "expected", "label_free"]
+Estimator = Literal["batch", "softened", "sample", "expected", "label_free"]
 Per = Literal["sequence", "token"]
 TuneBy = Literal["node", "layer"]
 BackendName = Literal["reference", "cpu", "triton", "cuda"]

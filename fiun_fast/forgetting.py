@@ -41,7 +41,7 @@ from .tuning import tune_plan
 from .unlearning import Options, made
 from .values import Choice
 
-BEST: tuple[Estimator, ...] = ("batch", "expected", "label_free")  # docs/choosing.md compares them
+BEST: tuple[Estimator, ...] = ("softened", "expected")  # docs/choosing.md compares them
 SAMPLES = 512
 LAMBDAS, POINTS = (0.01,), 24  # docs/choosing.md: 0.01 alone does as well as three values
 ONE = "model"  # the node of a model without a DAG

@@ -9,7 +9,7 @@ from typing import Any
 from .arguments import ESTIMATORS
 from .errors import ProvenanceWarning, warn
 
-BY_BATCH = {"batch", "label_free"}  # the size of a batch changes these
+BY_BATCH = {"batch", "softened", "label_free"}  # the size of a batch changes these
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,11 @@ from .streaming import at_steps, in_backward
 from .totals import Totals, check_parameters
 
 OF_GRADIENTS = ("batch", "label_free")  # the estimators that are sums over gradients as a backward leaves them
-HOW = {"batch": "square of the batch gradient", "label_free": "size of the gradient of mean ‖f(x)‖²"}
+HOW = {
+    "batch": "square of the batch gradient",
+    "softened": "square of the batch gradient of the softened loss",
+    "label_free": "size of the gradient of mean ‖f(x)‖²",
+}
 EMPTY = "no gradients were accumulated: call update() after each loss.backward()"
 
 
@@ -242,6 +246,8 @@ class FisherAccumulator:
 
 class BatchEstimate(Estimate):
     """(1/B) sum_b |g_b|^power: power 2 and the loss's gradient for `batch`, power 1 and that of ‖f‖² for `label_free`.
+
+    For `softened` as for `batch`, of its own loss.
 
     why: why no cheaper way was taken; goes into the provenance.
     """

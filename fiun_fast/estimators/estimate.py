@@ -51,14 +51,15 @@ def estimate_fisher(
     | estimator | what is averaged | source |
     | --- | --- | --- |
     | `batch` | (1/B) sum_b g_b^2, g_b the gradient of mini-batch b's mean loss | SSD 2308.07707, FIUn 2408.08493 |
+    | `softened` | the same, of the cross entropy of logits / 4: samples that a model is sure of count, too | here |
     | `sample` | (1/N) sum_n g_n^2, g_n the gradient of sample n's loss: the empirical Fisher | 1412.1193, sec. 11 |
     | `expected` | (1/N) sum_n E_y g_n(y)^2, y drawn from the model's softmax: the Fisher | 1412.1193, sec. 5 |
     | `label_free` | (1/B) sum_b of the size of the gradient of mean_n ‖f(x_n)‖² | LFSSD 2402.19308 |
 
-    With `batch` and `label_free` every batch weighs the same, and the batch size changes the estimate; with the others
-    it does not. The model runs in eval mode and is exactly as before afterwards: modes, requires_grad, .grad,
-    buffers, random state, also after an error. Several threads may estimate; where their models are one, or share a
-    part, one waits for the other. Nothing else may use the model meanwhile.
+    With `batch`, `softened` and `label_free` every batch weighs the same, and the batch size changes the estimate; with
+    the others it does not. The model runs in eval mode and is exactly as before afterwards: modes, requires_grad,
+    .grad, buffers, random state, also after an error. Several threads may estimate; where their models are one, or
+    share a part, one waits for the other. Nothing else may use the model meanwhile.
 
     `fisher.provenance.how` says how each parameter was computed, `print(fisher.provenance)` shows it; docs/fishers.md
     says which estimator to choose.
@@ -80,7 +81,7 @@ def estimate_fisher(
         estimator: see above.
         loss_fn: (outputs, targets) -> scalar mean loss; default: for dicts the model's own `.loss`, else cross entropy.
             For `sample` its value for each sample alone is what counts: it is called on slices [1, ...] of outputs and
-            targets, or may return [B]. Not for `expected` and `label_free`, which have losses of their own.
+            targets, or may return [B]. Not for `softened`, `expected` and `label_free`, which have losses of their own.
         forward_fn: (model, batch) -> (outputs, targets), for batches of any other form; it gets the model without
             wrappers. For `sample` and `expected` a
             batch is split into samples along the first dimension of its tensors.
@@ -95,7 +96,7 @@ def estimate_fisher(
         target_index: position of the targets in a tuple; default: last.
         group: torch.distributed process group over which the data are split: each rank passes what it has, also none,
             and gets the Fisher over all of it, the same on every rank: `sample` and `expected` average over all
-            samples, `batch` and `label_free` over all batches as the ranks had them. Labels that `expected` draws are
+            samples, the others over all batches as the ranks had them. Labels that `expected` draws are
             other ones than in one process. Of a model that is spread over ranks: groups across its own ranks, such as
             data parallel beside tensor parallel.
 

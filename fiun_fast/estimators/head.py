@@ -1,9 +1,9 @@
 """The last linear layer alone, FIUn's default scope: one forward without gradients, and no backward through the model.
 
-With input a, logits z and δ the gradient of the loss by z: `batch` squares δ^T a of the mean loss, `label_free` takes
-its size, where the loss is mean ‖z‖² and δ = 2 z / B, `sample` adds up (δ^2)^T (a^2) of every sample's loss, and
-`expected` has the closed form E_y[δ^2] = p (1 - p), p = softmax(z). For cross entropy δ = p - onehot(y); other losses
-are differentiated as far as the logits.
+With input a, logits z and δ the gradient of the loss by z: `batch` squares δ^T a of the mean loss, as `softened` does
+of its own, `label_free` takes its size, where the loss is mean ‖z‖² and δ = 2 z / B, `sample` adds up (δ^2)^T (a^2) of
+every sample's loss, and `expected` has the closed form E_y[δ^2] = p (1 - p), p = softmax(z). For cross entropy δ = p -
+onehot(y); other losses are differentiated as far as the logits.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class HeadEstimate(Estimate):
         return d
 
     def result(self) -> Fisher:
-        """The mean over batches (`batch`, `label_free`) or samples."""
+        """The mean over batches (`batch`, `softened`, `label_free`) or samples."""
         return self._totals.fisher(dict.fromkeys(self._job.selected, HOW))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -23,7 +23,12 @@ from .totals import BY_SAMPLE, Totals
 
 MOST = (1 << 63) - 1
 REDUCTIONS = {"mean": 1, "sum": 2}  # what becomes of a loss when its batch is taken twice
-OWN_LOSSES = {"expected": "cross entropy", "label_free": "mean ‖f(x)‖²"}
+TEMPERATURE = 4.0  # of `softened`; docs/choosing.md
+OWN_LOSSES = {
+    "expected": "cross entropy",
+    "softened": f"cross entropy of the logits over {TEMPERATURE:g}",
+    "label_free": "mean ‖f(x)‖²",
+}
 WANTED: dict[str, Wanted] = {"expected": "counted", "label_free": "outputs"}
 
 
@@ -93,6 +98,8 @@ class Job:
         """The mean loss of a batch: what the caller's function gives, the model's own, or cross entropy."""
         if self.options.loss_fn is not None:
             return called(self.options.loss_fn, outputs, targets)
+        if self.estimator == "softened":
+            return softened(outputs, targets)
         if isinstance(targets, OwnLoss):
             return targets.loss
         return checked(fitted(outputs, targets)).mean()
@@ -166,6 +173,26 @@ def per_sample(job: Job, outputs: Any, targets: Any) -> Tensor:
         return loss.reshape(1)
     one = [slice(n, n + 1) for n in range(samples)]
     return torch.stack([job.loss(take(outputs, n, samples), take(targets, n, samples)).reshape(()) for n in one])
+
+
+def softened(outputs: Any, targets: Any) -> Tensor:
+    """Mean cross entropy of logits over `TEMPERATURE`, by which samples that a model is sure of count, too.
+
+    Raises:
+        EstimationError: there are no logits with labels, as where the model's own loss is not known to be that of some.
+
+    """
+    own, known = isinstance(targets, OwnLoss), None
+    if own and not (isinstance(outputs, Tensor) and outputs.dim() == 2):
+        known = targets.apart  # which says whether labels are those of the next position
+    else:
+        known = fitted(outputs, targets.labels if own else targets)
+    if not isinstance(known, Predictions):
+        raise EstimationError(
+            "the model's own loss is not known as a cross entropy of its logits, which estimator 'softened' takes; "
+            "pass forward_fn=lambda model, batch: (logits, targets)"
+        )
+    return checked(replace(known, logits=known.logits / TEMPERATURE)).mean()
 
 
 Known = TypeVar("Known", bound=Predictions | Elementwise)

@@ -25,7 +25,7 @@ from ..memory import check_addressable, check_one_device, check_writable, flaw_o
 from ..provenance import Provenance
 from ..ranks import Ranks
 
-POWERS = {"batch": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
+POWERS = {"batch": 2, "softened": 2, "sample": 2, "expected": 2, "label_free": 1}  # |g| to this power is summed
 BY_SAMPLE = ("sample", "expected")  # means over samples; the others are means over steps
 EMPTY = "the loader is empty: no batch to estimate a Fisher from"
 

@@ -116,7 +116,7 @@ def test_what_estimates_record_is_kept_in_files_and_in_merges(tmp_path):
     assert str(half.provenance).startswith("estimator batch, 2 steps, 12 samples, mean loss, bfloat16 outputs")
 
 
-@pytest.mark.parametrize("estimator", ["batch", "sample", "expected", "label_free"])
+@pytest.mark.parametrize("estimator", ["batch", "softened", "sample", "expected", "label_free"])
 def test_a_fisher_that_is_zero_everywhere_says_so(estimator):
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
     nn.init.constant_(model[0].bias, -100.0)  # a dead layer

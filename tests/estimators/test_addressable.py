@@ -106,7 +106,7 @@ ESTIMATES = {
         f"{estimator}, {params}": lambda model, estimator=estimator, params=params: ff.estimate_fisher(
             model, BATCHES, params=params, estimator=estimator
         )
-        for estimator in ("batch", "sample", "expected", "label_free")
+        for estimator in ("batch", "softened", "sample", "expected", "label_free")
         for params in (None, "1.*")
     },
     "several models": lambda model: ff.estimate_fishers({"a": net(), "b": model}, BATCHES),
@@ -442,7 +442,7 @@ def test_freed_and_lazy_parts_beside_the_layer_that_is_estimated():
         (lambda m: m[0].weight.untyped_storage().resize_(0), "parameter '0.weight': its storage holds 0 bytes"),
         (lambda m: m.__setitem__(0, nn.LazyLinear(4)), "'0.weight'.* has no shape yet: run the lazy module once"),
     ):
-        for estimator in ("batch", "sample", "expected", "label_free"):
+        for estimator in ("batch", "softened", "sample", "expected", "label_free"):
             model = net()
             spoil(model)
             with pytest.raises(ff.LayoutError, match=says):

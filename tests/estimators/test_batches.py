@@ -19,7 +19,7 @@ from fiun_fast.compat.ssd import ParameterPerturber
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* no closed form")]
 
 PAGE = Path(__file__).parents[2] / "docs" / "fishers.md"
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 UNLABELLED = ("expected", "label_free")
 
 
@@ -72,6 +72,8 @@ def oracle(estimator: str, loader, model: nn.Module | None = None, own=functiona
         z = Net.forward(model, x.double())
         if estimator == "batch":
             total, number = total + gradient(own(z, y)) ** 2, number + 1
+        elif estimator == "softened":
+            total, number = total + gradient(functional.cross_entropy(z / 4, y)) ** 2, number + 1
         elif estimator == "label_free":
             total, number = total + gradient((z**2).sum(1).mean()).abs(), number + 1
         for n in range(len(x)) if estimator in ("sample", "expected") else ():

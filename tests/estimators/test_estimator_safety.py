@@ -14,7 +14,7 @@ import fiun_fast as ff
 from fiun_fast.compat.ssd import ParameterPerturber, mfim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 
 
 # ---- kinds of tensors and modes --------------------------------------------------------------------------------------

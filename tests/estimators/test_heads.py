@@ -13,7 +13,7 @@ from fiun_fast.compat.ssd import ParameterPerturber
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: models)")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* no closed form")]
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 WORDS = 23
 SIZES = {
     "vocab_size": WORDS,

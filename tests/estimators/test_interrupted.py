@@ -17,7 +17,7 @@ import fiun_fast as ff
 from fiun_fast.compat.ssd import ParameterPerturber
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 
 
 class Fuse(torch.autograd.Function):

@@ -14,7 +14,7 @@ import fiun_fast as ff
 from fiun_fast.compat.ssd import ParameterPerturber
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 WAYS = {
     **{e: lambda m, loader, e=e: ff.estimate_fisher(m, loader, estimator=e) for e in ESTIMATORS},
     "several": lambda m, loader: ff.estimate_fishers({"a": m}, loader, estimator="label_free"),

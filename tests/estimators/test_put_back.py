@@ -20,7 +20,7 @@ from torch import nn
 import fiun_fast as ff
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 
 
 # ---- models that share a part ----------------------------------------------------------------------------------------

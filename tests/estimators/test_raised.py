@@ -14,7 +14,7 @@ import fiun_fast as ff
 from fiun_fast.compat.ssd import ParameterPerturber
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.* no closed form")]
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 dice = torch.Generator().manual_seed(0)
 X, Y = torch.randn(4, 4, generator=dice), torch.tensor([0, 2, 1, 2])
 IDS = torch.randint(3, 9, (4, 6), generator=dice)

@@ -16,7 +16,7 @@ import fiun_fast as ff
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::fiun_fast.FallbackWarning")]
 
 SUBJECT = LAYERS[0]
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 
 
 class Output(OrderedDict):

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 import fiun_fast as ff
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ESTIMATORS = ("batch", "sample", "expected", "label_free")
+ESTIMATORS = ("batch", "softened", "sample", "expected", "label_free")
 compiled: list[str] = []  # what was made by the compiler, or ran as it has made it
 
 

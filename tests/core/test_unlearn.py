@@ -141,9 +141,9 @@ def test_it_does_what_a_user_did_by_hand(models, label):
 
 def test_two_kinds_of_fishers_are_one_launch(models):
     """The score wants one kind of Fishers at each node: the weights that dampening by it gives."""
-    want, before = {"u0": "expected", "u1": "batch", "u2": "expected"}, copy.deepcopy(models)
+    want, before = {"u0": "expected", "u1": "softened", "u2": "expected"}, copy.deepcopy(models)
     forget, goal = only(TRAIN, 1), {}
-    for kind in ("batch", "expected"):
+    for kind in DEFAULT:
         other, options = copy.deepcopy(models), {"params": "last", "estimator": kind}
         dag = chain(other, **ff.estimate_fishers(other, LOADER, **options))
         plan = ff.plan(dag, [ff.ForgetRequest("u0", ff.estimate_fisher(other["u0"], forget, **options))], alpha=0.0)

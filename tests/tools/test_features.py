@@ -29,7 +29,13 @@ def features():
         yield module
     finally:
         sys.path.remove(str(ROOT / "bench"))
-        sys.modules.pop("bench_features", None)
+        for name in ("bench_features", "feature_rules", "quality"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def rules(features):
+    return sys.modules[features.Node.__module__]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +93,8 @@ def test_the_walk_without_more_is_what_tune_does_by_layer(features, pair, signed
             node.restore()
 
 
-def test_every_rule_chooses_and_is_taken_back(features, pair, monkeypatch):
-    monkeypatch.setattr(features, "UNTIL", (0.4,))
+def test_every_rule_chooses_and_is_taken_back(features, rules, pair, monkeypatch):
+    monkeypatch.setattr(rules, "UNTIL", (0.4,))
     node = node_of(features, pair, "v2", 1)
     kept = {key: value.clone() for key, value in node.model.state_dict().items()}
     node.fishers = {**node.fishers, **dict.fromkeys(features.ESTIMATORS, node.fishers["batch"])}
@@ -110,7 +116,7 @@ def test_every_rule_chooses_and_is_taken_back(features, pair, monkeypatch):
         assert same == (not key.startswith("head."))
 
 
-def test_how_a_class_lies_against_an_obvious_loop(features):
+def test_how_a_class_lies_against_an_obvious_loop(rules):
     generator = torch.Generator().manual_seed(3)
     x, y = torch.randn(60, 5, generator=generator).double(), torch.arange(60) % 3
     x[:, 0] += y
@@ -121,7 +127,7 @@ def test_how_a_class_lies_against_an_obvious_loop(features):
         nearest = min(distances[0], distances[2])
         told.append(distances[1] < nearest)
         apart.append((nearest - distances[1]) / (nearest + distances[1]))
-    assert features.lies(x, y, 1) == pytest.approx((sum(told) / 20, sum(apart) / 20))
+    assert rules.lies(x, y, 1) == pytest.approx((sum(told) / 20, sum(apart) / 20))
 
 
 def test_the_head_of_means_answers_with_the_nearest_mean(features, pair):

@@ -65,6 +65,55 @@ def test_the_page_has_the_table_of_the_committed_results(features):
     assert len(measured) == len(set(measured)), "counted twice"
 
 
+def test_what_the_page_says_of_its_table_holds(features):
+    rows = json.loads(features.RESULTS.read_text())["rows"]
+    assert {row["seed"] for row in rows} == set(features.NEW)
+    found = {rule: features.summary(rows, rule) for rule in (features.BEFORE, features.RETRAINED, *features.RULES)}
+    base, never, term = found[features.BY_LAYER], found[features.RETRAINED], found["feature term"]
+    assert base["ridge"] - never["ridge"] > 0.03
+    assert base["nearest"] - never["nearest"] > 0.155
+    for rule in features.RULES:
+        if found[rule]["within 1"] >= base["within 1"]:
+            assert abs(found[rule]["ridge"] - base["ridge"]) < 0.005, rule
+            assert abs(found[rule]["nearest"] - base["nearest"]) < 0.01, rule
+    assert term["within 1"] >= base["within 1"]
+    assert base["nearest"] - term["nearest"] == pytest.approx(0.002, abs=0.0005)
+    point = found["… a point lost allowed"]
+    assert point["within 1"] < 0.545
+    assert (found[features.BEFORE]["nearest"] - point["nearest"]) / (
+        found[features.BEFORE]["nearest"] - never["nearest"]
+    ) == pytest.approx(0.25, abs=0.02)
+    assert base["nearest_rest"] - point["nearest_rest"] == pytest.approx(0.016, abs=0.0005)
+    until = [found[rule] for rule, way in features.RULES.items() if isinstance(way, features.Until)]
+    assert len(until) == 4
+    for one in until:
+        assert 0.285 < one["lost"] < 0.59
+        assert 0.945 < one["ridge_rest"] < 0.97 < never["ridge_rest"]
+        assert base["nearest_rest"] - one["nearest_rest"] > 0.6 * (base["nearest"] - one["nearest"])
+    each = found["… BatchNorm anew at each step, last layer again"]
+    assert each["within 1"] == found["last layer alone"]["within 1"] == 0.975
+    assert found["… signed"]["lost"] > base["lost"]
+    assert found["… signed"]["nearest"] == pytest.approx(base["nearest"] - 0.008, abs=0.0005)
+
+    def kept(rule, row):
+        pairs = zip(row["pairs"][rule]["left"], row["pairs"][rule]["lost"], strict=True)
+        return [left <= 0.01 and lost <= 0.01 for left, lost in pairs]
+
+    rule = "… best estimator for each layer"
+    changes = [b - a for row in rows for a, b in zip(kept(features.BY_LAYER, row), kept(rule, row), strict=True)]
+    assert (changes.count(1), changes.count(-1)) == (5, 2)
+    seconds = {rule: sum(row["seconds"][rule] for row in rows) for rule in features.RULES}
+    assert seconds[rule] > 2 * seconds[features.BY_LAYER]
+    assert 4 < seconds["… BatchNorm anew at each step, last layer again"] / seconds[features.BY_LAYER] < 4.5
+    broken = [
+        (row["scenario"], k)
+        for row in rows
+        for k, lost in enumerate(row["pairs"]["… then BatchNorm anew"]["lost"])
+        if lost > 0.1
+    ]
+    assert broken == [("incremental", 0), ("incremental", 0)], "the first node, of two classes"
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_the_walk_without_more_is_what_tune_does_by_layer(features, pair, signed):
     _, network, fishers = pair

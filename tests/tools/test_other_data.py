@@ -183,7 +183,7 @@ def test_sums(study):
     assert study.summary(rows, "merged") == {"pairs": 0}
 
 
-def test_a_run_that_was_stopped_goes_on(study, monkeypatch, tmp_path):
+def test_a_run_that_was_stopped_goes_on(study, sets, monkeypatch, tmp_path):
     asked = []
 
     def measured(name, scenario, training, seed, rule, kept):
@@ -200,6 +200,8 @@ def test_a_run_that_was_stopped_goes_on(study, monkeypatch, tmp_path):
     assert asked.pop(4) == asked[4]
     assert rows == asked
     assert len(rows) == len(set(rows))
-    whole = [key for key in rows if key[0] == study.WHOLE]
-    assert rows[-len(whole) :] == whole, "what takes longest comes last"
-    assert len(rows) - len(whole) == 3 * 2 * 2 * 2 * 3
+    long = [key for key in rows if key[0] in study.LONG]
+    assert rows[-len(long) :] == long, "what takes longest comes last"
+    once = 5 * len(sets.TASKS) * len(sets.SCENARIOS) + len(sets.TASKS) * 2  # weights are for what is merged
+    assert len(rows) - len(long) == 3 * once  # smoothed, one seed alone
+    assert len(long) == 2 * len(sets.TASKS) * len(sets.SCENARIOS)

@@ -164,10 +164,10 @@ def zero_wins_in(model: nn.Module, samples: Samples) -> float:
 
 
 def asked(rule: str, training: str, seed: int, scenario: str) -> bool:
-    """Whether a rule is measured there: not where nothing is merged, nor what takes long with every seed."""
-    if rule == WEIGHTED and scenario == "star":
-        return False
-    return (seed == 0 or training == "plain") and (rule not in LONG or (seed == 0 and training == "plain"))
+    """Whether a rule is measured there: not where nothing is merged, nor what takes long with every seed and network."""
+    if rule in LONG:
+        return seed == 0 and training == "plain" and scenario == "chain"
+    return (seed == 0 or training == "plain") and (rule != WEIGHTED or scenario != "star")
 
 
 def measured(name: str, scenario: str, training: str, seed: int, rule: str, kept: Path) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def zero_wins_in(model: nn.Module, samples: Samples) -> float:
 
 
 def asked(rule: str, training: str, seed: int, scenario: str) -> bool:
-    """Whether a rule is measured there: not where nothing is merged, nor what takes long with every seed and network."""
+    """Whether a rule is measured there: not where nothing is merged, nor everywhere what takes long."""
     if rule in LONG:
         return seed == 0 and training == "plain" and scenario == "chain"
     return (seed == 0 or training == "plain") and (rule != WEIGHTED or scenario != "star")

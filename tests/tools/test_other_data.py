@@ -71,6 +71,9 @@ def test_what_the_page_says_of_its_tables_holds(study):
         assert within(study.BOTH, kind, data) == 1
         plain = {rule: within(rule, kind, data) for rule in (study.LAST, study.CENTRED, study.SOFTENED)}
         assert plain[study.LAST] < min(plain[study.CENTRED], plain[study.SOFTENED])
+        whole = [row for row in rows if (row["rule"], row["data"]) == (study.WHOLE_BOTH, data)]
+        assert study.summary(whole, kind)["within 2"] == 1
+        assert within(study.WHOLE, kind, data) < 0.7
     for data, kind, share in (("images", "single", 99), ("text", "single", 96), ("images", "merged", 88)):
         some = [row for row in rows if (row["rule"], row["data"], row["training"]) == (study.LAST, data, "plain")]
         columns = [row["pairs"][kind] for row in some if kind in row["pairs"]]

@@ -8,10 +8,10 @@ Needs `fiun_fast[study]`; `other_sets.py` has the data and the networks. Everyth
 chooses on validation data and is judged once, on test data. A *pair* is what a request, or two, and a node make.
 Results are kept network by network: a run that was stopped goes on where it was.
 
-Some rules were added to find out what misses come from, when those of seed 0 had been seen, the last of all seeds. *Rows
-centred*: from every row of the last layer the mean of its rows is taken away, which changes no probability, and the call
-is the same. *Requests weighted*: of two merged requests each weighs one over the sum of its Fisher, by `expected`.
-*Softened loss*: Fishers by `batch` alone, of the cross-entropy of logits over 4.
+Some rules were added to find out what misses come from, when those of seed 0 had been seen, the last when those of all
+seeds had. *Rows centred*: from every row of the last layer the mean of its rows is taken away, which changes no
+probability, and the call is the same. *Requests weighted*: of two merged requests each weighs one over the sum of its
+Fisher, by `expected`. *Softened loss*: Fishers by `batch` alone, of the cross-entropy of logits over 4.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ class Answering:
         self._what, self._forward_fn, self._target_index = what, forward_fn, target_index
         self._tail = self._last()
         self._kept: _Kept | None = None
+        self._cast = False  # whether the logits had another dtype than what the tail gave
         self._first: Any = None  # batch of those that were gone over last
 
     def _last(self) -> nn.Module | None:
@@ -91,6 +92,13 @@ class Answering:
         if self._tail is None:
             return _joined(self._run(self._loader)[0])
         return self._captured(self._tail) if self._kept is None else self._by(self._tail, self._kept)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The submodule whose output itself is the logits, bit for bit, as far as was seen; None: there is none."""
+        if self._tail is None:
+            return self._bare if self._forward_fn is None and type(self._bare) is nn.Linear else None
+        return None if self._kept is None or self._cast else self._tail
 
     def renew(self) -> None:
         """Forget what is kept, if the model was written to in a way that no counter tells."""
@@ -128,10 +136,10 @@ class Answering:
         met: list[Tensor | None] = []
         made: list[tuple[Any, int]] = []  # what the tail gave, and its version then
         given: list[Tensor] = []
-        fits = True
+        fits, cast = True, False
 
         def take(predictions: Predictions, batch: Any) -> Answered:
-            nonlocal fits
+            nonlocal fits, cast
             logits, labels = one_a_sample(predictions)
             counted = labels >= 0
             if fits and tail is not None:
@@ -139,6 +147,7 @@ class Answering:
                 fits = one is not None and one.dim() > 0 and len(one) == len(labels) and _is(logits, made)
                 if fits and one is not None:
                     given.append(one[counted])
+                    cast = cast or made[-1][0].dtype != logits.dtype
                 if len(given) == 1:
                     self._first = batch
             met.clear()
@@ -163,6 +172,7 @@ class Answering:
             forward_fn=self._forward_fn,
             target_index=self._target_index,
         )
+        self._cast = cast if tail is not None else self._cast
         return answers, given if fits and tail is not None else None
 
 

@@ -24,6 +24,7 @@ from .arguments import (
     check_numbers,
     check_one_of,
 )
+from .centring import Centring, of_probabilities, roles_of
 from .compiling import ReachedNode, reached_nodes
 from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
 from .errors import ArgumentError, NotForgottenError, TuningWarning, warn
@@ -35,7 +36,7 @@ from .outcome import Bound, NodeOutcome, Outcome, how_far
 from .planning import Plan
 from .ranks import ranks_of
 from .scope import LAST, Params, layers_of
-from .scores import Score, Seen
+from .scores import ClassScore, Score, Seen
 from .tuned import Tuned
 from .tuning import tune_plan
 from .unlearning import Options, made
@@ -60,6 +61,7 @@ def unlearn_(
     left: float = 0.01,
     lost: float = 0.02,
     strict: bool = False,
+    center: bool = True,
     estimate: Estimate | None = None,
     samples: int | None = SAMPLES,
     by: TuneBy | None = None,
@@ -75,7 +77,8 @@ def unlearn_(
 
     For each estimator: the Fishers that are missing are estimated, in one sweep over each loader for all estimators,
     and alpha and lambda tuned (`tune`). Each node takes what scores best of what meets the bound; where nothing does,
-    what scores best. Then all nodes are dampened, in one run that can be undone.
+    what scores best, of candidates with centred rows too (`center`). Then all nodes are dampened, in one run that can
+    be undone.
 
         score = ff.ClassScore(validation, forget=[3])
         outcome = ff.unlearn_(dag, [ff.ForgetRequest("u0", data=forget_loader)], score)
@@ -94,6 +97,16 @@ def unlearn_(
             shares, 0..1, of what the score measures. A score that says nothing but a number has to beat leaving the
             node alone.
         strict: a node where nothing meets the bound is an error; else it is named in the outcome and in a warning.
+        center: where nothing meets the bound at a node, and `score` is a `ClassScore`, take the mean of the rows off
+            weight and bias of its last layer (in float64, rounded once) and try all once more with the same Fishers but
+            those of `label_free`. If what comes out meets the bound, or scores higher, that stays; else the layer gets
+            its old bits back. Why: dampening pulls logits towards 0, and training with cross entropy does not say where
+            0 is, so that it may be the highest; measured in docs/choosing.md, "On other data". No softmax changes by it
+            but by rounding, nor do Fishers of a loss of the softmax: `batch`, `sample`, `expected`, over a temperature
+            too. Pass False where anything else is made of the logits, such as sigmoids. It is not done where the scope
+            of a node is not exactly one `nn.Linear` whose output itself, in its own dtype, was seen to be the logits;
+            where that is tied, hooked or computed from others; where a Fisher does not cover it or say how it was made;
+            and where a `loss_fn` in `estimate` is no function of the probabilities.
         estimate: further keywords of `estimate_fisher` (loss_fn, forward_fn, …), each for the estimators that take it.
         samples: of each loader that says its length about so many are used for a Fisher, in at least 8 batches spread
             over all of it; None: all.
@@ -150,33 +163,45 @@ def unlearn_(
         how: dict[str, Any] = {"by": by, "lams": lams, "points": points, "progress": progress}
         tried = {kind: _tried(kind, plan, score, how) for kind, plan in plans.items()}
         chosen = {name: _best([one for those in tried.values() for one in those.of(name)], bound) for name in models}
-    unmet = [one for one in chosen.values() if not one.meets(bound)]
-    if unmet:
-        said = "; ".join(one.said() for one in unmet[:8]) + f"; and {len(unmet) - 8} nodes more" * (len(unmet) > 8)
-        if strict:
-            raise NotForgottenError(f"{said}; wanted {bound}. No model has changed")
-        warn(f"unlearn_: {said}; wanted {bound}", TuningWarning)
-    with _timed(seconds, "run"):
-        kind_of = {name: one.kind for name, one in chosen.items()}
-        plan = plans[min(kind_of.values())]
-        if len(set(kind_of.values())) > 1:
-            plan = _made(family, *_side_by_side(kinds, reached, kind_of), options)
-        plan.set_values_({name: one.choice for name, one in chosen.items()})
-        report = plan.run_(undo=True)
-    after: dict[str, Seen] = {}
-    if isinstance(score, Score):
-        try:
+    with Centring() as centring:
+        if center and isinstance(score, ClassScore):
             with _timed(seconds, "choosing"):
-                after = {name: score.looked(name, model) for name, model in models.items()}
+                missed = [name for name, one in chosen.items() if not one.meets(bound)]
+                loss_fn = None if estimate is None else estimate.get("loss_fn")
+                where = _centre_(centring, missed, reached, kinds, score, loss_fn)
+                again = {kind: _made(family, some, kinds[kind].requests, options) for kind, some in where.items()}
+                those = {kind: _tried(kind, plan, score, how) for kind, plan in again.items()}
+                tried |= {f"{kind}, rows centred": one for kind, one in those.items()}
+                chosen |= _better(centring, chosen, those.values(), bound)
+        unmet = [one for one in chosen.values() if not one.meets(bound)]
+        if unmet:
+            said = "; ".join(one.said() for one in unmet[:8]) + f"; and {len(unmet) - 8} nodes more" * (len(unmet) > 8)
+            if strict:
+                raise NotForgottenError(f"{said}; wanted {bound}. No model has changed")
+            warn(f"unlearn_: {said}; wanted {bound}", TuningWarning)
+        with _timed(seconds, "run"):
+            kind_of = {name: one.kind for name, one in chosen.items()}
+            plan = plans[min(kind_of.values())]
+            if len(set(kind_of.values())) > 1:
+                plan = _made(family, *_side_by_side(kinds, reached, kind_of), options)
+            plan.set_values_({name: one.choice for name, one in chosen.items()})
+            report = plan.run_(undo=True)
+        after: dict[str, Seen] = {}
+        try:
+            centring.join_(report)
+            if isinstance(score, Score):
+                with _timed(seconds, "choosing"):
+                    after = {name: score.looked(name, model) for name, model in models.items()}
         except BaseException:  # whoever gets no outcome could not undo it
             report.undo_()
             raise
-    nodes = {}
-    for name, one in chosen.items():
-        did = (one.choice.alpha, one.choice.lam, one.choice.score, report[name].selected, report[name].numel)
-        seen = (one.before, after.get(name))
-        nodes[name] = NodeOutcome(name, one.kind, *did, *seen, one.meets(bound), one.doubt)
-    return Outcome(nodes, bound, seconds, report, {kind: those.tuned for kind, those in tried.items()}, plan)
+        nodes = {}
+        for name, one in chosen.items():
+            did = (one.choice.alpha, one.choice.lam, one.choice.score, report[name].selected, report[name].numel)
+            seen = (one.before, after.get(name))
+            nodes[name] = NodeOutcome(name, one.kind, *did, *seen, one.meets(bound), one.doubt, name in centring)
+        tuned = {kind: those.tuned for kind, those in tried.items()}
+        return Outcome(nodes, bound, seconds, report, tuned, plan)
 
 
 @dataclass(frozen=True)
@@ -257,6 +282,44 @@ def _tried(kind: str, plan: Plan, score: Evaluate, how: Mapping[str, Any]) -> _T
     noting = _Noting(score)
     tuned = tune_plan(plan, noting, **how)
     return _Tried(kind, tuned, noting.seen, score.before if isinstance(score, Score) else {})
+
+
+def _centre_(
+    centring: Centring,
+    names: Sequence[str],
+    reached: Mapping[str, list[ReachedNode]],
+    kinds: Mapping[str, Complete],
+    score: ClassScore,
+    loss_fn: Any,
+) -> dict[str, list[ReachedNode]]:
+    """Take the mean of the rows off the last layers of these nodes; kind -> where its Fishers still hold."""
+    found: dict[str, list[ReachedNode]] = {}
+    for kind, nodes in reached.items():
+        for node in nodes if names else ():
+            layer = score.head(node.name) if node.name in names else None
+            roles = roles_of(node, kinds[kind].requests, layer)
+            if roles is None or not isinstance(layer, nn.Linear):
+                continue
+            if node.name not in centring and of_probabilities(loss_fn, layer.out_features, layer.weight.device):
+                centring.centre_(node.name, layer, roles)
+            if node.name in centring:
+                found.setdefault(kind, []).append(node)
+    return found
+
+
+def _better(
+    centring: Centring, chosen: Mapping[str, _Found], tried: Iterable[_Tried], bound: Bound
+) -> dict[str, _Found]:
+    """What is better with centred rows than all before; other nodes get their rows back."""
+    found, those = {}, list(tried)
+    for name in centring:
+        dampened = [one for its in those if name in its.tuned for one in its.of(name)[1:]]  # the first is left alone
+        best = _best(dampened, bound) if dampened else chosen[name]
+        if best.meets(bound) or best.choice.score > chosen[name].choice.score:
+            found[name] = best
+        else:
+            centring.put_back_(name)
+    return found
 
 
 def _family(

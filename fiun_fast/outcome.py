@@ -45,6 +45,7 @@ class NodeOutcome:
         met: whether the bound was met; of a score that says nothing but a number, whether any candidate beat leaving
             the node alone.
         doubt: what there is to say against the choice (`Tuned.doubts`).
+        centered: whether the mean of its rows was taken off the last layer before that.
 
     """
 
@@ -59,6 +60,7 @@ class NodeOutcome:
     after: Seen | None
     met: bool
     doubt: str
+    centered: bool = False
 
     @property
     def share(self) -> float:
@@ -73,8 +75,8 @@ class Outcome:
         nodes: name -> what became of it, in the order of the DAG.
         bound: what was to be reached.
         seconds: what took how long: "Fishers", "choosing" (all measurements on validation data are in it), "run".
-        report: of the one run; `report.undo` is its log.
-        tuned: estimator -> every point that was tried.
+        report: of the one run; `report.undo` is its log, also of what was centred before it.
+        tuned: estimator -> every point that was tried; those with centred rows under "batch, rows centred".
         plan: what ran.
 
     """
@@ -132,7 +134,8 @@ class Outcome:
         rows = []
         for node in self:
             numbers = (_shown(node.alpha), _shown(node.lam), f"{node.share:.2%}", *_moved(node), f"{node.score:.4g}")
-            rows.append((node.name, node.estimator, *numbers, "" if node.met else "bound not met"))
+            said = [text for text, so in (("rows centred", node.centered), ("bound not met", not node.met)) if so]
+            rows.append((node.name, node.estimator, *numbers, ", ".join(said)))
         lines = [table(head, rows, left=2)]
         unmet = [how_far(node.name, node.score, node.before, node.after) for node in self if not node.met]
         lines += [f"not met: {text}; wanted {self.bound}" for text in unmet]

@@ -209,6 +209,10 @@ class ClassScore(Score):
             )
         return seen(answered)
 
+    def head(self, name: str) -> nn.Module | None:
+        """The part of a model that was looked at whose output itself is its logits; None: no such part was found."""
+        return self._answering[name][1].head if name in self._answering else None
+
     def _of_classes(self, name: str, labels: Tensor) -> Tensor:
         known = self._marked.get(name)
         if known is None or known[0] is not labels:

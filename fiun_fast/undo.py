@@ -16,11 +16,14 @@ from .dag import InheritanceDAG, Model, check_model
 from .dtensors import local_tensor, reshard_, sharding_modules
 from .errors import ArgumentError, DTypeError, LayoutError, UndoError
 from .guards import alone, denormals_kept, signals_deferred
+from .homes import Home
 from .live import Links, LiveMemory
 from .memory import check_addressable, check_disjoint, check_writable, place_of, span
 from .naming import Names, matched
 from .tiles import possible_selection, tiles
 from .undo_file import BITS, Entry
+
+_WHOLE = 1 << 30  # elements of a piece of a whole parameter, whose indices are int32
 
 
 class UndoLog:
@@ -51,6 +54,36 @@ class UndoLog:
 
         """
         return cls(undo_file.read(path))
+
+    @classmethod
+    @torch.no_grad()
+    def of_all(cls, node: str, homes: Mapping[str, Home]) -> UndoLog:
+        """Every bit of these parameters of one node as they are now: to `restore_`, or for a run to be `following`."""
+        entries = []
+        for name, home in homes.items():
+            parameter = home.now()
+            assert isinstance(parameter, Tensor)
+            entry = Entry(node, name, tuple(parameter.shape), parameter.dtype, home)
+            for at, part in enumerate(_bits(parameter).split(_WHOLE)):
+                index = torch.arange(len(part), dtype=torch.int32, device=part.device)
+                entry.pieces.append((at * _WHOLE, index, part.clone()))
+            entries.append(entry)
+        return cls(entries, Links())
+
+    @torch.no_grad()
+    def following(self, earlier: Iterable[UndoLog]) -> UndoLog:
+        """One log for this run, which was the last, and for what changed all of some of its parameters before it.
+
+        Args:
+            earlier: of `of_all`, as these parameters were before that.
+
+        """
+        whole = [entry for log in earlier for entry in log._entries]
+        for entry in whole:
+            assert entry.home is not None
+            entry.after = _fingerprint(entry, _bits(entry.home.now()))  # type: ignore[arg-type]
+        known = {(entry.node, entry.name) for entry in whole}
+        return UndoLog([one for one in self._entries if (one.node, one.name) not in known] + whole, self._links)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: indices and old values of each parameter that has any, and a checksum.

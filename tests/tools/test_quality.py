@@ -38,19 +38,20 @@ def test_the_page_has_the_tables_of_the_committed_results(quality):
 
 def test_what_the_page_says_of_its_tables_holds(quality):
     rows = quality.complete(json.loads(quality.RESULTS.read_text())["rows"])
-    new = [row for row in rows if row["scope"] == quality.LAST_LAYER and row["seed"] in quality.NEW]
-    three = quality.SETS["best of batch of 16, expected, label-free"]
-    two = quality.SETS[quality.DEFAULT]
+    _, new = quality.halved(rows, quality.LAST_LAYER)
     for kind, aim in (("single", 0.95), ("merged", 0.9)):
-        assert quality.summary(new, kind, three)["within 1"] >= aim > quality.summary(new, kind, two)["within 1"]
+        assert quality.summary(new, kind, (quality.UNLEARN,))["within 1"] >= aim
         alone = {name: quality.summary(new, kind, (name,))["within 1"] for name in quality.ESTIMATORS}
         assert min(alone, key=lambda name: alone[name]) == "label-free"
-    halves = [[r for r in rows if r["scope"] == quality.ALL and r["seed"] in of] for of in (quality.SEEN, quality.NEW)]
-    for half in halves:
+        assert max(alone, key=lambda name: alone[name]) == "softened"
+    for half in quality.halved(rows, quality.ALL):
         assert quality.summary(half, "single", ("by layer",))["within 1"] >= 0.9
         assert quality.summary(half, "single", ("one α",))["within 2"] < 0.6
-    before, after = (quality.summary(half, "merged", ("by layer",))["within 1"] for half in halves)
-    assert before >= 0.9 > after
+    before, after = (quality.summary(half, "merged", ("by layer",)) for half in quality.halved(rows, quality.ALL))
+    assert before["within 1"] >= 0.9 > after["within 1"]
+    _, new = quality.halved(rows, quality.JITTERED)
+    for kind in quality.KINDS:
+        assert quality.summary(new, kind, quality.RULES[quality.JITTERED][quality.BY_LAYER])["within 1"] >= 0.9
 
 
 def test_the_readme_has_what_is_reached(quality):
@@ -59,7 +60,7 @@ def test_the_readme_has_what_is_reached(quality):
     shown = page.partition("<!-- reach -->\n")[2].partition("<!-- /reach -->")[0]
     assert shown == f"\n{quality.reach(result)}\n"
     last = [row for row in quality.complete(result["rows"]) if row["scope"] == quality.LAST_LAYER]
-    one, two = (quality.summary(last, kind, quality.SETS[quality.DEFAULT]) for kind in ("single", "merged"))
+    one, two = (quality.summary(last, kind, (quality.UNLEARN,)) for kind in ("single", "merged"))
     # docs/research.md says "more than nine of ten", "nearly all", "about nine of ten"
     assert one["within 1"] > 0.93
     assert one["within 2"] > 0.98
@@ -125,7 +126,7 @@ def test_the_best_of_several_is_the_one_with_the_best_validation_score(quality):
 
 def test_requests_are_all_classes_and_pairs_from_different_origins(quality):
     digits, seen = load_digits(0), set()
-    for seed in (*quality.SEEN, *quality.NEW):
+    for seed in quality.SEEDS:
         for scenario in quality.SCENARIOS:
             recipe = quality.recipe_of(scenario, digits, seed)
             requests = list(quality.requests_of(recipe))
@@ -140,18 +141,26 @@ def test_requests_are_all_classes_and_pairs_from_different_origins(quality):
 def test_a_run_that_was_stopped_goes_on(quality, monkeypatch, tmp_path):
     asked = []
 
-    def measured(scenario, scope, seed, cache):
-        asked.append((seed, scenario))
+    def measured(scenario, scope, seed, cache, there):
+        asked.append((seed, scenario, *there))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return rows(random.Random(2), ["a"], 4)[0]["pairs"], {"a": 0.1}
+        rule = "b" if there else "a"
+        return rows(random.Random(2), [rule], 4)[0]["pairs"], {rule: 0.1}
 
     monkeypatch.setattr(quality, "measured", measured)
+    monkeypatch.setattr(quality, "rules_of", lambda scope: ["a"])
     with pytest.raises(KeyboardInterrupt):
         quality.study([0], tmp_path, tmp_path / "found.json", [quality.LAST_LAYER])
     result = quality.study([0], tmp_path, tmp_path / "found.json", [quality.LAST_LAYER])
     assert asked == [(0, "federated"), (0, "data-parallel"), (0, "data-parallel"), (0, "incremental"), (0, "transfer")]
     assert [row["scenario"] for row in result["rows"]] == list(quality.SCENARIOS)
+    asked.clear()
+    monkeypatch.setattr(quality, "rules_of", lambda scope: ["a", "b"])  # one more
+    asked += [None, None]
+    result = quality.study([0], tmp_path, tmp_path / "found.json", [quality.LAST_LAYER])
+    assert asked[2:] == [(0, scenario, "a") for scenario in quality.SCENARIOS]
+    assert all(set(row["pairs"]) == {"single, a", "single, b"} for row in result["rows"])
 
 
 def test_last_layers_alone_give_the_fishers_and_scores_of_whole_models(quality):

@@ -59,6 +59,11 @@ class Clamped(nn.Module):
         return z.clamp(-1e4, 1e4)
 
 
+class Own(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Cast(nn.Module):
     def forward(self, z):
         return z.clamp(-1e4, 1e4).float()
@@ -305,6 +310,16 @@ def made_of_others(model):
     parametrizations.weight_norm(model.head)
 
 
+def another_kind(model):
+    head, model.head = model.head, Own(24, CLASSES)
+    model.head.load_state_dict(head.state_dict())
+
+
+def with_a_spare(model):
+    model.spare = nn.Parameter(torch.ones(3))
+    return {"params": ["spare", "head.weight", "head.bias"], "by": "node", "estimators": "batch"}
+
+
 def clamped(model):
     model.last = Clamped()
 
@@ -346,6 +361,8 @@ def softened(logits, labels):
         hooked,
         watched,
         made_of_others,
+        another_kind,
+        with_a_spare,
         clamped,
         squashed,
         cast,
@@ -362,9 +379,10 @@ def test_left_alone(model, change):
     """Nothing meets the bound, as nothing can: and the layer is that of a run that never centres."""
     how = {**FEW, **(change(model) or {})}
     other = copy.deepcopy(model)
-    node = unlearned(model, **how)["model"]
-    assert not node.met or "score" in how
-    assert not node.centered
+    outcome = unlearned(model, **how)
+    assert not outcome["model"].met or "score" in how
+    assert not outcome["model"].centered
+    assert not any("centred" in kind for kind in outcome.tuned), "it is not tried"
     unlearned(other, **{**how, "center": False})
     assert same(model, other)
 

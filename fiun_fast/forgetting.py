@@ -102,11 +102,11 @@ def unlearn_(
             those of `label_free`. If what comes out meets the bound, or scores higher, that stays; else the layer gets
             its old bits back. Why: dampening pulls logits towards 0, and training with cross entropy does not say where
             0 is, so that it may be the highest; measured in docs/choosing.md, "On other data". No softmax changes by it
-            but by rounding, nor do Fishers of a loss of the softmax: `batch`, `sample`, `expected`, over a temperature
-            too. Pass False where anything else is made of the logits, such as sigmoids. It is not done where the scope
-            of a node is not exactly one `nn.Linear` whose output itself, in its own dtype, was seen to be the logits;
-            where that is tied, hooked or computed from others; where a Fisher does not cover it or say how it was made;
-            and where a `loss_fn` in `estimate` is no function of the probabilities.
+            but by rounding, nor do Fishers of a loss of the softmax: `softened`, `batch`, `sample`, `expected`. Pass
+            False where anything else is made of the logits, such as sigmoids. It is not done where the scope of a node
+            is not exactly one `nn.Linear` whose output itself, in its own dtype, was seen to be the logits; where that
+            is tied, hooked or computed from others; where a Fisher does not cover it or say how it was made; and where
+            a `loss_fn` in `estimate` is no function of the probabilities.
         estimate: further keywords of `estimate_fisher` (loss_fn, forward_fn, …), each for the estimators that take it.
         samples: of each loader that says its length about so many are used for a Fisher, in at least 8 batches spread
             over all of it; None: all.

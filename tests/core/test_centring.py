@@ -396,13 +396,16 @@ def named(model, batch):
 
 
 @pytest.mark.parametrize(
-    "form", ["plain", "few", "dicts", "softened", "by layer", "wrapped", "float64", "bfloat16", "named", "given"]
+    "form",
+    ["plain", "default", "few", "dicts", "softened", "by layer", "wrapped", "float64", "bfloat16", "named", "given"],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_centred_in_every_form(form, bias):
     model = drifted(GROWN[bias])
     how, given = {}, model
-    if form == "few":
+    if form == "default":
+        how = {"estimators": ff.forgetting.BEST}
+    elif form == "few":
         how = FEW
     elif form == "dicts":
         data, forget, check = map(as_dicts, (LOADER, FORGET, CHECK))
@@ -450,6 +453,7 @@ def test_fishers_stay_what_they_were(model):
         take_mean_off_(p)
     for kind, how, alike in (
         ("batch", {}, True),
+        ("softened", {}, True),
         ("sample", {}, True),
         ("expected", {}, True),
         ("batch", {"loss_fn": softened}, True),

@@ -7,7 +7,7 @@ matrix product. That a part of a model, called its tail, makes the answers of wh
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from .errors import ScopeWarning
 from .estimators.looking import each_batch, one_a_sample
 from .estimators.predictions import HALF, Predictions
 from .estimators.preserving import preserved
-from .estimators.reading import Forward
+from .estimators.reading import Forward, OwnLoss, Reading
 from .scope import LAST, select_parameters
 from .watching import Watched
 from .wrappers import unwrap
@@ -98,7 +98,15 @@ class Answering:
         """The submodule whose output itself is the logits, bit for bit, as far as was seen; None: there is none."""
         if self._tail is None:
             return self._bare if self._forward_fn is None and type(self._bare) is nn.Linear else None
-        return None if self._kept is None or self._cast else self._tail
+        return None if self._kept is None or self._cast or not self._is_of_softmax() else self._tail
+
+    def _is_of_softmax(self) -> bool:
+        """Whether the model's own loss, if batches with labels have it make one, is a cross entropy of its logits."""
+        if self._forward_fn is not None or not isinstance(self._first, Mapping):
+            return True
+        with preserved([(self._bare, ())]), torch.no_grad():
+            _, targets = Reading().forward(self._bare, self._first)
+        return not isinstance(targets, OwnLoss) or isinstance(targets.apart, Predictions)
 
     def renew(self) -> None:
         """Forget what is kept, if the model was written to in a way that no counter tells."""
@@ -207,9 +215,11 @@ def _is(logits: Tensor, made: list[tuple[Any, int]]) -> bool:
     That they are alike is not enough: a clamp shows only where a logit is large.
     """
     output, version = made[-1]
-    if not isinstance(output, Tensor) or _version(output) != version:
+    if not isinstance(output, Tensor) or output.is_inference() or _version(output) != version:
         return False
-    return output.dtype != logits.dtype or output.data_ptr() == logits.data_ptr()
+    if output.dtype != logits.dtype:
+        return torch.equal(output.to(logits.dtype), logits)
+    return output.data_ptr() == logits.data_ptr()
 
 
 def _apply(tail: nn.Module, given: list[Tensor]) -> Tensor | None:

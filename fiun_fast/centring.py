@@ -77,6 +77,8 @@ class Centring:
             changed = [take_mean_off_(layer._parameters[role]) for role in roles.values()]  # type: ignore[arg-type]
             if not any(changed):
                 del self._logs[name]
+            elif not all(bool(layer._parameters[role].isfinite().all()) for role in roles.values()):  # type: ignore[union-attr]
+                self.put_back_(name)  # an overflow in half precision
 
     def put_back_(self, name: str) -> None:
         """Give a node's layer its old bits.
@@ -119,9 +121,9 @@ def roles_of(node: ReachedNode, requests: Sequence[ForgetRequest], layer: nn.Mod
     its = {first: own[id(p)] for first, p in names.first.items() if id(p) in own}
     if first[0] is None or first[0].keys() != its.keys() or not all(one and its.keys() <= one.keys() for one in first):
         return None
-    used = set[str]().union(*(fisher.provenance.estimators for fisher in fishers))
-    if not used or "label_free" in used:
-        return None
+    for record in (fisher.provenance for fisher in fishers):
+        if not record.estimators or "label_free" in record.estimators or not record.reduction:
+            return None
     return {called: its[one] for one, called in first[0].items()}
 
 
@@ -161,18 +163,21 @@ def take_mean_off_(parameter: Tensor) -> bool:
     return changed
 
 
-def of_probabilities(loss_fn: Callable[[Any, Any], Any] | None, classes: int, device: torch.device) -> bool:
+def of_probabilities(loss_fn: Callable[[Any, Any], Any] | None, classes: int, like: Tensor) -> bool:
     """Whether a loss is the same for the same probabilities, tried on made-up logits [8, C] and labels [8].
+
+    `like`: a tensor of the logits' device and dtype.
 
     Cross entropy is, also of logits over a temperature; a loss of sigmoids or of the logits themselves is not. None is
     cross entropy.
     """
     if loss_fn is None:
         return True
-    labels = torch.arange(8, device=device) % classes
-    logits = 3 * torch.sin(torch.arange(8.0 * classes, device=device)).view(8, classes)
+    labels = torch.arange(8, device=like.device) % classes
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    logits = 3 * torch.sin(torch.arange(8.0 * classes, dtype=dtype, device=like.device)).view(8, classes)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             found = [torch.as_tensor(loss_fn(logits + shift, labels)) for shift in (0.0, 2.0, -2.0)]
             return all(torch.allclose(one, found[0], CLOSE, CLOSE) for one in found[1:])
     except Exception:  # takes something else; then what it is of is not known

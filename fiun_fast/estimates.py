@@ -20,6 +20,9 @@ class _Kept:
     watched: Watched
 
 
+MOST = 16  # that are kept of one model and set of data; a lambda is another function each time
+
+
 class Estimates:
     """The Fishers estimated of one model and one set of data, by how they were estimated and of which parameters.
 
@@ -34,13 +37,15 @@ class Estimates:
     def find(self, how: Hashable, model: nn.Module, data: object) -> Fisher | None:
         """One that was kept and is good."""
         kept = self._kept.get(how)
-        if kept is None or kept.data is not data or kept.model is not model or kept.watched.changed():
+        if kept is None or kept.data is not data or kept.model is not model:
             return None
-        return kept.fisher
+        return None if kept.watched.changed() or kept.watched.rewritten() else kept.fisher
 
     def keep(self, how: Hashable, model: nn.Module, data: object, scope: Sequence[Tensor], fisher: Fisher) -> None:
         """Keep one; `scope`: the parameters that it is of."""
-        self._kept[how] = _Kept(fisher, data, model, Watched(model, free={id(p) for p in scope}))
+        while len(self._kept) >= MOST:
+            del self._kept[next(iter(self._kept))]
+        self._kept[how] = _Kept(fisher, data, model, Watched(model, free={id(p) for p in scope}, bits=True))
 
     def clear(self) -> None:
         """Forget all: the next plan estimates anew."""

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 
 from .dag import ForgetRequest, InheritanceDAG, Node
 from .errors import ArgumentError, FiunError
 from .estimates import Estimates
 from .estimators.estimate import Wanted, estimate_fisher, sweep
 from .estimators.job import OWN_LOSSES, Options
-from .estimators.loaders import is_iterator
+from .estimators.loaders import as_dict, is_iterator
 from .estimators.totals import BY_SAMPLE
 from .fisher import Fisher
 from .scope import LAST, Params, for_several, select_parameters
@@ -173,6 +174,8 @@ def some(loader: Any, samples: int) -> Any:
 
     The loader itself where it does not say how many batches it has, or has no more than that.
     """
+    if isinstance(loader, (Tensor, Dataset)):  # no loader, as it will be told
+        return loader
     try:
         total = len(loader)
     except (TypeError, NotImplementedError):
@@ -188,9 +191,8 @@ class _Some:
         taken: set[int] | None = None
         for number, batch in enumerate(self._loader):
             if taken is None:
-                each = max(
-                    (len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), default=1
-                )
+                leaves = tree_leaves(as_dict(batch))
+                each = max((len(leaf) for leaf in leaves if len(getattr(leaf, "shape", ()))), default=1)
                 wanted = min(self._total, max(FEWEST, -(-self._samples // each)))
                 taken = {k * self._total // wanted for k in range(wanted)}
             if number in taken:

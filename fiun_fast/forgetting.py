@@ -29,6 +29,7 @@ from .compiling import ReachedNode, reached_nodes
 from .dag import ForgetRequest, InheritanceDAG, Model, check_requests
 from .errors import ArgumentError, NotForgottenError, TuningWarning, warn
 from .estimating import Complete, Estimate, check_estimate, complete_for, options_for
+from .estimators.job import OWN_LOSSES
 from .estimators.job import Options as EstimateOptions
 from .fisher import Fisher
 from .grids import Evaluate
@@ -57,7 +58,7 @@ def unlearn_(
     data: Iterable[Any] | Fisher | None = None,
     forget: Iterable[Any] | Fisher | None = None,
     params: Params = LAST,
-    estimators: Sequence[Estimator] | Estimator = BEST,
+    estimators: Sequence[Estimator] | Estimator | None = None,
     left: float = 0.01,
     lost: float = 0.02,
     strict: bool = False,
@@ -91,7 +92,8 @@ def unlearn_(
         data, forget: for one model: a loader over what it was trained on, and one over what is to be forgotten; or
             their Fishers.
         params: which parameters may change, as for `estimate_fisher`: the last layer, or None for all.
-        estimators: what to try. Where some Fishers are given, the others are estimated as those were, over the same
+        estimators: what to try; None: `softened` and `expected`, or `batch` where `estimate` has a loss_fn, which these
+            do not take. Where some Fishers are given, the others are estimated as those were, over the same
             parameters, and nothing else is tried.
         left, lost: the bound: of the forgotten at most `left` is left, of what was kept before at most `lost` is lost,
             shares, 0..1, of what the score measures. A score that says nothing but a number has to beat leaving the
@@ -186,22 +188,22 @@ def unlearn_(
                 plan = _made(family, *_side_by_side(kinds, reached, kind_of), options)
             plan.set_values_({name: one.choice for name, one in chosen.items()})
             report = plan.run_(undo=True)
-        after: dict[str, Seen] = {}
         try:
+            after: dict[str, Seen] = {}
             centring.join_(report)
             if isinstance(score, Score):
                 with _timed(seconds, "choosing"):
                     after = {name: score.looked(name, model) for name, model in models.items()}
+            nodes = {}
+            for name, one in chosen.items():
+                did = (one.choice.alpha, one.choice.lam, one.choice.score, report[name].selected, report[name].numel)
+                seen = (one.before, after.get(name))
+                nodes[name] = NodeOutcome(name, one.kind, *did, *seen, one.meets(bound), one.doubt, name in centring)
+            tuned = {kind: those.tuned for kind, those in tried.items()}
+            return Outcome(nodes, bound, seconds, report, tuned, plan)
         except BaseException:  # whoever gets no outcome could not undo it
             report.undo_()
             raise
-        nodes = {}
-        for name, one in chosen.items():
-            did = (one.choice.alpha, one.choice.lam, one.choice.score, report[name].selected, report[name].numel)
-            seen = (one.before, after.get(name))
-            nodes[name] = NodeOutcome(name, one.kind, *did, *seen, one.meets(bound), one.doubt, name in centring)
-        tuned = {kind: those.tuned for kind, those in tried.items()}
-        return Outcome(nodes, bound, seconds, report, tuned, plan)
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ def _centre_(
             roles = roles_of(node, kinds[kind].requests, layer)
             if roles is None or not isinstance(layer, nn.Linear):
                 continue
-            if node.name not in centring and of_probabilities(loss_fn, layer.out_features, layer.weight.device):
+            if node.name not in centring and of_probabilities(loss_fn, layer.out_features, layer.weight):
                 centring.centre_(node.name, layer, roles)
             if node.name in centring:
                 found.setdefault(kind, []).append(node)
@@ -347,18 +349,25 @@ def _family(
 
 def _ways(estimators: Any, estimate: Estimate | None, backend: str | None) -> Ways:
     """Estimators -> options, which takes care of what each of them does not take."""
+    keywords = check_estimate(estimate)
+    if estimators is None:
+        estimators = ("batch",) if keywords.get("loss_fn") is not None else BEST
     if not isinstance(estimators, Iterable):
         raise ArgumentError(f"estimators is a {type(estimators).__name__}, expected some of {', '.join(ESTIMATORS)}")
-    listed = [estimators] if isinstance(estimators, str) else list(estimators)
+    listed: list[Any] = [estimators] if isinstance(estimators, str) else list(estimators)
     for one in listed:
         check_one_of("estimator", one, ESTIMATORS)
     if not listed:
         raise ArgumentError(f"estimators is empty, expected some of {', '.join(ESTIMATORS)}")
-    keywords = check_estimate(estimate)
     own = {"params": "params=", "estimator": "estimators=", "progress": "progress="}
     for name in keywords:
         if name in own:
             raise ArgumentError(f"estimate has {name!r}, which is an argument of unlearn_ itself: {own[name]}")
+    if keywords.get("loss_fn") is not None and all(one in OWN_LOSSES for one in listed):
+        raise ArgumentError(
+            f'estimate has a loss_fn, and {", ".join(listed)} have losses of their own: take estimators="batch" or '
+            '"sample" for it, or leave it out'
+        )
     ways = partial(options_for, keywords={"backend": backend} | keywords)
     ways(listed)  # says what is wrong with them
     return lambda given: ways(given or listed)

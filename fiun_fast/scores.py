@@ -134,7 +134,8 @@ class ClassScore(Score):
     compares the rule with others.
 
     Where nothing but the last layer changes, what goes into it is kept, and a call is one matrix product (`answering`
-    says when the whole model runs). Models run in eval mode and are left as they were.
+    says when the whole model runs). Models run in eval mode and are left as they were. A score serves one thread at
+    a time.
 
     Args:
         loader: validation data, batches with labels in any form that `estimate_fisher` reads, gone over several times;

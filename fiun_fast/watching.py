@@ -37,7 +37,7 @@ class Watched:
         self._homes, self._sizes = Homes(), list[tuple[Mapping[Any, Any], int]]()
         self._held: tuple[list[Any], list[str], list[Any]] = [], [], []
         counted: list[Tensor] = []
-        odd = False  # sparse or quantised: whether such a tensor has changed cannot be told
+        odd = False  # sparse, quantised, nested, conjugated: whether such a tensor has changed cannot be told
         for module in model.modules():
             if id(module) in hidden:
                 continue
@@ -53,7 +53,9 @@ class Watched:
             self._sizes += [
                 (own, len(own)) for own in (module._modules, module._parameters, module._buffers, attributes)
             ]
-            self._sizes += [(hooks, len(hooks)) for hooks in (getattr(module, name) for name in _HOOKS)]
+            for hooks in (getattr(module, name) for name in _HOOKS):
+                self._hold(hooks, list(hooks))
+                self._sizes.append((hooks, len(hooks)))
         self._tensors = list({id(tensor): tensor for tensor in counted}.values())
         self.sure = not odd and not any(tensor.is_inference() for tensor in self._tensors)  # those have no counter
         self._versions = [tensor._version for tensor in self._tensors] if self.sure else []
@@ -99,13 +101,14 @@ class Watched:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_quantized
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested or lazy)
 
 
 def _sums(tensor: Tensor) -> tuple[int, int]:
     """Of what is in it as whole numbers, plain and weighted by place: the first alone is that of any order of them."""
     plain = tensor.detach()
-    if plain.is_meta:
+    if plain.is_meta or plain.numel() == 0:
         return 0, 0
     flat = (plain if plain.is_contiguous() else plain.contiguous()).view(-1)
     kind = next((kind for kind in (torch.int64, torch.int32) if _fits(flat, kind)), torch.uint8)

@@ -65,6 +65,11 @@ class Options:
         if self.per == "token" and self.loss_fn is not None:
             raise ArgumentError("per='token' takes the cross entropy of each token: leave loss_fn out")
 
+    def __hash__(self) -> int:  # a function of the caller's need have no hash
+        """By which function it is, not by what that says of itself."""
+        plain = (self.estimator, self.backend, self.samples, self.seed, self.per, self.target_index)
+        return hash((*plain, id(self.loss_fn), id(self.forward_fn)))
+
     @cached_property
     def reading(self) -> Reading:
         """How batches are read."""
@@ -182,11 +187,14 @@ def softened(outputs: Any, targets: Any) -> Tensor:
         EstimationError: there are no logits with labels, as where the model's own loss is not known to be that of some.
 
     """
-    own, known = isinstance(targets, OwnLoss), None
-    if own and not (isinstance(outputs, Tensor) and outputs.dim() == 2):
+    if isinstance(targets, OwnLoss):
         known = targets.apart  # which says whether labels are those of the next position
+        if isinstance(outputs, Tensor) and outputs.dim() == 2 and not isinstance(known, Elementwise):
+            labels = targets.labels
+            flat = isinstance(labels, Tensor) and labels.numel() == len(outputs)
+            known = fitted(outputs, labels.reshape(-1) if flat else labels)  # type: ignore[union-attr]
     else:
-        known = fitted(outputs, targets.labels if own else targets)
+        known = fitted(outputs, targets)
     if not isinstance(known, Predictions):
         raise EstimationError(
             "the model's own loss is not known as a cross entropy of its logits, which estimator 'softened' takes; "

@@ -479,4 +479,12 @@ def test_fishers_stay_what_they_were(model):
     ],
 )
 def test_which_losses_are_of_probabilities(loss_fn, wanted):
-    assert of_probabilities(loss_fn, CLASSES, torch.device("cpu")) is wanted
+    assert of_probabilities(loss_fn, CLASSES, torch.zeros(1)) is wanted
+
+
+def test_losses_in_double_precision_are_tried_so_and_leave_the_random_state():
+    weighed = nn.CrossEntropyLoss(weight=torch.rand(CLASSES).double())
+    assert of_probabilities(weighed, CLASSES, torch.zeros(1).double())
+    state = torch.get_rng_state()
+    of_probabilities(lambda z, y: functional.cross_entropy(z + 0 * torch.rand_like(z), y), CLASSES, torch.zeros(1))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -396,7 +396,7 @@ def test_what_is_said(models):
         (lambda dag, r, s: ff.unlearn_(dag, r, s, left=-0.1), "left is -0.1, expected a finite number"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, estimate={"lossfn": 1}), "estimate has 'lossfn'"),
         (lambda dag, r, s: ff.unlearn_(dag, r, lambda model: 0), "score takes"),
-        (lambda dag, r, s: ff.unlearn_(dag, r, s, estimators=None), "estimators is a NoneType, expected some of batch"),
+        (lambda dag, r, s: ff.unlearn_(dag, r, s, estimators=3), "estimators is a int, expected some of batch"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, estimators=[["batch"]]), "estimator is .*batch.*, expected one of"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, estimate={"group": None}), "estimate has 'group', expected keywords"),
         (lambda dag, r, s: ff.unlearn_(dag, r, s, by=""), "by is '', expected one of node, layer"),

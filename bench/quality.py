@@ -336,7 +336,7 @@ def tables(result: dict) -> str:
                 cells.append(f"{percent(found, 'within 1')} of {found['pairs']}" if found["pairs"] else "")
         lines.append([scenario, *cells])
     heads = ["network", *(f"{scope}, {kind}" for scope in ("last layer", "whole model by layer") for kind in KINDS)]
-    out.append(f"**Network by network**, best of three, ≤ 1, ≤ 1, all seeds.\n\n{markdown(heads, lines)}")
+    out.append(f"**Network by network**, ≤ 1, ≤ 1, all seeds.\n\n{markdown(heads, lines)}")
     return "\n".join(out)
 
 

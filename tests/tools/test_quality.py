@@ -40,18 +40,24 @@ def test_what_the_page_says_of_its_tables_holds(quality):
     rows = quality.complete(json.loads(quality.RESULTS.read_text())["rows"])
     _, new = quality.halved(rows, quality.LAST_LAYER)
     for kind, aim in (("single", 0.95), ("merged", 0.9)):
-        assert quality.summary(new, kind, (quality.UNLEARN,))["within 1"] >= aim
+        shown = quality.summary(new, kind, (quality.UNLEARN,))["within 1"]
+        assert shown >= aim
+        assert f"{100 * shown:.1f}" == {"single": "96.8", "merged": "92.9"}[kind], "which the page says"
         alone = {name: quality.summary(new, kind, (name,))["within 1"] for name in quality.ESTIMATORS}
         assert min(alone, key=lambda name: alone[name]) == "label-free"
-        assert max(alone, key=lambda name: alone[name]) == "softened"
+        best = max((name for name in alone if name != "sample"), key=lambda name: alone[name])
+        assert best == "softened", kind
+        assert (alone["sample"] < alone["softened"]) == (kind == "single")
     for half in quality.halved(rows, quality.ALL):
         assert quality.summary(half, "single", ("by layer",))["within 1"] >= 0.9
         assert quality.summary(half, "single", ("one α",))["within 2"] < 0.6
     before, after = (quality.summary(half, "merged", ("by layer",)) for half in quality.halved(rows, quality.ALL))
     assert before["within 1"] >= 0.9 > after["within 1"]
     _, new = quality.halved(rows, quality.JITTERED)
-    for kind in quality.KINDS:
-        assert quality.summary(new, kind, quality.RULES[quality.JITTERED][quality.BY_LAYER])["within 1"] >= 0.9
+    best = quality.RULES[quality.JITTERED][quality.BY_LAYER]
+    assert quality.summary(new, "single", best)["within 1"] >= 0.9
+    found = quality.summary(new, "merged", best)
+    assert (found["pairs"], round(found["pairs"] * found["within 1"])) == (28, 25)
 
 
 def test_the_readme_has_what_is_reached(quality):
@@ -61,10 +67,9 @@ def test_the_readme_has_what_is_reached(quality):
     assert shown == f"\n{quality.reach(result)}\n"
     last = [row for row in quality.complete(result["rows"]) if row["scope"] == quality.LAST_LAYER]
     one, two = (quality.summary(last, kind, (quality.UNLEARN,)) for kind in ("single", "merged"))
-    # docs/research.md says "more than nine of ten", "nearly all", "about nine of ten"
-    assert one["within 1"] > 0.93
+    # docs/research.md says "more than nine of ten", of both, and "nearly all"
+    assert min(one["within 1"], two["within 1"]) > 0.93
     assert one["within 2"] > 0.98
-    assert two["within 1"] == pytest.approx(0.9, abs=0.03)
 
 
 def test_what_the_page_of_fishers_says_of_these_tables_holds(quality):

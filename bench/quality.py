@@ -388,7 +388,7 @@ def main() -> None:
     print(text)
     if arguments.results == RESULTS:
         fill(PAGE, "quality", f"\n{text}\n")
-        fill(ROOT / "README.md", "reach", f"\n{reach(json.loads(RESULTS.read_text()))}\n")
+        fill(ROOT / "README.md", "quality", f"\n{reach(json.loads(RESULTS.read_text()))}\n")
 
 
 if __name__ == "__main__":

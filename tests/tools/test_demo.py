@@ -222,7 +222,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         demo.run_demo(scenarios=["federate"], out=tmp_path)
     with pytest.raises(ff.ArgumentError, match="last-layer"):
         demo.run_demo(scope="head", out=tmp_path)
-    with pytest.raises(ff.ArgumentError, match="estimator is 'exact', expected one of batch, sample"):
+    with pytest.raises(ff.ArgumentError, match="estimator is 'exact', expected one of batch, softened, sample"):
         demo.run_demo(estimator="exact", out=tmp_path)
 
 

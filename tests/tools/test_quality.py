@@ -63,7 +63,7 @@ def test_what_the_page_says_of_its_tables_holds(quality):
 def test_the_readme_has_what_is_reached(quality):
     result = json.loads(quality.RESULTS.read_text())
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = page.partition("<!-- reach -->\n")[2].partition("<!-- /reach -->")[0]
+    shown = page.partition("<!-- quality -->\n")[2].partition("<!-- /quality -->")[0]
     assert shown == f"\n{quality.reach(result)}\n"
     last = [row for row in quality.complete(result["rows"]) if row["scope"] == quality.LAST_LAYER]
     one, two = (quality.summary(last, kind, (quality.UNLEARN,)) for kind in ("single", "merged"))

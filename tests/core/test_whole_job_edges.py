@@ -15,6 +15,8 @@ from torch.utils.data import TensorDataset
 
 import fiun_fast as ff
 from fiun_fast import forgetting
+from fiun_fast.centring import roles_of
+from fiun_fast.compiling import ReachedNode
 from fiun_fast.estimates import MOST
 from fiun_fast.estimating import some
 
@@ -155,6 +157,7 @@ def test_what_sigmoids_are_taken_of_is_not_centred(estimators):
     model, plain = Own(), ff.ClassScore(named(LOADER), forget=0)
     how = {"data": named(LOADER), "forget": named(FORGET), "left": 0, "lost": 0, "estimators": estimators}
     outcome = ff.unlearn_(model, score=plain, **how)
+    assert not outcome["model"].met
     assert not outcome["model"].centered
     outcome.undo_()
 
@@ -165,17 +168,20 @@ def test_what_sigmoids_are_taken_of_is_not_centred(estimators):
 
     estimate = {"estimators": "batch", "estimate": {"forward_fn": bce}}
     outcome = ff.unlearn_(model.net, data=LOADER, forget=FORGET, score=score(), left=0, lost=0, **estimate)
+    assert not outcome["model"].met
     assert not outcome["model"].centered
     outcome.undo_()
 
 
-def test_a_fisher_that_does_not_say_what_it_is_of_is_not_centred_for():
-    model = Own().net
+def test_every_fisher_has_to_say_what_it_is_of():
+    model = net()
+    told = ff.estimate_fisher(model, LOADER, "last")
     label_free = ff.estimate_fisher(model, LOADER, "last", estimator="label_free")
-    dag = ff.InheritanceDAG()
-    dag.add_model("u", model, ff.Fisher.from_dict({key: t.clone() for key, t in label_free.as_dict().items()}))
-    request = ff.ForgetRequest("u", ff.estimate_fisher(model, FORGET, "last"))
-    assert not ff.unlearn_(dag, [request], score(), left=0, lost=0)["u"].centered
+    silent = ff.Fisher.from_dict({key: t.clone() for key, t in label_free.as_dict().items()})
+    pairs = ((told, told, True), (silent, told, False), (told, silent, False), (told, label_free, False))
+    for original, forget, may in pairs:
+        node, requests = ReachedNode("u", model, original, (0,)), [ff.ForgetRequest("u", forget)]
+        assert (roles_of(node, requests, model[2]) is not None) == may
 
 
 def test_rows_that_overflow_when_centred_are_left_alone():
